@@ -1,0 +1,34 @@
+"""The one kind of error that a user's mistake may raise, and how a command ends on it.
+
+Guarantees: a `UserError` reaches the terminal as one message without a traceback and ends the
+process with status 2; every other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """What is wrong, where (file and line or byte, rank, step), and what to do next."""
+
+
+def run_command(command: str, function: Callable[[], object]) -> int:
+    """Run `function`; return the exit status of `command`: 0, or 2 after printing a UserError."""
+    try:
+        function()
+    except UserError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """Return `path` as a Path, or raise a UserError saying which `what` is missing."""
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"{what} {path} {reason}; give the path of an existing file")
+    return path
