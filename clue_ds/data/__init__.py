@@ -1,0 +1,32 @@
+"""Raw text to training batches, in data order.
+
+corpus > parsing > vocab > tokenizer > words > convert > shards (THE format) > build (the verb);
+then sampler > masking > loader. The public names are imported when they are first used: workers of
+`clue-ds shard` read this package and have no use for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clue_ds.data.loader import Loader
+    from clue_ds.data.sampler import SampleStream
+    from clue_ds.data.shards import Corpus
+    from clue_ds.data.tokenizer import Tokenizer
+
+__all__ = ["Corpus", "Loader", "SampleStream", "Tokenizer"]
+
+_HOMES = {
+    "Corpus": "clue_ds.data.shards",
+    "Loader": "clue_ds.data.loader",
+    "SampleStream": "clue_ds.data.sampler",
+    "Tokenizer": "clue_ds.data.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

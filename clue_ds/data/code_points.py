@@ -1,0 +1,101 @@
+"""What BERT's normaliser and pre-tokenizer do to each code point, as a table.
+
+The table is not written from the rules: each entry is what the `tokenizers` library did with that
+code point between two letters, so it is exact for the version that is installed, whatever Unicode
+version that one was built with. Probing all 1.1 million code points takes seconds and text uses few
+of them, so entries are probed in pages of 256 when a text first needs them (1 ms a page, some 150
+pages for Chinese corpora); a cache file would need keys, locks and a writable directory for less.
+
+Two things that context could change are kept out of the table: combining marks that survive
+normalisation and may trade places with their neighbours (`SLOW`: such a line goes through the
+library), and code points that become several (`EXPANDED`: Hangul, which decomposes into letters).
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from tokenizers import normalizers, pre_tokenizers
+
+NUM_CODE_POINTS = 0x110000
+PAGE = 256
+# All of Unicode 16 needs 44,000: the 11,172 Hangul syllables become two or three letters each.
+MAX_EXPANSIONS = 1 << 17
+
+# Kinds, in the top 8 bits of an entry; the low 24 bits are the payload.
+UNPROBED, DROPPED, SPACE, ISOLATED, ORDINARY, EXPANDED, SLOW = range(7)
+KIND_SHIFT = 24
+PAYLOAD_MASK = (1 << KIND_SHIFT) - 1
+
+# Has the lowest combining class above zero (1) and is itself removed with the accents: any mark
+# that it overtakes in canonical order is a mark that can be reordered.
+_LOWEST_MARK = "\u0334"
+
+
+class CodePoints:
+    """`entries` uint32 [NUM_CODE_POINTS]: kind << 24 | payload; 0 where not probed yet.
+
+    The payload of ISOLATED (a token by itself: CJK, punctuation) and ORDINARY (part of a word) is
+    the normalised code point; that of EXPANDED is an index into `expansions`, where the number of
+    code points is followed by the code points.
+    """
+
+    def __init__(self, lower_case: bool) -> None:
+        self.normalizer = normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower_case
+        )
+        self.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.decompose = normalizers.NFD() if lower_case else None
+        self.entries = np.zeros(NUM_CODE_POINTS, dtype=np.uint32)
+        # Never moved: another thread's compiled pass may be reading while a page is added.
+        self.expansions = np.zeros(MAX_EXPANSIONS, dtype=np.int32)
+        self._num_expansions = 0
+        self._lock = threading.Lock()
+
+    def probe_page(self, code_point: int) -> None:
+        """Fill the entries of the 256 code points around `code_point`."""
+        begin = code_point // PAGE * PAGE
+        with self._lock:
+            if not self.entries[begin]:
+                page = [self._probe(c) for c in range(begin, begin + PAGE)]
+                self.entries[begin : begin + PAGE] = page
+
+    def _pieces(self, text: str) -> list[str]:
+        normalized = self.normalizer.normalize_str(text)
+        return [piece for piece, _ in self.pre_tokenizer.pre_tokenize_str(normalized)]
+
+    def _probe(self, code_point: int) -> int:
+        if 0xD800 <= code_point < 0xE000:  # surrogates: not in UTF-8
+            return SLOW << KIND_SHIFT
+        character = chr(code_point)
+        pieces = self._pieces(f"a{character}a")
+        if pieces == ["aa"]:
+            return DROPPED << KIND_SHIFT
+        if pieces == ["a", "a"]:
+            return SPACE << KIND_SHIFT
+        if self.decompose is not None and self._moves(character):
+            return SLOW << KIND_SHIFT
+        if len(pieces) == 3 and len(pieces[1]) == 1 and pieces[0] == pieces[2] == "a":
+            return ISOLATED << KIND_SHIFT | ord(pieces[1])
+        if len(pieces) == 1:
+            return self._ordinary(character, pieces[0][1:-1])
+        return SLOW << KIND_SHIFT
+
+    def _ordinary(self, character: str, normalized: str) -> int:
+        if len(normalized) == 1:
+            return ORDINARY << KIND_SHIFT | ord(normalized)
+        # Output buffers hold one token a byte, so a longer expansion is left to the library.
+        if len(normalized) > len(character.encode()):
+            return SLOW << KIND_SHIFT
+        index = self._num_expansions
+        self._num_expansions += 1 + len(normalized)
+        self.expansions[index : self._num_expansions] = [len(normalized), *map(ord, normalized)]
+        return EXPANDED << KIND_SHIFT | index
+
+    def _moves(self, character: str) -> bool:
+        """Whether a mark that stays in the text can change places with a neighbouring one."""
+        assert self.decompose is not None
+        ordered = self.decompose.normalize_str(f"a{character}{_LOWEST_MARK}a")
+        overtaken = ordered[ordered.index(_LOWEST_MARK) + 1 : -1]
+        return any(self._pieces(f"a{mark}a") != ["aa"] for mark in overtaken)

@@ -1,0 +1,82 @@
+"""`Loader`: the batches of one rank, made ahead by one background thread.
+
+The stream's compiled calls release the GIL, so one thread is enough to hide a batch behind the step
+before it. Guarantees: batches come in order from start_step on; what goes wrong in the thread is
+raised by `next`; `close` (or leaving the `with` block) ends the thread. The whole state is one
+number: to resume, start at the step after the last one that was trained on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from clue_ds.data.sampler import SampleStream
+
+Batch = dict[str, torch.Tensor]
+NUM_PREFETCHED = 4
+_POLL_SECONDS = 0.1
+
+
+class Loader(Iterator[Batch]):
+    """An endless iterator of `stream.batch(step, rank, world_size)` for step = start_step, ..."""
+
+    def __init__(
+        self, stream: SampleStream, rank: int = 0, world_size: int = 1, start_step: int = 0
+    ) -> None:
+        stream.batch_size(world_size)  # a bad world size is the caller's error, not the thread's
+        self.next_step = start_step
+        self._stream = stream
+        self._rank, self._world_size = rank, world_size
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(NUM_PREFETCHED)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(start_step,), name="clue-ds-loader", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def samples_consumed(self) -> int:
+        """Samples of all ranks in the batches handed out so far, and before start_step."""
+        return self.next_step * self._stream.global_batch_size
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self.next_step += 1
+        return item
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread; the iterator is then at its end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, step: int) -> None:
+        try:
+            while self._put(self._stream.batch(step, self._rank, self._world_size)):
+                step += 1
+        except BaseException as error:  # the consumer raises it
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        """Whether the item was taken before the loader was closed."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False

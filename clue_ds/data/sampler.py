@@ -1,0 +1,259 @@
+"""`SampleStream`: batches as a pure function of the step.
+
+A sample is a window of seq_length - 2 consecutive tokens of one shard between [CLS] and [SEP]; the
+last window of a shard is shorter. Windows run across sentences and documents (packed text, as
+RoBERTa found best), so nothing is padded or cut away: every token lies in exactly one sample.
+
+Guarantees: batch(step) depends on the corpus, seed, global batch size, length and masking options,
+never on ranks, workers or restarts. Stream position p is sample permute(p mod N) of epoch p div N:
+each sample exactly once an epoch, every batch full, any step found in constant time and memory.
+Two compiled calls make a batch (gather, mask) straight into the tensors' memory, without the GIL.
+
+Rejected: a shuffled index list (8 bytes a sample a process, and minutes to make at a billion
+samples), DataLoader workers (they double the CPU time of a loader that is this cheap, and tie its
+state to their number), a balanced Feistel network (its domain is a power of four, so up to three
+of four indices are walked over; two radices near the root of N walk over almost none).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, types
+from numba.extending import intrinsic
+
+from clue_ds.data.counter_rng import derive
+from clue_ds.data.jit import compiled, inlined
+from clue_ds.data.masking import MaskTable, mask_rows
+from clue_ds.data.shards import Corpus
+from clue_ds.data.tokenizer import continues_bit
+from clue_ds.data.vocab import SPECIAL_TOKENS, read_vocab
+from clue_ds.errors import UserError
+
+NUM_ROUNDS = 6
+# Tokens that no text contains: never put in place of another one.
+_NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
+_ORDER, _MASKS = np.uint64(0), np.uint64(1)  # what a key is used for
+_HALF = np.uint64(32)
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer to elements of the array `like`'s type."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, like), generate
+
+
+@inlined
+def _offset(key: np.uint64, value: np.uint64, radix: np.uint64) -> np.uint64:
+    """A keyed pseudorandom function of `value`, below `radix` (which is below 2^32)."""
+    return ((derive(key, value) >> _HALF) * radix) >> _HALF
+
+
+@inlined
+def _permute(index: np.uint64, num: np.uint64, key: np.uint64) -> np.uint64:
+    """The place of `index` in a keyed permutation of range(num): a Feistel network, two radices."""
+    left_radix = np.uint64(math.ceil(math.sqrt(np.float64(num))))
+    right_radix = (num + left_radix - np.uint64(1)) // left_radix
+    while True:
+        left, right = index // right_radix, index % right_radix
+        for round_number in range(NUM_ROUNDS):
+            round_key = derive(key, np.uint64(round_number))
+            if round_number % 2 == 0:
+                left += _offset(round_key, right, left_radix)
+                left -= left_radix if left >= left_radix else np.uint64(0)
+            else:
+                right += _offset(round_key, left, right_radix)
+                right -= right_radix if right >= right_radix else np.uint64(0)
+        index = left * right_radix + right
+        if index < num:
+            return index
+
+
+@compiled
+def permutation(num: int, key: np.uint64) -> np.ndarray:
+    """All of the keyed permutation of range(num), int64 [num]: for tests, small `num`."""
+    result = np.empty(num, dtype=np.int64)
+    for index in range(num):
+        result[index] = _permute(np.uint64(index), np.uint64(num), np.uint64(key))
+    return result
+
+
+@compiled
+def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """The keys of the sample order and of the masks."""
+    return derive(np.uint64(seed), _ORDER), derive(np.uint64(seed), _MASKS)
+
+
+@compiled
+def gather(
+    position: int,
+    order_key: np.uint64,
+    first_samples: np.ndarray,
+    addresses: np.ndarray,
+    shard_tokens: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    epochs: np.ndarray,
+    samples: np.ndarray,
+) -> None:
+    """Copy the windows at stream positions position .. position + B - 1 into rows [B, S - 2].
+
+    first_samples int64 [shards + 1]: samples before each shard, and in all; addresses uint64
+    [shards] and shard_tokens int64 [shards]: where the shards' tokens are mapped, and how many.
+    Fills lengths int64 [B] with the window's length + 2, and epochs, samples uint64 [B].
+    """
+    num_samples = np.uint64(first_samples[-1])
+    window = rows.shape[1]
+    for row in range(rows.shape[0]):
+        place = np.uint64(position + row)
+        epoch = place // num_samples
+        sample = _permute(place % num_samples, num_samples, derive(order_key, epoch))
+        shard = np.searchsorted(first_samples, np.int64(sample), side="right") - 1
+        address = _pointer(addresses[shard], rows)  # type: ignore[call-arg, var-annotated]
+        tokens = carray(address, (shard_tokens[shard],))
+        begin = (np.int64(sample) - first_samples[shard]) * window
+        length = min(window, shard_tokens[shard] - begin)
+        for i in range(length):
+            rows[row, i] = tokens[begin + i]
+        lengths[row] = length + 2
+        epochs[row] = epoch
+        samples[row] = sample
+
+
+class SampleStream:
+    """Batches of masked sequences from a corpus, for any step, rank and world size.
+
+    Raises a UserError for sizes that make no sense. `num_samples` windows an epoch,
+    `steps_per_epoch` full batches an epoch (rounded up: a batch may straddle two epochs),
+    `num_predictions` = P slots for masked positions a sequence.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_length: int,
+        global_batch_size: int,
+        seed: int,
+        whole_word: bool = True,
+        mask_prob: float = 0.15,
+        predictions_per_sequence: int | None = None,
+    ) -> None:
+        if not 3 <= seq_length < 1 << 16:
+            raise UserError(f"seq_length {seq_length} must be between 3 and 65,535")
+        if global_batch_size < 1:
+            raise UserError(f"global_batch_size {global_batch_size} must be at least 1")
+        if not 0 < mask_prob < 1:
+            raise UserError(f"mask_prob {mask_prob} must be between 0 and 1")
+        if predictions_per_sequence is not None and predictions_per_sequence < 1:
+            raise UserError(f"predictions_per_sequence {predictions_per_sequence} must be positive")
+        self.corpus = corpus
+        self.seq_length = seq_length
+        self.global_batch_size = global_batch_size
+        self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
+        window = seq_length - 2
+        tokens = [shard.tokens for shard in corpus.shards]
+        self._dtype = tokens[0].dtype
+        self._shard_tokens = np.array([len(t) for t in tokens], dtype=np.int64)
+        self._addresses = np.array([t.ctypes.data for t in tokens], dtype=np.uint64)
+        counts = -(-self._shard_tokens // window)
+        self._first_samples = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.num_samples = int(self._first_samples[-1])
+        self.steps_per_epoch = -(-self.num_samples // global_batch_size)
+        # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
+        self._order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        self._masks = self._mask_table(whole_word, mask_prob)
+        self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
+
+    def _mask_table(self, whole_word: bool, mask_prob: float) -> MaskTable:
+        vocab = read_vocab(self.corpus.vocab_file)
+        pad, unk, cls, sep, mask = (vocab.index(token) for token in SPECIAL_TOKENS)
+        ordinary = [
+            token_id
+            for token_id, token in enumerate(vocab)
+            if token not in SPECIAL_TOKENS and not _NEVER_IN_TEXT.fullmatch(token)
+        ]
+        if not ordinary:
+            raise UserError(f"{self.corpus.vocab_file} holds special tokens only")
+        goals = [
+            min(self.num_predictions, math.ceil(mask_prob * length), max(0, length - 2))
+            for length in range(self.seq_length + 1)
+        ]
+        dtype = np.uint16 if self._dtype.itemsize == 2 else np.uint32
+        return MaskTable(
+            continues=continues_bit(dtype),
+            whole_word=whole_word,
+            goals=np.array(goals, dtype=np.int64),
+            ordinary_ids=np.array(ordinary, dtype=np.int64),
+            pad_id=pad,
+            unk_id=unk,
+            cls_id=cls,
+            sep_id=sep,
+            mask_id=mask,
+        )
+
+    def batch_size(self, world_size: int) -> int:
+        """Sequences a rank; UserError unless the ranks divide the global batch evenly."""
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not divisible by {world_size} ranks"
+            )
+        return self.global_batch_size // world_size
+
+    def _zero_types(self, size: int) -> torch.Tensor:
+        """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
+        if len(self._zeros) < size:
+            self._zeros = torch.zeros(size, self.seq_length, dtype=torch.int64)
+        return self._zeros[:size]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
+        """Rank `rank`'s rows of the global batch of `step`, int64.
+
+        input_ids, token_type_ids [B, S]; lengths [B]; masked_positions, masked_labels [B, P], where
+        unused slots hold position 0 and label -100; B = global_batch_size // world_size.
+        All batches share the memory of token_type_ids, which is zero: don't write to it.
+        """
+        size = self.batch_size(world_size)
+        assert 0 <= rank < world_size and step >= 0
+        shape, slots = (size, self.seq_length), (size, self.num_predictions)
+        batch = {
+            "input_ids": torch.empty(shape, dtype=torch.int64),
+            "token_type_ids": self._zero_types(size),
+            "lengths": torch.empty(size, dtype=torch.int64),
+            "masked_positions": torch.empty(slots, dtype=torch.int64),
+            "masked_labels": torch.empty(slots, dtype=torch.int64),
+        }
+        rows = np.empty((size, self.seq_length - 2), dtype=self._dtype)
+        lengths = batch["lengths"].numpy()
+        epochs, samples = np.empty((2, size), dtype=np.uint64)
+        gather(
+            step * self.global_batch_size + rank * size,
+            self._order_key,
+            self._first_samples,
+            self._addresses,
+            self._shard_tokens,
+            rows,
+            lengths,
+            epochs,
+            samples,
+        )
+        mask_rows(
+            rows,
+            lengths,
+            epochs,
+            samples,
+            self._mask_key,
+            self._masks,
+            batch["input_ids"].numpy(),
+            batch["masked_positions"].numpy(),
+            batch["masked_labels"].numpy(),
+        )
+        return batch

@@ -1,0 +1,117 @@
+"""The state of an unfinished corpus: which shards are done, and what the run was asked for.
+
+It lies in OUTPUT/.building: plan.json and one small JSON a finished shard, written after the shard
+itself was synced and renamed. The directory goes when corpus.json is there. A lock on it keeps a
+second run from writing to the same corpus; the system drops the lock when a process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from clue_ds.data.shards import MANIFEST, STATE_DIRECTORY, VOCAB_FILE, shard_name, write_json
+from clue_ds.errors import UserError
+
+PLAN = "plan.json"
+
+
+class Staging:
+    """The staging area of `output`, locked while entered.
+
+    Raises a UserError when `output` holds a finished corpus, an unfinished one with another plan,
+    or files that are none of ours, unless `overwrite` says to replace the first two.
+    """
+
+    def __init__(self, output: Path, plan: dict[str, Any], overwrite: bool) -> None:
+        self.output = output
+        self.directory = output / STATE_DIRECTORY
+        self._plan = plan
+        self._overwrite = overwrite
+        self._lock: IO[bytes]
+
+    def __enter__(self) -> Staging:
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output {self.output} is a file; give a directory")
+        finished = (self.output / MANIFEST).is_file()
+        if finished and not self._overwrite:
+            raise UserError(
+                f"{self.output} already holds a finished corpus; choose another --output, or "
+                "replace it with --overwrite"
+            )
+        if not finished and not self.directory.is_dir() and _has_files(self.output):
+            raise UserError(
+                f"output {self.output} is not empty and holds no corpus; choose another directory"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.directory / "lock", "wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"another `clue-ds shard` is writing to {self.output}") from None
+        self._prepare(finished)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _prepare(self, finished: bool) -> None:
+        plan_file = self.directory / PLAN
+        if finished or (self._overwrite and plan_file.is_file()):
+            self._clear()
+        if self.records():  # a run that failed before its first shard has nothing to lose
+            begun = json.loads(plan_file.read_text(encoding="utf-8"))
+            differences = [
+                f"{key}: {_shorten(begun.get(key))} then, {_shorten(value)} now"
+                for key, value in self._plan.items()
+                if begun.get(key) != value
+            ]
+            if differences:
+                raise UserError(
+                    f"{self.output} holds an unfinished run that was asked for something else "
+                    f"({'; '.join(differences)}); give the same command as then, or begin anew "
+                    "with --overwrite"
+                )
+        write_json(plan_file, self._plan)
+
+    def _clear(self) -> None:
+        """Remove the corpus that was here: corpus.json first, so that it is never half a corpus."""
+        (self.output / MANIFEST).unlink(missing_ok=True)
+        for path in (self.output / VOCAB_FILE, *self.output.glob("shard-*.bin*")):
+            path.unlink(missing_ok=True)
+        for path in self.directory.glob("*.json*"):
+            path.unlink()
+
+    def _record_file(self, index: int) -> Path:
+        return self.directory / f"{shard_name(index)}.json"
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """The record of shard `index` if it is finished."""
+        path = self._record_file(index)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def put(self, index: int, record: dict[str, Any]) -> None:
+        """Say that shard `index` is finished."""
+        write_json(self._record_file(index), record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all shards, in order."""
+        paths = sorted(self.directory.glob("shard-*.bin.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def remove(self) -> None:
+        """Remove the staging area: the corpus is complete."""
+        shutil.rmtree(self.directory)
+
+
+def _has_files(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,46 @@
+"""Reading zstandard frames so that a truncated file is an error.
+
+zstandard's own stream_reader returns end of file where a frame breaks off, and a corpus would lose
+its tail without a word. Several frames one after the other (pzstd, `cat a.zst b.zst`) are one text.
+"""
+
+from __future__ import annotations
+
+from typing import IO
+
+import zstandard
+
+
+class ZstdReader:
+    """`read` of the unpacked text; EOFError when the last frame is not whole."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame_begun = False
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """What the next `num_bytes` compressed bytes hold, or all that is left; b"" at the end."""
+        parts: list[bytes] = []
+        while True:
+            block = self._raw.read(num_bytes)
+            if not block:
+                if self._frame_begun:
+                    raise EOFError("the last zstandard frame is cut off")
+                return b"".join(parts)
+            parts.append(self._unpack(block))
+            if num_bytes >= 0 and parts[-1]:
+                return parts[-1]
+
+    def _unpack(self, block: bytes) -> bytes:
+        parts = []
+        while block:
+            try:
+                parts.append(self._frame.decompress(block))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            self._frame_begun = not self._frame.eof
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        return b"".join(parts)

@@ -1,0 +1,160 @@
+"""Vocabularies: reading and its errors, learning, CLUE's rule."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from clue_ds.cli import main
+from clue_ds.data import Tokenizer
+from clue_ds.data.clue_vocab import slim_vocab
+from clue_ds.data.vocab import LEADING_TOKENS, clue, learn, read_vocab, vocab_sha256
+from clue_ds.errors import UserError
+
+
+def test_layout_is_googles() -> None:
+    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+    assert {token: LEADING_TOKENS.index(token) for token in special} == special
+    assert LEADING_TOKENS[1] == "[unused1]"
+    assert LEADING_TOKENS[99] == "[unused99]"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "lacks \\[PAD\\]"),
+        ("中\n国\n".encode(), "not a BERT vocabulary"),
+        ("".join(f"{t}\n" for t in LEADING_TOKENS).encode() + b"\nab\n", "empty line 105"),
+        (b"[PAD]\n\xff\n", "not UTF-8 at byte 6"),
+    ],
+)
+def test_what_is_no_vocabulary(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_vocab(path)
+
+
+def test_missing_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_vocab(tmp_path / "none.txt")
+
+
+def test_line_separators_other_than_line_feeds_are_tokens(tmp_path: Path) -> None:
+    """Google's list holds U+2028 as a token; splitting lines there would shift all later ids."""
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{t}\n" for t in (*LEADING_TOKENS, "\u2028", "中")), encoding="utf-8")
+    assert read_vocab(path)[-2:] == ["\u2028", "中"]
+
+
+def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"[PAD]\n")
+    assert vocab_sha256(path) == hashlib.sha256(b"[PAD]\n").hexdigest()
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, sample_text: str) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(sample_text * 3 + "Transformers transform transformer models\n" * 5)
+    return path
+
+
+def test_learned_vocabulary_covers_the_text(text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "vocab.txt"
+    learn((str(text_file),), output=output, size=600)
+    tokens = read_vocab(output)
+    assert tokens[: len(LEADING_TOKENS)] == list(LEADING_TOKENS)
+    assert len(tokens) <= 600
+    assert len(set(tokens)) == len(tokens)
+    assert "的" in tokens
+    assert "transform" in tokens  # joined, not only letters
+    tokenizer = Tokenizer(output)
+    assert tokenizer.unk_id not in tokenizer.encode(text_file.read_text())
+
+
+def test_learning_twice_gives_the_same(text_file: Path, tmp_path: Path) -> None:
+    """The trainer's hash tables are seeded anew each time, and here the lines are turned round."""
+    reverse = tmp_path / "reverse.txt"
+    reverse.write_text("\n".join(reversed(text_file.read_text().split("\n"))))
+    learn((str(text_file),), output=tmp_path / "one.txt", size=400)
+    learn((str(reverse),), output=tmp_path / "two.txt", size=400)
+    assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "two.txt").read_bytes()
+
+
+def test_size_limits_the_characters_too(text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vocab.txt"
+    learn((str(text_file),), output=output, size=150)
+    assert len(read_vocab(output)) <= 150
+
+
+def test_min_frequency(text_file: Path, tmp_path: Path) -> None:
+    """ "transform" occurs 15 times, "transformers" 5 times."""
+    learn((str(text_file),), output=tmp_path / "v", size=600, min_frequency=8)
+    tokens = read_vocab(tmp_path / "v")
+    assert "transform" in tokens
+    assert "transformers" not in tokens
+    assert "湖" not in tokens
+
+
+def test_t2s_and_case(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("漢字漢字 ABC\n" * 3)
+    learn((str(path),), output=tmp_path / "v", size=200, t2s=True)
+    assert {"汉", "a"} <= set(read_vocab(tmp_path / "v"))
+    learn((str(path),), output=tmp_path / "v", size=200, lower_case=False)
+    assert {"漢", "A"} <= set(read_vocab(tmp_path / "v"))
+
+
+def test_learning_errors(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leaves no room"):
+        learn((str(text_file),), output=tmp_path / "v", size=104)
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    with pytest.raises(UserError, match="nothing to learn"):
+        learn((str(blank),), output=tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+def test_command_line(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "vocab.txt"
+    arguments = ["vocab", "learn", str(text_file), "--output", str(output), "--size", "300"]
+    assert main(arguments) == 0
+    assert "104 special and unused" in capsys.readouterr().out
+    assert main(["vocab", "clue", str(tmp_path / "none"), "--output", str(output)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_clue_rule_on_a_small_list() -> None:
+    tokens = [*LEADING_TOKENS, "<S>", "<T>", '"', "9", "2016", "國", "国", "##国", "the", "##the"]
+    tokens += [
+        "x",
+        "##1",
+        "##12",
+        "か",
+        "한",
+        "ㄅ",
+        "😀",
+        "❤",
+        "！",
+        "##°c",
+        "㎡",
+        "##㎡",
+        "\u2028",
+    ]
+    slim = slim_vocab(tokens)
+    inserted = ["9", *map(str, range(10, 101)), *map(str, range(2016, 2023))]
+    expected = [*LEADING_TOKENS, "<S>", "<T>", '"', "“", "‘", *inserted, "国", "##the", "x", "##1"]
+    assert slim.tokens == [*expected, "😀", "！", "##°c", "㎡"]
+    # The published rule names its emoji one by one; 😀 is not in Google's list and not among them.
+    assert sum(slim.kept.values()) == len(slim.tokens)
+    num_inserted = slim.kept["inserted"]
+    assert len(slim.tokens) - num_inserted + sum(slim.dropped.values()) == len(tokens)
+
+
+def test_clue_rule_gives_the_published_list(shared_data: Path, tmp_path: Path) -> None:
+    clue(shared_data / "vocab" / "vocab_google_chinese.txt", output=tmp_path / "vocab.txt")
+    published = (shared_data / "vocab" / "vocab_clue.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "vocab.txt").read_text(encoding="utf-8") == published
