@@ -1,0 +1,280 @@
+"""Post-LN BERT for pretraining: Hugging Face's parameter names, half of the work.
+
+B: sequences   S: positions   P: predictions a sequence   R: rows of the last block, S or fewer
+H: hidden size   V: vocabulary
+
+Guarantees: `state_dict()` keys equal transformers' BertForPreTraining (the decoder is tied to the
+word embeddings); logits and gradients equal its to 1e-5 in fp32. Softmax, LayerNorm statistics and
+the loss are fp32 whatever the parameters are. With `masked_positions` the MLM head sees those
+positions only, and so does everything in the last block that follows its keys and values.
+
+Rejected: leaving out pooler and NSP head (others continue pretraining with them).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clue_ds.errors import UserError
+from clue_ds.model import ops
+from clue_ds.model.blocks import BertLayer, Dense, Table
+from clue_ds.model.init import initialize
+from clue_ds.presets import ModelConfig
+
+VOCAB_MULTIPLE = 64
+IGNORED = -100
+
+
+class PreTrainingOutput(NamedTuple):
+    """What BertForPreTraining returns; the docstring of its forward says which are None."""
+
+    loss: Tensor | None
+    num_correct: Tensor | None
+    num_predicted: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor | None
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type, LayerNorm, dropout."""
+
+    def __init__(self, config: ModelConfig, num_word_rows: int) -> None:
+        super().__init__()
+        self.word_embeddings = Table(
+            num_word_rows, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = Table(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.p = config.hidden_dropout_prob
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        return ops.embedding_layer_norm(
+            input_ids,
+            token_type_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.p,
+            self.LayerNorm.eps,
+            self.training,
+            self.word_embeddings.padding_idx,
+        )
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig, backend: ops.Attention) -> None:
+        super().__init__()
+        blocks = (BertLayer(config, backend) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(blocks)
+
+    def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None) -> Tensor:
+        for block in self.layer[:-1]:
+            hidden = block(hidden, keep)
+        return self.layer[-1](hidden, keep, rows)
+
+
+class Pooler(nn.Module):
+    """tanh(dense([CLS])): [B, H] -> [B, H]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Dense(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first))
+
+
+class BertModel(nn.Module):
+    """Embeddings, encoder and pooler; the pooler is for the heads to call."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: ops.Attention = "sdpa",
+        padded_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, padded_vocab_size or config.vocab_size)
+        self.encoder = Encoder(config, attention)
+        self.pooler = Pooler(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of ids [B, S]: [B, S, H], or [B, R, H] where `rows` [B, R] are wanted.
+
+        What is padding: positions from `lengths` [B] on, or where `attention_mask` [B, S] is 0.
+        """
+        seq_length = input_ids.shape[1]
+        if seq_length > self.config.max_position_embeddings:
+            raise UserError(
+                f"sequences of {seq_length} tokens are longer than the model's "
+                f"{self.config.max_position_embeddings} positions; shorten them, or train a model "
+                "with a larger max_position_embeddings"
+            )
+        keep = key_mask(lengths, attention_mask, seq_length)
+        return self.encoder(self.embeddings(input_ids, token_type_ids), keep, rows)
+
+
+class PredictionTransform(nn.Module):
+    """GELU(dense(x)), LayerNorm: [..., H] -> [..., H]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Dense(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.approximate = "none" if config.hidden_act == "gelu" else "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = ops.dense_gelu(x, self.dense.weight, self.dense.bias, self.approximate)
+        norm = self.LayerNorm
+        return ops.layer_norm(activated, norm.weight, norm.bias, norm.eps)
+
+
+class Decoder(Dense):
+    """Logits over the vocabulary, -inf in its padding rows (whose gradient is then exactly 0)."""
+
+    def __init__(self, in_features: int, num_rows: int, num_real_rows: int) -> None:
+        super().__init__(in_features, num_rows)
+        self.num_real_rows = num_real_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_padding = self.out_features - self.num_real_rows
+        bias = F.pad(self.bias[: self.num_real_rows], (0, num_padding), value=float("-inf"))
+        return F.linear(x, self.weight, bias)
+
+
+class PredictionHead(nn.Module):
+    """The MLM head; decoder.weight and decoder.bias are tied by BertForPreTraining."""
+
+    def __init__(self, config: ModelConfig, num_word_rows: int) -> None:
+        super().__init__()
+        self.transform = PredictionTransform(config)
+        self.decoder = Decoder(config.hidden_size, num_word_rows, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden))
+
+
+class PreTrainingHeads(nn.Module):
+    def __init__(self, config: ModelConfig, num_word_rows: int) -> None:
+        super().__init__()
+        self.predictions = PredictionHead(config, num_word_rows)
+        self.seq_relationship = Dense(config.hidden_size, 2)
+
+
+class BertForPreTraining(nn.Module):
+    """The encoder with the masked-language-model and next-sentence heads.
+
+    `config.vocab_size` is the number of lines of vocab.txt. `padded_vocab_size` (see
+    pad_vocab) adds rows in memory that are never predicted and never get a gradient.
+    Weights start as `initialize(model, torch.initial_seed())`, except on the meta device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: ops.Attention = "sdpa",
+        padded_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        num_word_rows = padded_vocab_size or config.vocab_size
+        assert num_word_rows >= config.vocab_size
+        self.config = config
+        self.bert = BertModel(config, attention, padded_vocab_size)
+        self.cls = PreTrainingHeads(config, num_word_rows)
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        if not self.cls.predictions.bias.is_meta:
+            initialize(self, torch.initial_seed())
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile every block of the encoder; inductor needs a C++ compiler on a CPU.
+
+        Shapes are static, because pretraining's are; blocks of one shape share their code.
+        """
+        for block in self.bert.encoder.layer:
+            block.compile(backend=backend, dynamic=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        masked_labels: Tensor | None = None,
+    ) -> PreTrainingOutput:
+        """Logits, or the MLM loss, of int64 ids [B, S] (see BertModel for the other inputs).
+
+        Without `masked_labels`: prediction_logits [B, S, V], or [B, P, V] at `masked_positions`
+        [B, P], and seq_relationship_logits [B, 2]; the rest is None. With `masked_labels` [B, P]
+        (-100 in slots that predict nothing): `loss`, the sum of the cross entropies / (B * P), a
+        count that does not depend on how a batch is split over ranks; `num_correct` and
+        `num_predicted`, int64 scalars; no logits, and pooler and NSP head do not run.
+        """
+        inputs = (input_ids, token_type_ids, lengths, attention_mask)
+        if masked_labels is not None:
+            assert masked_positions is not None, "labels belong to masked_positions"
+            hidden = self.bert(*inputs, rows=masked_positions)
+            return self._loss(self.cls.predictions(hidden), masked_labels)
+        if masked_positions is None:
+            hidden = predicted = self.bert(*inputs)
+        else:
+            # The pooler wants [CLS] beside the predictions.
+            hidden = self.bert(*inputs, rows=F.pad(masked_positions, (1, 0)))
+            predicted = hidden[:, 1:]
+        logits = self.cls.predictions(predicted)[..., : self.config.vocab_size]
+        relationship = self.cls.seq_relationship(self.bert.pooler(hidden[:, 0]))
+        return PreTrainingOutput(None, None, None, logits, relationship)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> PreTrainingOutput:
+        """logits [B, P, padded V], labels [B, P]."""
+        flat = logits.flatten(0, 1)
+        targets = labels.flatten()
+        summed = F.cross_entropy(flat.float(), targets, ignore_index=IGNORED, reduction="sum")
+        with torch.no_grad():
+            num_correct = (flat.argmax(-1) == targets).sum()
+            num_predicted = (targets != IGNORED).sum()
+        loss = summed / labels.numel()
+        return PreTrainingOutput(loss, num_correct, num_predicted, None, None)
+
+
+def key_mask(
+    lengths: Tensor | None, attention_mask: Tensor | None, seq_length: int
+) -> Tensor | None:
+    """bool [B, 1, 1, S], True where a key counts; None when all do (attention is then cheaper)."""
+    assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
+    if lengths is not None:
+        if bool((lengths >= seq_length).all()):
+            return None
+        keep = torch.arange(seq_length, device=lengths.device) < lengths[:, None]
+    elif attention_mask is not None:
+        keep = attention_mask.bool()
+        if bool(keep.all()):
+            return None
+    else:
+        return None
+    return keep[:, None, None, :]
+
+
+def pad_vocab(config: ModelConfig) -> ModelConfig:
+    """`config` with the word rows that a trainer keeps in memory: a multiple of 64, for the GEMMs.
+
+    Give the model the real config and `padded_vocab_size=pad_vocab(config).vocab_size`;
+    model/weights.py moves state dicts between the two.
+    """
+    return config.replace(vocab_size=-(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)

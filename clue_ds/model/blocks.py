@@ -1,0 +1,134 @@
+"""One block of the encoder, whose parameters have Hugging Face's names.
+
+B: sequences   S: positions   R: rows that are wanted, S or fewer
+H: hidden size   N: heads   D: head size, H / N
+
+A block computes query, key and value in one GEMM and reads its children's parameters itself:
+nn.Linear and nn.LayerNorm below are places where parameters live, and their own forward doesn't
+run (ZeRO-3 notices such reads in the first step and gathers for them). Where only some rows of the
+last block are wanted, everything behind its keys and values is computed for those rows alone: the
+same numbers, a fifth of the work.
+
+Rejected: packing QKV in memory (every checkpoint would need a conversion, and Muon-like optimizers
+would mistake it for one matrix).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clue_ds.model import ops
+from clue_ds.presets import ModelConfig
+
+
+class Dense(nn.Linear):
+    """nn.Linear without torch's default draws: `initialize` fills the weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Table(nn.Embedding):
+    """nn.Embedding without torch's default draws."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class SelfAttention(nn.Module):
+    """Parameters of one block's three projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.query = Dense(config.hidden_size, config.hidden_size)
+        self.key = Dense(config.hidden_size, config.hidden_size)
+        self.value = Dense(config.hidden_size, config.hidden_size)
+
+
+class DenseAddNorm(nn.Module):
+    """A projection, and the LayerNorm after its residual addition."""
+
+    def __init__(self, in_features: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Dense(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return ops.dense_dropout_add_layer_norm(
+            x,
+            self.dense.weight,
+            self.dense.bias,
+            residual,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.p,
+            self.LayerNorm.eps,
+            self.training,
+        )
+
+
+class DenseGelu(nn.Module):
+    """A projection and GELU."""
+
+    def __init__(self, in_features: int, out_features: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Dense(in_features, out_features)
+        self.approximate = "none" if config.hidden_act == "gelu" else "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dense_gelu(x, self.dense.weight, self.dense.bias, self.approximate)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its output projection and LayerNorm."""
+
+    def __init__(self, config: ModelConfig, backend: ops.Attention) -> None:
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = DenseAddNorm(config.hidden_size, config)
+        self.num_heads = config.num_attention_heads
+        self.p = config.attention_probs_dropout_prob
+        self.backend: ops.Attention = backend
+
+    def _project(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+        """x [B, T, H] through several projections in one GEMM -> each [B, N, T, D]."""
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
+        heads = F.linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, -1))
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None) -> Tensor:
+        """hidden [B, S, H], keep [B, 1, 1, S] -> [B, S, H]; with rows [B, R] -> [B, R, H]."""
+        here = self.self
+        if rows is None:
+            residual = hidden
+            query, key, value = self._project(hidden, here.query, here.key, here.value)
+        else:
+            residual = take_rows(hidden, rows)
+            (query,) = self._project(residual, here.query)
+            key, value = self._project(hidden, here.key, here.value)
+        context = ops.attention(query, key, value, keep, self.p, self.training, self.backend)
+        return self.output(context.transpose(1, 2).flatten(2), residual)
+
+
+class BertLayer(nn.Module):
+    """One block: attention, then the feed-forward network, each with add and LayerNorm."""
+
+    def __init__(self, config: ModelConfig, backend: ops.Attention) -> None:
+        super().__init__()
+        self.attention = Attention(config, backend)
+        self.intermediate = DenseGelu(config.hidden_size, config.intermediate_size, config)
+        self.output = DenseAddNorm(config.intermediate_size, config)
+
+    def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H], or [B, R, H] where only `rows` [B, R] are wanted."""
+        attended = self.attention(hidden, keep, rows)
+        return self.output(self.intermediate(attended), attended)
+
+
+def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """hidden [B, S, H] at rows [B, R] -> [B, R, H]."""
+    return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
