@@ -42,6 +42,11 @@ class ModelSection(Section):
     attention_probs_dropout_prob: float | None = Field(
         None, ge=0, lt=1, description="instead of 0.1"
     )
+    initializer_range: float | None = Field(
+        None,
+        gt=0,
+        description="deviation of fresh weights, instead of 0.02; small networks want more",
+    )
     init: str | None = Field(
         None, description="start from this Hugging Face directory or run; its shape must agree"
     )
@@ -115,8 +120,9 @@ class TrainSection(Section):
             nearest = " or ".join(str(n) for n in (below, below + per_pass) if n)
             raise UserError(
                 f"train.global_batch_size {self.global_batch_size} is not divisible by "
-                f"train.micro_batch_size {self.micro_batch_size} x {world_size} ranks = {per_pass}; "
-                f"set train.global_batch_size to {nearest}, or change train.micro_batch_size"
+                f"train.micro_batch_size {self.micro_batch_size} x {world_size} ranks = "
+                f"{per_pass}; set train.global_batch_size to {nearest}, "
+                "or change train.micro_batch_size"
             )
         return self.global_batch_size // per_pass
 
