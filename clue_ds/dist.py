@@ -1,0 +1,118 @@
+"""Which rank am I: the environment that every launcher sets, and what ranks tell each other.
+
+Guarantees: importing this starts nothing and costs nothing; every function gives the right answer
+for a single process that no launcher started. An error that all ranks meet is printed once.
+
+Rejected: asking torch.distributed for the rank, because a wrong config must be reported before
+there is a process group.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from clue_ds.errors import UserError
+
+# deepspeed and torchrun; OpenMPI; MPICH and Intel MPI.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+
+# `clue-ds launch` names a directory here; a rank that ends well leaves a file in it, because
+# DeepSpeed's runner returns 0 when its child dies of a signal, and MPICH swallows exit codes.
+FINISHED_DIR_VARIABLE = "CLUE_DS_FINISHED_DIR"
+
+# Longer than ranks of one job drift apart at start, shorter than anybody's patience.
+SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
+
+
+def _from_environment(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+def rank() -> int:
+    """This process' number among all ranks, from 0."""
+    return _from_environment(RANK_VARIABLES, 0)
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return _from_environment(WORLD_SIZE_VARIABLES, 1)
+
+
+def local_rank() -> int:
+    """This process' number on its machine, from 0."""
+    return _from_environment(LOCAL_RANK_VARIABLES, 0)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank; small Python objects, between ranks of one job only."""
+    if not torch.distributed.is_initialized():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def all_reduce(values: list[float]) -> list[float]:
+    """Element-wise sums over all ranks, in double precision."""
+    if not torch.distributed.is_initialized():
+        return values
+    on_cuda = torch.distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def agree(error: str | None) -> None:
+    """Raise the UserError of the lowest rank that has one, on every rank, so that none waits."""
+    if not torch.distributed.is_initialized():
+        errors = [error]
+    else:
+        errors = [None] * world_size()
+        torch.distributed.all_gather_object(errors, error)
+    for number, message in enumerate(errors):
+        if message is not None:
+            raise UserError(message if number == 0 else f"rank {number}: {message}")
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Let rank 0 report a UserError (or leave with a bad command line) that every rank meets.
+
+    The others wait: launchers end the job once rank 0 has left. An error that rank 0 doesn't have
+    is reported after that, with the number of the rank.
+    """
+    try:
+        yield
+    except SystemExit:
+        if rank() > 0:
+            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        raise
+    except UserError as error:
+        if rank() == 0:
+            raise
+        time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        prefix = "" if str(error).startswith("rank ") else f"rank {rank()}: "
+        raise UserError(f"{prefix}{error}") from None
+
+
+def report_finished() -> None:
+    """Tell `clue-ds launch` that this rank did everything it had to."""
+    directory = os.environ.get(FINISHED_DIR_VARIABLE)
+    if directory:
+        Path(directory, f"rank-{rank()}").touch()

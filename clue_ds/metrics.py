@@ -1,0 +1,257 @@
+"""What a run says about itself: meters, the FLOP rule, and the three places it is written to.
+
+Guarantees: loss and accuracy are over every rank and every step since the last line; throughput
+counts real tokens only, and time spent saving is nobody's throughput; MFU is null where the peak of
+the device is unknown; log.jsonl has one line a step number, resumed or not; only rank 0 writes.
+
+Rejected: DeepSpeed's flops profiler (it doesn't see flash attention and Triton operators); a sync
+with the device at every step to print a loss that nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_ds import dist
+from clue_ds.errors import UserError
+from clue_ds.presets import ModelConfig
+
+# Dense bf16 tensor-core FLOP/s by a part of the device's name; the first that fits counts, so
+# the longer names come first. NVIDIA's data sheets.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+def flops_per_token(config: ModelConfig, s_eff: float, mask_prob: float) -> float:
+    """Useful FLOPs, forward and backward, that one real token costs; a multiply-add is 2.
+
+    `s_eff` = sum(len^2) / sum(len) over the sequences; `mask_prob` is the share of tokens that the
+    MLM head sees. Padding, head work on other tokens and recomputation earn nothing.
+    """
+    layers, hidden, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    # 12 h^2 weights a block is the usual FFN of 4 h; ours may be another size.
+    weights = 4 * hidden**2 + 2 * hidden * config.intermediate_size
+    blocks = layers * (6 * weights + 12 * hidden * s_eff)
+    return blocks + mask_prob * 6 * (hidden**2 + hidden * vocab)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU that we know by name; None for the rest, CPUs included."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meter:
+    """Sums over the steps since the last line, kept on the device until a line is written."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.peak = peak_flops(device)
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._losses: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        self._num_steps = 0
+        self._num_tokens = self._sum_squares = self._num_predicted = 0.0
+        self._wait = self._excluded = 0.0
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here counts for nothing (saving a checkpoint)."""
+        began = time.perf_counter()
+        yield
+        self._excluded += time.perf_counter() - began
+
+    def add_batch(self, batch: dict[str, Tensor]) -> None:
+        """Count the real tokens of this rank's batch (still on the host)."""
+        self._num_steps += 1
+        lengths = batch["lengths"].double()
+        self._num_tokens += float(lengths.sum())
+        self._sum_squares += float(lengths.square().sum())
+        self._num_predicted += float((batch["masked_labels"] >= 0).sum())
+
+    def add_part(self, loss: Tensor, num_correct: Tensor, share: float) -> None:
+        """Add one part's mean loss, `share` of this rank's step; nothing waits for the device."""
+        self._losses.append(loss.detach().double() * share)
+        self._counts.append(num_correct.detach().double())
+
+    def flush(self, step: int, grad_norm: float | Tensor) -> dict[str, Any]:
+        """The line after `step` updates, over all since the last line (every rank must call it).
+
+        UserError naming the step at which the loss stopped being a number.
+        """
+        num_steps = self._num_steps
+        losses = torch.stack(self._losses).reshape(num_steps, -1).sum(1).tolist()
+        losses = [total / dist.world_size() for total in dist.all_reduce(losses)]
+        correct = float(torch.stack(self._counts).sum())
+        sums = [correct, self._num_predicted, self._num_tokens, self._sum_squares, self._wait]
+        correct, predicted, tokens, squares, wait = dist.all_reduce(sums)
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise UserError(not_finite("loss", loss, step - num_steps + 1 + offset))
+        seconds = time.perf_counter() - self._began - self._excluded
+        rate = tokens / seconds
+        mask_share = predicted / tokens
+        mfu = None
+        if self.peak is not None:
+            flops = flops_per_token(self.config, squares / tokens, mask_share)
+            mfu = rate * flops / (self.peak * dist.world_size())
+        self._start_window()
+        return {
+            "step": step,
+            "loss": sum(losses) / num_steps,
+            "mlm_accuracy": correct / max(1.0, predicted),
+            "grad_norm": float(grad_norm),
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "data_wait_ms": 1000 * wait / dist.world_size() / num_steps,
+            "seconds_per_step": seconds / num_steps,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+
+
+def not_finite(what: str, value: float, step: int) -> str:
+    """The message for a run whose numbers ended at `step`."""
+    return (
+        f"{what} is {value} at step {step}: training diverged. Nothing was saved after the newest "
+        "checkpoint; start it in a new run_dir with a smaller train.lr or more train.warmup_steps"
+    )
+
+
+# --------------------------------------------------------------------------------------- writers
+
+
+class Writers:
+    """Console, log.jsonl and TensorBoard of rank 0; other ranks write nothing.
+
+    `start_step`: updates that the run already has; lines beyond it are removed from log.jsonl.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
+    ) -> None:
+        self.total_steps = total_steps
+        self._open = dist.rank() == 0
+        if not self._open:
+            return
+        path = Path(run_dir) / "log.jsonl"
+        earlier = truncate_log(path, start_step)
+        self._elapsed_before = earlier[-1]["elapsed_s"] if earlier else 0.0
+        self._began = time.perf_counter()
+        self._jsonl = path.open("a", encoding="utf-8")
+        self._console = _console()
+        self._tensorboard = _tensorboard(run_dir, start_step) if tensorboard else None
+
+    def note(self, text: str) -> None:
+        """A sentence for the person at the console."""
+        if self._open:
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one line (from Meter.flush, plus lr and samples) everywhere."""
+        if not self._open:
+            return
+        line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        self._console.print(format_line(line, self.total_steps), highlight=False, soft_wrap=True)
+        if self._tensorboard is not None:
+            for key, value in line.items():
+                if key != "step" and value is not None:
+                    self._tensorboard.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._open:
+            self._jsonl.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+
+def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines after `step`, and a last line that a crash cut; returns what stays."""
+    if not path.exists():
+        return []
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["step"] <= step:
+            kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return kept
+
+
+def format_line(line: dict[str, Any], total_steps: int) -> str:
+    """One line for a person, 100 columns or so; rich markup."""
+    width = len(str(total_steps))
+    mfu = "" if line["mfu"] is None else f"  mfu [green]{line['mfu']:.1%}[/]"
+    eta = (total_steps - line["step"]) * line["seconds_per_step"]
+    return (
+        f"step [bold]{line['step']:>{width}}/{total_steps}[/]  loss [bold]{line['loss']:.4f}[/]  "
+        f"acc [cyan]{line['mlm_accuracy']:6.2%}[/]  lr {line['lr']:.2e}  "
+        f"norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}  "
+        f"wait {line['data_wait_ms']:.1f} ms  eta {format_seconds(eta)}"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """59 -> 0:59, 3661 -> 1:01:01."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _console() -> Any:
+    """rich, which leaves colours out where nobody sees them (a file, the deepspeed launcher)."""
+    from rich.console import Console
+
+    # Without a terminal rich would fold lines at 80 columns.
+    columns = os.environ.get("COLUMNS")
+    plain = Console()
+    return plain if plain.is_terminal or columns else Console(width=200)
+
+
+def _tensorboard(run_dir: str | Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=start_step + 1)

@@ -1,0 +1,126 @@
+"""The DeepSpeed JSON: DeepSpeed's own keys, plus the numbers that our config owns.
+
+Guarantees: one owner a number. "auto" (or leaving the key out) takes our value; a concrete value
+that differs from ours is an error that lists all such keys at once, with both values. "optimizer"
+and "scheduler" sections are refused, because the run's config has those.
+
+Rejected: letting the JSON win, and letting it lose silently.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from typing import Any
+
+from clue_ds.config import RunConfig
+from clue_ds.errors import UserError, existing_file
+
+SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
+OURS_INSTEAD = {
+    "optimizer": "train.optimizer, train.lr, train.beta1 and their neighbours",
+    "scheduler": "train.schedule and train.warmup_steps",
+}
+ALIASES = {"bfloat16": "bf16"}
+
+
+def read(name: str) -> dict[str, Any]:
+    """The JSON called `name`: one of SHIPPED, or the path of a file."""
+    if name in SHIPPED:
+        text = importlib.resources.files("clue_ds.ds_configs").joinpath(f"{name}.json").read_text()
+        return json.loads(text)
+    if not name.endswith(".json"):
+        raise UserError(
+            f"deepspeed {name!r} is neither one of {', '.join(SHIPPED)} nor a path ending in .json"
+        )
+    path = existing_file(name, "DeepSpeed JSON")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"DeepSpeed JSON {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"DeepSpeed JSON {path} must hold an object, not {values!r}")
+    return {ALIASES.get(str(key), str(key)): value for key, value in values.items()}
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed JSON; 0 when it names none."""
+    return int(values.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether optimizer states live in the host's memory."""
+    section = values.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
+
+
+def our_numbers(config: RunConfig, world_size: int, stage: int) -> dict[str, Any]:
+    """Dotted DeepSpeed key -> the value that our config gives it."""
+    train = config.train
+    # Stage 0 has no accumulation buffer of its own: gradients have the type of the weights.
+    accumulate_in = train.precision if stage == 0 else "fp32"
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps(world_size),
+        "gradient_clipping": train.gradient_clipping,
+        "bf16.enabled": train.precision == "bf16",
+        "fp16.enabled": train.precision == "fp16",
+        "data_types.grad_accum_dtype": accumulate_in,
+    }
+
+
+def _our_key(key: str) -> str:
+    """The key of the run's config that owns a DeepSpeed key."""
+    return {
+        "train_batch_size": "train.global_batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+        "gradient_clipping": "train.gradient_clipping",
+    }.get(key, "train.precision")
+
+
+def fill(values: dict[str, Any], config: RunConfig, world_size: int) -> dict[str, Any]:
+    """`values` with our numbers in place; a UserError lists everything that disagrees."""
+    where = f"DeepSpeed JSON {config.deepspeed}"
+    for section, ours in OURS_INSTEAD.items():
+        if section in values:
+            raise UserError(
+                f'{where}: remove the section "{section}"; set {ours} in the run config'
+            )
+    filled = json.loads(json.dumps(values))
+    mistakes = []
+    for key, ours in our_numbers(config, world_size, zero_stage(values)).items():
+        *sections, last = key.split(".")
+        section = filled
+        for name in sections:
+            section = section.setdefault(name, {})
+        theirs = section.get(last, "auto")
+        if theirs != "auto" and (
+            theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)
+        ):
+            mistakes.append(f"{key} is {json.dumps(theirs)}, but {_our_key(key)} gives {ours!r}")
+        section[last] = ours
+    if mistakes:
+        raise UserError(
+            f"{where} disagrees with the run config: {'; '.join(mistakes)}. "
+            'Write "auto" there, or change the run config'
+        )
+    autos = list(_leftover_autos(filled))
+    if autos:
+        raise UserError(
+            f'{where}: nothing of ours fills "auto" at {", ".join(autos)}; write a value'
+        )
+    # DeepSpeed's default prints a line of its own every 10 steps.
+    filled.setdefault("steps_per_print", 10**9)
+    return filled
+
+
+def _leftover_autos(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _leftover_autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found

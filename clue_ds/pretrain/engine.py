@@ -1,0 +1,247 @@
+"""The only owner of DeepSpeed: process group, engine, and the corrections that 0.19.8 needs.
+
+Guarantees: works under the deepspeed launcher, torchrun, mpirun and with no launcher at all; starts
+no compiler; collectives end in an error after PROCESS_GROUP_TIMEOUT instead of hanging; the update
+that a step makes is plain AdamW's (or Lamb's) on fp32 master weights at every stage and precision.
+
+Corrected here, because DeepSpeed 0.19.8 does otherwise (each has a test):
+- it compiles a shared-memory operator with g++ at start, 87 to 220 s, for inference only;
+- bf16 and fp16 at stage 0 take a phantom optimizer step when the engine is built;
+- new process groups ignore the timeout that was asked for;
+- fp32 at stage 0 reports no gradient norm;
+- stage 3 gathers small parameters when a checkpoint is loaded, and a fresh engine's first backward
+  then fails on them ("size of tensor a (0)").
+
+Rejected: set_z3_leaf_modules for the blocks that read their children's parameters. Its backward
+meets released weights ("size of tensor a (0)"); DeepSpeed finds those parameters by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import socket
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clue_ds import dist
+from clue_ds.config import RunConfig
+from clue_ds.errors import UserError
+from clue_ds.pretrain import ds_json, optim
+
+# DeepSpeed's own variable, in minutes; its default too.
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, told to be quiet, and to be content with a CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch 2.13 warns about the names of collectives that DeepSpeed calls, once a call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # By its name in sys.modules: `import deepspeed.comm.torch as x` gives the torch package.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+def _without_launcher() -> None:
+    """One process on its own is rank 0 of 1, on a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**alone, "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, str(value))
+
+
+def start() -> torch.device:
+    """Join the process group (once a process); returns this rank's device."""
+    if not any(name in os.environ for name in dist.RANK_VARIABLES):
+        _without_launcher()
+    deepspeed = import_deepspeed()
+    c10d = torch.distributed.distributed_c10d
+    # DeepSpeed makes further groups without naming a timeout; they take these defaults.
+    c10d.default_pg_timeout = PROCESS_GROUP_TIMEOUT
+    c10d.default_pg_nccl_timeout = PROCESS_GROUP_TIMEOUT
+    try:
+        deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
+    except ModuleNotFoundError as error:
+        if error.name != "mpi4py":
+            raise
+        raise UserError(
+            "starting ranks with mpirun needs mpi4py; run: pip install mpi4py"
+        ) from None
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(dist.local_rank())
+    return torch.device("cuda", dist.local_rank())
+
+
+class Engine:
+    """A model under DeepSpeed. A step is: forward and backward for each part, then `step`.
+
+    `module`: the model, in the run's precision on the rank's device (sharded at stage 3).
+    `group_names`: names of the trained parameters in the optimizer's order.
+    `frozen`: fp32 copies of the parameters that are not trained, by name.
+    `num_parts`: forward passes a step on this rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        device: torch.device,
+    ) -> None:
+        """Take over `model` (fp32, any device)."""
+        deepspeed = import_deepspeed()
+        self.precision = config.train.precision
+        if self.precision == "fp16" and device.type == "cpu":
+            raise UserError("train.precision fp16 needs a GPU; on a CPU set fp32 or bf16")
+        self.device = device
+        values = ds_json.read(config.deepspeed)
+        self.stage = ds_json.zero_stage(values)
+        self.offload = ds_json.offloads(values)
+        self.num_parts = config.train.gradient_accumulation_steps(dist.world_size())
+        values = ds_json.fill(values, config, dist.world_size())
+        # Taken before DeepSpeed rounds the model to the run's precision.
+        self.frozen = {
+            name: p.detach().float().cpu().clone()
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        # Counted now: at stage 3 a parameter is empty afterwards.
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.group_names = optim.group_names(model)
+        model = model.to(device)
+        fused = device.type == "cuda" and not self.offload
+        optimizer = optim.build(config.train, model, self.stage, fused)
+        self.deepspeed = _initialize(deepspeed, model, optimizer, values, config.deepspeed)
+        self.module: nn.Module = self.deepspeed.module
+        if self.stage == 0 and self.precision != "fp32":
+            self._undo_phantom_step()
+
+    def _undo_phantom_step(self) -> None:
+        """Forget the step that FP16_UnfusedOptimizer made on zero gradients in its constructor.
+
+        At learning rate 0 it moved no weight, but it left step = 1 in the bias correction.
+        """
+        inner = self.deepspeed.optimizer.optimizer
+        inner.state.clear()
+        for group in inner.param_groups:
+            assert group["lr"] == 0.0
+            group.pop("step", None)  # pytorch_optimizer counts here
+
+    def parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A rank's batch [B, ...] on its device, cut into the parts of one accumulation."""
+        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        cut = {k: v.chunk(self.num_parts) for k, v in moved.items()}
+        return [{k: v[part] for k, v in cut.items()} for part in range(self.num_parts)]
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """The model's output on one part."""
+        return self.deepspeed(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one part; the mean over parts and ranks is what counts."""
+        self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # how DeepSpeed counts the parts; moves nothing
+
+    def step(self, lr: float) -> float | Tensor:
+        """Update the weights; returns the gradient's norm before clipping, over all ranks.
+
+        It is inf or nan when the gradient was not finite: in fp16 the update was then skipped and
+        the loss scale lowered, which is normal.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
+        scale = float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
+        try:
+            self.deepspeed.step()
+        except Exception as error:
+            if self.precision == "fp16" and "minimum" in str(error):
+                raise UserError(_LOSS_SCALE_EXHAUSTED) from error
+            raise
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+            if self.stage == 0:  # the unfused optimizer reports the norm of the scaled gradient
+                norm = norm / scale
+        return norm
+
+    def _own_norm(self) -> Tensor:
+        """fp32 at stage 0: gradients are whole and already averaged when `backward` returns."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were left out because a gradient was not finite."""
+        return self.deepspeed.skipped_steps
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read DeepSpeed's checkpoint `directory`/`tag`; once, and before the first step."""
+        path, _ = self.deepspeed.load_checkpoint(
+            str(directory), tag=tag, load_lr_scheduler_states=False
+        )
+        assert path is not None, directory
+        kept_whole = getattr(self.deepspeed.optimizer, "persistent_parameters", [])
+        if kept_whole:  # stage 3: cut as in a fresh engine; the first forward gathers them
+            kept_whole[0].partition(kept_whole)
+
+    def check_finite(self, grad_norm: float, step: int) -> None:
+        """UserError where a gradient stopped being a number; in fp16 that is normal."""
+        if self.precision == "fp16" or (math.isfinite(grad_norm) and not self.skipped_steps):
+            return
+        raise UserError(
+            f"the gradient is not finite at or just before step {step}: training diverged. "
+            "Earlier checkpoints are intact; start a new run_dir with a smaller train.lr or more "
+            "train.warmup_steps"
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.deepspeed.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+_LOSS_SCALE_EXHAUSTED = (
+    "fp16 training diverged: gradients overflow even at the smallest loss scale; use "
+    "train.precision bf16 where the GPU has it, or a smaller train.lr, or more "
+    "train.warmup_steps, and start again from the newest checkpoint"
+)
+
+
+def _initialize(
+    deepspeed: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    values: dict[str, Any],
+    name: str,
+) -> Any:
+    """deepspeed.initialize; a UserError that names the JSON when DeepSpeed refuses it."""
+    from pydantic import ValidationError
+
+    try:
+        # Its bf16 optimizer prints a dozen lines about memory, whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return deepspeed.initialize(
+                model=model, optimizer=optimizer, config=values, dist_init_required=False
+            )[0]
+    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
+        raise UserError(f"DeepSpeed JSON {name}: {error}") from None

@@ -1,0 +1,73 @@
+"""Which parameters move, which decay, and the optimizer that moves them.
+
+Guarantees: weight decay never touches LayerNorm and biases; a parameter that gets no gradient is in
+no group (a flattened AdamW would decay it towards 0); group and order are a function of the model
+alone, because checkpoints rely on them.
+
+Rejected: DeepSpeed's own "optimizer" section. Its AdamW and Lamb are compiled at start (minutes on
+a CPU), and its Lamb doesn't run there at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from clue_ds.config import TrainSection
+from clue_ds.errors import UserError
+
+# MLM training runs neither the pooler nor the next-sentence head.
+WITHOUT_GRADIENT = ("bert.pooler.", "cls.seq_relationship.")
+
+
+def freeze_unused(model: nn.Module) -> list[str]:
+    """Freeze what MLM training leaves alone; returns the names."""
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(WITHOUT_GRADIENT):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def group_names(model: nn.Module) -> list[list[str]]:
+    """Names of the trained parameters: those that decay, then those that don't."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # Every vector of a BERT is a bias or belongs to a LayerNorm, and nothing else is a vector.
+    decaying = [name for name, p in trained if p.ndim >= 2]
+    others = [name for name, p in trained if p.ndim < 2]
+    return [decaying, others]
+
+
+def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer with its two parameter groups, at learning rate 0; the loop sets the rate.
+
+    `fused`: one CUDA kernel an update; needs the parameters on a GPU.
+    """
+    parameters = dict(model.named_parameters())
+    decays = (train.weight_decay, 0.0)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(group_names(model), decays, strict=True)
+    ]
+    # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True if fused else None)
+    if stage != 0:
+        raise UserError(
+            f"train.optimizer lamb needs ZeRO stage 0, not {stage}: stages 1 to 3 flatten and cut "
+            "the parameters, so LAMB's norm of each weight matrix would be the norm of something "
+            "else; set deepspeed zero0, or train.optimizer adamw"
+        )
+    try:
+        from pytorch_optimizer import Lamb
+    except ImportError:
+        raise UserError(
+            "train.optimizer lamb needs the package pytorch_optimizer; "
+            "run: pip install 'clue_ds[lamb]'"
+        ) from None
+    # weight_decouple=False is LAMB as published: the decay is part of the update whose norm counts.
+    return Lamb(groups, **settings, weight_decouple=False)

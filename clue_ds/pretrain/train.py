@@ -1,0 +1,202 @@
+"""`clue-ds pretrain`: parse, build, run, close.
+
+Guarantees: the losses depend on the global batch, not on how it is split over ranks and parts
+(dropout off; on, every rank draws its own); the same command on the same run directory continues
+from its newest intact checkpoint, or says why it can't.
+
+Works under the deepspeed launcher, torchrun and mpirun, and with none of them:
+
+    clue-ds launch --local 2 -- pretrain --config run.yaml
+    clue-ds pretrain --config run.yaml --train.steps 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from clue_ds import config as run_config
+from clue_ds import dist
+from clue_ds.config import RunConfig
+from clue_ds.data import Corpus, Loader, SampleStream
+from clue_ds.errors import UserError, run_command
+from clue_ds.metrics import Meter, Writers
+from clue_ds.model.bert import BertForPreTraining, pad_vocab
+from clue_ds.model.init import initialize
+from clue_ds.presets import ModelConfig
+from clue_ds.pretrain import checkpoint, ds_json, init, optim, resume, schedule
+from clue_ds.pretrain.engine import Engine, start
+
+
+@dataclass
+class Run:
+    """Everything the loop needs. `start_step`: updates done before this process began."""
+
+    config: RunConfig
+    source: resume.Source
+    engine: Engine
+    loader: Loader
+    meter: Meter
+    writers: Writers
+    start_step: int
+
+
+def main(argv: list[str]) -> None:
+    """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
+    with dist.one_voice():
+        config = parse(argv)
+        run = build(config)
+        train(run)
+        close(run)
+
+
+def train(run: Run) -> None:
+    """The loop: one iteration is one update of the weights from one global batch."""
+    config, engine, meter = run.config, run.engine, run.meter
+    engine.module.train()
+    for step in range(run.start_step, config.train.steps):
+        with meter.waiting():
+            batch = next(run.loader)
+        meter.add_batch(batch)
+
+        for part in engine.parts(batch):
+            output = engine.forward(**part)
+            engine.backward(output.loss)
+            meter.add_part(output.loss, output.num_correct, share=1 / engine.num_parts)
+
+        lr = schedule.learning_rate(config.train, step)
+        grad_norm = engine.step(lr)
+
+        done = step + 1
+        is_last = done == config.train.steps
+        saves = is_last or done % config.checkpoint.every == 0
+        # Logged before it is saved: a loss that is not a number ends the run here.
+        if saves or done % config.log.every == 0:
+            line = meter.flush(done, grad_norm)
+            engine.check_finite(line["grad_norm"], done)
+            samples = done * config.train.global_batch_size
+            skipped = engine.skipped_steps
+            run.writers.write({**line, "lr": lr, "samples": samples, "skipped_steps": skipped})
+        if saves:
+            with meter.paused():
+                directory = checkpoint.save(engine, run.source, done)
+            run.writers.note(f"saved {directory}")
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The run's config; `--local_rank N`, which some launchers append, is accepted and unused."""
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", "--local-rank", type=int)
+    _, ours = launcher.parse_known_args(argv)
+    if dist.rank() == 0:
+        return run_config.parse(ours, prog="clue-ds pretrain")
+    # tyro prints help and mistakes itself; rank 0 does it for all.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return run_config.parse(ours, prog="clue-ds pretrain")
+
+
+def build(config: RunConfig) -> Run:
+    """Check that corpus, model and batch sizes fit, then start the ranks, the model, the data."""
+    corpus = Corpus(config.data.corpus)
+    model_config = config.model.resolve(corpus.vocab_size)
+    check(config, model_config)
+    stream = SampleStream(
+        corpus,
+        config.data.seq_length,
+        config.train.global_batch_size,
+        config.seed,
+        config.data.whole_word,
+        config.data.mask_prob,
+        config.data.num_predictions(),
+    )
+    source = resume.Source(
+        config=config,
+        model=model_config,
+        vocab_file=corpus.vocab_file,
+        vocab_sha256=corpus.vocab_sha256,
+        lower_case=corpus.lower_case,
+        corpus_fingerprint=corpus.fingerprint,
+    )
+    device = start()
+    choice = resume.choose(source)
+    start_step = 0 if choice is None else choice.manifest.step
+    model, notes = build_model(source, choice)
+    engine = Engine(model, config, device)
+    if dist.rank() == 0:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        run_config.save(config, Path(config.run_dir) / "config.yaml")
+    writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
+    writers.note(_describe(engine, source, stream))
+    checkpoint.seed_dropout(config.seed, start_step)
+    if choice is not None:
+        checkpoint.load(engine, choice)
+        notes += resume.describe(choice)
+    for note in notes:
+        writers.note(note)
+    loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
+    return Run(config, source, engine, loader, Meter(model_config, device), writers, start_step)
+
+
+def check(config: RunConfig, model: ModelConfig) -> None:
+    """A UserError for numbers that don't fit each other; needs no other rank."""
+    if config.data.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.seq_length {config.data.seq_length} exceeds the model's positions; set it to "
+            f"{model.max_position_embeddings} or less, or raise model.max_position_embeddings"
+        )
+    ds_json.fill(ds_json.read(config.deepspeed), config, dist.world_size())
+    if Path(config.run_dir).is_file():
+        raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
+
+
+def build_model(
+    source: resume.Source, choice: resume.Choice | None
+) -> tuple[BertForPreTraining, list[str]]:
+    """The model on the CPU in fp32 with padded vocabulary rows, and what the user should know.
+
+    Fresh or from `model.init`; a run that resumes gets its weights later and doesn't need either.
+    """
+    section = source.config.model
+    rows = pad_vocab(source.model).vocab_size
+    model = BertForPreTraining(source.model, section.attention, padded_vocab_size=rows)
+    notes = []
+    if choice is None:
+        initialize(model, source.config.seed)
+        if section.init is not None:
+            missing = init.load(model, section.init, source.vocab_sha256)
+            notes.append(f"starting from the weights in {section.init}")
+            notes += [f"{section.init} has no {name}: it starts fresh" for name in missing]
+    optim.freeze_unused(model)
+    if section.compile:
+        model.compile_blocks()
+    return model, notes
+
+
+def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> str:
+    config, corpus = source.config, stream.corpus
+    return (
+        f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "
+        f"{engine.stage}, {dist.world_size()} ranks x {engine.num_parts} parts x "
+        f"{config.train.micro_batch_size} sequences of {config.data.seq_length}; "
+        f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
+        f"{stream.steps_per_epoch:,} steps an epoch"
+    )
+
+
+def close(run: Run) -> None:
+    """End the threads, files and the process group, and tell the launcher that all went well."""
+    run.loader.close()
+    run.writers.note(
+        f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"
+    )
+    run.writers.close()
+    run.engine.close()
+    dist.report_finished()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("clue-ds pretrain", lambda: main(sys.argv[1:])))

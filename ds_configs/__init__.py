@@ -1,0 +1,1 @@
+"""DeepSpeed configurations as package data, so that `--deepspeed zero1` works from a wheel too."""

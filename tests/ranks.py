@@ -1,0 +1,145 @@
+"""Real ranks for tests: processes that this helper starts, waits for and, if need be, ends.
+
+A test names a function of a test module; every rank imports the module and calls it with the same
+JSON arguments; what it returns comes back as JSON. Starting a rank costs seconds, so one call
+should do the work of many tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clue_ds import config as run_config
+from clue_ds.config import RunConfig
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT_S = 300
+
+CHILD = """
+import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+module, name, arguments, output = sys.argv[2:6]
+result = getattr(importlib.import_module(module), name)(*json.loads(arguments))
+open(output, "w").write(json.dumps(result))
+"""
+
+TINY_MODEL: dict[str, Any] = {
+    "preset": "roberta_tiny_clue",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a module-level function of a test module on `num_ranks` ranks; results by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    module = Path(sys.modules[function.__module__].__file__ or "").stem
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(num_ranks):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONSAFEPATH": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            }
+            command = [sys.executable, "-c", CHILD, str(HERE), module, function.__name__]
+            command += [json.dumps(arguments), f"{folder}/{rank}"]
+            log = open(f"{folder}/{rank}.log", "w")
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+        try:
+            statuses = [process.wait(timeout=TIMEOUT_S) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        logs = "\n".join(Path(f"{folder}/{rank}.log").read_text() for rank in range(num_ranks))
+        assert statuses == [0] * num_ranks, logs
+        return [json.loads(Path(f"{folder}/{rank}").read_text()) for rank in range(num_ranks)]
+
+
+def make_corpus(directory: Path, text: str, num_documents: int = 120) -> Path:
+    """A learnable corpus through the real pipeline: the documents of `text`, drawn again and again.
+
+    Random tokens would hide lost Adam moments: nothing about them can be learned.
+    """
+    from clue_ds.data.build import shard
+    from clue_ds.data.vocab import learn
+
+    documents = text.strip().split("\n\n")
+    draw = random.Random(0)
+    source, vocab = directory / "text.txt", directory / "vocab.txt"
+    chosen = [draw.choice(documents) for _ in range(num_documents)]
+    source.write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
+    learn((str(source),), output=vocab, size=400)
+    corpus = directory / "corpus"
+    shard((str(source),), output=corpus, vocab=vocab, workers=1)
+    return corpus
+
+
+def tiny_config(corpus: Path | str, run_dir: Path | str, **sections: Any) -> RunConfig:
+    """A run of seconds; `sections` are merged over the defaults, key by key."""
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "deepspeed": "zero1",
+        "data": {"corpus": str(corpus), "seq_length": 16},
+        "model": dict(TINY_MODEL),
+        "train": {
+            "steps": 6,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "lr": 2e-3,
+            "warmup_steps": 2,
+        },
+        "checkpoint": {"every": 3, "keep": 9},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    for key, value in sections.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return run_config.validate(values, "test config")
+
+
+def read_log(run_dir: Path | str) -> list[dict[str, Any]]:
+    lines = Path(run_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def pretrain_runs(configs: list[dict[str, Any]]) -> list[str | None]:
+    """On every rank: several runs one after the other in one process group, through the real
+    build and loop; None for a run that ended, or the message of the UserError that stopped it."""
+    from clue_ds.errors import UserError
+    from clue_ds.pretrain import train
+
+    results: list[str | None] = []
+    for values in configs:
+        try:
+            run = train.build(run_config.validate(values, "test config"))
+            train.train(run)
+        except UserError as error:
+            results.append(str(error))
+            continue
+        run.loader.close()
+        run.writers.close()
+        results.append(None)
+    return results

@@ -1,0 +1,72 @@
+"""Ranks: who am I under each launcher, sums and agreement between real processes, one voice."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from clue_ds import dist
+from clue_ds.errors import UserError
+
+LAUNCHERS = {
+    "none": ({}, (0, 1, 0)),
+    "deepspeed, torchrun": ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+    "openmpi": (
+        {
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_SIZE": "8",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        },
+        (3, 8, 1),
+    ),
+    "mpich": ({"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}, (3, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_rank_under_each_launcher(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, expected = LAUNCHERS[launcher]
+    for names in (dist.RANK_VARIABLES, dist.WORLD_SIZE_VARIABLES, dist.LOCAL_RANK_VARIABLES):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (dist.rank(), dist.world_size(), dist.local_rank()) == expected
+
+
+def ranks_talk() -> dict[str, Any]:
+    from clue_ds.pretrain.engine import start
+
+    start()
+    result = {
+        "sum": dist.all_reduce([dist.rank() + 1.0, 0.1]),
+        "broadcast": dist.broadcast({"from": dist.rank()}),
+    }
+    dist.agree(None)
+    try:
+        dist.agree("its disk is full" if dist.rank() == 1 else None)
+    except UserError as error:
+        result["error"] = str(error)
+    return result
+
+
+def test_ranks_sum_broadcast_and_agree() -> None:
+    results = run_ranks(3, ranks_talk)
+    assert results[0]["sum"] == pytest.approx([6.0, 0.3])
+    assert results[0]["broadcast"] == {"from": 0}
+    assert results[0]["error"] == "rank 1: its disk is full"
+    assert results[0] == results[1] == results[2]
+
+
+def test_other_ranks_let_rank_0_speak_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank, message in (("0", "no corpus"), ("2", "rank 2: no corpus")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError) as error, dist.one_voice():
+            raise UserError("no corpus")
+        assert str(error.value) == message
+    assert waited == [dist.SECONDS_FOR_RANK_0_TO_SPEAK]
