@@ -1,0 +1,42 @@
+"""What sits on the encoder when it is fine-tuned. Parameter names are transformers'.
+
+B: sequences   S: positions   H: hidden size   C: classes
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clue_ds.model import ops
+from clue_ds.model.bert import BertModel
+from clue_ds.model.blocks import Dense
+from clue_ds.model.init import initialize
+from clue_ds.presets import ModelConfig
+
+
+class BertForSequenceClassification(nn.Module):
+    """A class for each text or pair of texts, from the pooled [CLS].
+
+    Of the last block only the [CLS] row is computed. Weights start as `initialize(model, seed)`.
+    """
+
+    def __init__(self, config: ModelConfig, num_labels: int, seed: int = 42) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        self.classifier = Dense(config.hidden_size, num_labels)
+        initialize(self, seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, C] of int64 ids [B, S]."""
+        first = torch.zeros_like(input_ids[:, :1])
+        hidden = self.bert(input_ids, token_type_ids, lengths, rows=first)  # [B, 1, H]
+        pooled = self.bert.pooler(hidden[:, 0])
+        pooled = ops.dropout(pooled, self.config.hidden_dropout_prob, self.training)
+        return self.classifier(pooled)
