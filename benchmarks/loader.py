@@ -1,0 +1,226 @@
+"""`clue-ds bench loader`: batches a second against Hugging Face `datasets` and its MLM collator.
+
+The peer is what the usual `run_mlm` script does: an Arrow data set of token rows of fixed length,
+shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Both
+sides get the same tokens, length and batch size, one thread each, and take turns batch by batch, so
+that what else the machine does hits both. Only making batches is timed, no training.
+
+The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
+makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
+the same words as we do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clue_ds.benchmarks.environment import describe
+from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.vocab import learn, read_vocab
+from clue_ds.errors import UserError
+
+Contenders = dict[str, Callable[[int], Any]]
+
+
+def loader(
+    corpus: Path | None = None,
+    text: Path | None = None,
+    output: Path | None = None,
+    seq_length: int = 128,
+    batch_size: int = 256,
+    batches: int = 60,
+    seed: int = 0,
+) -> None:
+    """Compare SampleStream with datasets + DataCollatorForLanguageModeling, plain and whole-word.
+
+    Args:
+        corpus: directory written by `clue-ds shard`
+        text: instead of a corpus: a text file, from which a vocabulary and a corpus are made first
+        output: JSON file for the figures, with device, versions and command
+        seq_length: tokens a sequence
+        batch_size: sequences a batch
+        batches: timed batches of each contender; they take turns
+        seed: of order and masks
+    """
+    if (corpus is None) == (text is None):
+        raise UserError("give one of --corpus and --text")
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _corpus(corpus, text) as opened:
+            figures = _measure(opened, seq_length, batch_size, batches, seed)
+    finally:
+        torch.set_num_threads(previous)
+    _print(figures)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
+        print(f"written to {output}")
+
+
+@contextlib.contextmanager
+def _corpus(corpus: Path | None, text: Path | None) -> Iterator[Corpus]:
+    """The corpus in a directory, or one made of a text file for the time of the benchmark."""
+    if corpus is not None:
+        yield Corpus(corpus)
+        return
+    from clue_ds.data.build import shard
+
+    with tempfile.TemporaryDirectory() as directory:
+        vocab, built = Path(directory) / "vocab.txt", Path(directory) / "corpus"
+        learn((str(text),), output=vocab)
+        shard((str(text),), output=built, vocab=vocab)
+        yield Corpus(built)
+
+
+def _arrow_rows(corpus: Corpus, seq_length: int, with_offsets: bool, directory: str) -> Any:
+    """The corpus as a data set on disk, with the columns that the run_mlm script leaves."""
+    import datasets
+    from datasets import Features, Sequence, Value
+
+    bit = 1 << (8 * corpus.shards[0].tokens.dtype.itemsize - 1)
+    kinds = {"input_ids": "int32", "token_type_ids": "int8", "attention_mask": "int8"}
+    kinds["special_tokens_mask"] = "int8"
+    features = {name: Sequence(Value(kind)) for name, kind in kinds.items()}
+    if with_offsets:
+        features["offset_mapping"] = Sequence(Sequence(Value("int64")))
+    vocab = read_vocab(corpus.vocab_file)
+    cls_id, sep_id = vocab.index("[CLS]"), vocab.index("[SEP]")
+    window = seq_length - 2
+    fixed = {
+        "token_type_ids": [0] * seq_length,
+        "attention_mask": [1] * seq_length,
+        "special_tokens_mask": [1, *[0] * window, 1],
+    }
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for shard in corpus.shards:
+            for begin in range(0, len(shard.tokens) - window + 1, window):
+                tokens = shard.tokens[begin : begin + window]
+                row = {"input_ids": [cls_id, *(tokens & (bit - 1)).tolist(), sep_id], **fixed}
+                if with_offsets:
+                    row["offset_mapping"] = _offsets(tokens & bit != 0)
+                yield row
+
+    return datasets.Dataset.from_generator(
+        rows, features=Features(features), cache_dir=f"{directory}/{with_offsets}"
+    )
+
+
+def _offsets(continues: np.ndarray) -> list[list[int]]:
+    """Offsets of one-character tokens with a gap before each that begins a word."""
+    starts = np.cumsum(np.where(continues, 1, 2))
+    return [[0, 0], *np.stack([starts, starts + 1], axis=1).tolist(), [0, 0]]
+
+
+def _peers(corpus: Corpus, plain: Any, with_offsets: Any, batch_size: int) -> Contenders:
+    from transformers import BertTokenizer, DataCollatorForLanguageModeling
+
+    tokenizer = BertTokenizer.from_pretrained(corpus.directory, do_lower_case=corpus.lower_case)
+    order = np.random.permutation(len(plain))
+
+    def contender(rows: Any, **options: Any) -> Callable[[int], Any]:
+        collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, **options)
+
+        def make(step: int) -> Any:
+            places = order[np.arange(step * batch_size, (step + 1) * batch_size) % len(rows)]
+            return collate(rows.__getitems__(places.tolist()))
+
+        return make
+
+    # Its whole-word masking always puts [MASK]; asking for that keeps it from warning.
+    whole_word = {"whole_word_mask": True, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+    return {
+        "datasets + collator": contender(plain),
+        "datasets + collator, whole word": contender(with_offsets, **whole_word),
+    }
+
+
+def _measure(
+    corpus: Corpus, seq_length: int, batch_size: int, num_batches: int, seed: int
+) -> dict[str, Any]:
+    """Seconds a batch of each contender: median, 20th and 80th percentile; and ratios."""
+    with tempfile.TemporaryDirectory() as directory:
+        rows, rows_with_offsets = (
+            _arrow_rows(corpus, seq_length, with_offsets, directory)
+            for with_offsets in (False, True)
+        )
+        if len(rows) < batch_size:
+            raise UserError(
+                f"the corpus has {len(rows)} full rows of {seq_length} tokens, fewer than a batch "
+                f"of {batch_size}; give more text or a smaller --batch-size"
+            )
+        streams = {
+            whole_word: SampleStream(corpus, seq_length, batch_size, seed, whole_word=whole_word)
+            for whole_word in (False, True)
+        }
+        contenders: Contenders = {
+            "clue_ds": streams[False].batch,
+            "clue_ds, whole word": streams[True].batch,
+            **_peers(corpus, rows, rows_with_offsets, batch_size),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for step in range(-2, num_batches):  # two turns to warm up
+            for name, make in contenders.items():
+                begin = time.perf_counter()
+                make(step + 2)
+                if step >= 0:
+                    seconds[name].append(time.perf_counter() - begin)
+    figures = {name: _summary(times, batch_size, seq_length) for name, times in seconds.items()}
+    return {
+        "benchmark": "loader",
+        "num_tokens": corpus.num_tokens,
+        "seq_length": seq_length,
+        "batch_size": batch_size,
+        "num_batches": num_batches,
+        "contenders": figures,
+        "ratios": {
+            "plain": _ratio(figures, "clue_ds", "datasets + collator"),
+            "whole word": _ratio(figures, "clue_ds, whole word", "datasets + collator, whole word"),
+        },
+    }
+
+
+def _summary(times: list[float], batch_size: int, seq_length: int) -> dict[str, float]:
+    p20, median, p80 = np.percentile(times, [20, 50, 80])
+    return {
+        "milliseconds_median": round(1e3 * median, 4),
+        "milliseconds_p20": round(1e3 * p20, 4),
+        "milliseconds_p80": round(1e3 * p80, 4),
+        "samples_per_second": round(batch_size / median),
+        "million_tokens_per_second": round(batch_size * seq_length / median / 1e6, 3),
+    }
+
+
+def _ratio(figures: dict[str, dict[str, float]], ours: str, theirs: str) -> float:
+    key = "milliseconds_median"
+    return round(figures[theirs][key] / figures[ours][key], 1)
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"batches of {figures['batch_size']} x {figures['seq_length']} tokens, one thread"
+    table = Table("contender", "ms a batch", "p20 to p80", "samples/s", "Mtokens/s", title=title)
+    for name, row in figures["contenders"].items():
+        table.add_row(
+            name,
+            f"{row['milliseconds_median']:.2f}",
+            f"{row['milliseconds_p20']:.2f} to {row['milliseconds_p80']:.2f}",
+            f"{row['samples_per_second']:,}",
+            f"{row['million_tokens_per_second']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    for kind, ratio in figures["ratios"].items():
+        console.print(f"clue_ds is {ratio:.0f} times as fast, {kind}")

@@ -1,0 +1,64 @@
+"""The benchmark compares like with like, and refuses to time what computes something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clue_ds import presets
+from clue_ds.benchmarks import pretrain as bench
+from clue_ds.cli import main
+from clue_ds.model.bert import IGNORED
+
+CONFIG = presets.get("roberta_tiny_clue").replace(num_hidden_layers=1)
+SETTING = bench.Setting(CONFIG, torch.device("cpu"), "fp32", compile=False)
+
+
+def test_the_peers_labels_are_ours_at_their_positions() -> None:
+    rows = bench.random_rows(CONFIG, 3, 32, seed=1)
+    rows["masked_labels"][1, 2:] = IGNORED
+    rows["masked_positions"][1, 2:] = 0
+    both = bench.for_both(rows, torch.device("cpu"))
+    for row in range(3):
+        used = rows["masked_labels"][row] != IGNORED
+        positions = rows["masked_positions"][row][used]
+        assert torch.equal(both["labels"][row][positions], rows["masked_labels"][row][used])
+        assert int((both["labels"][row] != IGNORED).sum()) == int(used.sum())
+    assert both["attention_mask"].all()
+
+
+def test_both_sides_compute_the_same_loss_and_a_wrong_one_is_caught() -> None:
+    rows = bench.random_rows(CONFIG, 4, 32, seed=1)
+    rows["lengths"][1] = 20
+    outside = rows["masked_positions"] >= rows["lengths"][:, None]
+    rows["masked_labels"][outside] = IGNORED
+    rows["masked_positions"][outside] = 0
+    batch = bench.for_both(rows, torch.device("cpu"))
+    ours = bench.make_ours(SETTING, seed=1)
+    peer = bench.make_peer(SETTING, ours.network)
+    mine, theirs = bench.check_same_loss(ours, peer, batch, SETTING)
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    with torch.no_grad():
+        peer.network.bert.encoder.layer[0].output.dense.bias.add_(0.5)
+        peer.network.cls.predictions.transform.dense.bias[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="different losses"):
+        bench.check_same_loss(ours, peer, batch, SETTING)
+
+
+def test_verb_writes_figures_with_their_environment(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "pretrain.json"
+    argv = ["bench", "pretrain", "--seq-length", "16", "--micro-batch-size", "2", "--steps", "3"]
+    threads = torch.get_num_threads()
+    assert main([*argv, "--output", str(output)]) == 0
+    torch.set_num_threads(threads)
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["environment"]["versions"]["torch"]
+    assert result["setting"]["preset"] == "roberta_tiny_clue"
+    for side in ("ours", "peer"):
+        rate, time = result[side]["tokens_per_second"], result[side]["milliseconds_per_step"]
+        assert rate["p20"] <= rate["median"] <= rate["p80"]
+        assert rate["median"] * time["median"] == pytest.approx(2 * 16 * 1000, rel=1e-6)
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
