@@ -1,0 +1,68 @@
+# Every target makes the environment it needs in .venv; nothing else has to be installed first.
+# Variables: PYTHON (3.10 to 3.13), ARGS (passed on to the command of demo, test, bench).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := torch==2.13.0
+ARGS   ?=
+
+.PHONY: help demo sample test test-gpu bench lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.demo  ## the main job on real text, start to finish, in under 10 minutes on 2 cores
+	$(BIN)/clue-ds demo $(ARGS)
+
+sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM accuracy of 1.0
+	mkdir -p runs/sample
+	$(BIN)/clue-ds vocab learn docs/examples/sample.txt --output runs/sample/vocab.txt \
+		--size 600 --min-frequency 1
+	$(BIN)/clue-ds shard docs/examples/sample.txt --vocab runs/sample/vocab.txt \
+		--output runs/sample/corpus --overwrite
+	$(BIN)/clue-ds pretrain --config docs/examples/sample.yaml --data.corpus runs/sample/corpus \
+		--run_dir runs/sample/run $(ARGS)
+	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "老人把渔网撒进[MASK]里"
+
+test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
+	$(BIN)/pytest $(ARGS)
+
+test-gpu: $(VENV)/.dev  ## what needs CUDA
+	$(BIN)/pytest tests/gpu $(ARGS)
+
+bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
+	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
+	$(BIN)/clue-ds bench loader --output benchmarks/results/loader.json $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/tree && $(PIP) install --quiet --no-deps --target build/tree .
+	$(BIN)/mypy build/tree/clue_ds
+
+clean:  ## the environment and build products
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch comes first, because anything else that needs it would choose a build for us. Without a GPU we
+# ask for the CPU build by its label and take the registry's default where it has no build so labelled.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+		echo "installing $(TORCH) (a GPU is present: the CUDA build)"; \
+		$(PIP) install --quiet $(TORCH); \
+	else \
+		echo "installing $(TORCH) (no GPU: the CPU build where the registry has one)"; \
+		$(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null || $(PIP) install --quiet $(TORCH); \
+	fi
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.cfg
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch setup.cfg
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/.demo $@

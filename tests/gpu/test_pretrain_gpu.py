@@ -1,0 +1,78 @@
+"""On one GPU, every shipped DeepSpeed config trains like fp32 on the CPU, in each precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import make_corpus, read_log, tiny_config
+
+from clue_ds import config as run_config
+from clue_ds.model import BertForPreTraining
+from clue_ds.model.init import initialize
+from clue_ds.presets import get
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
+# Of the losses of 6 steps against fp32 on the CPU. TF32 is off; bf16 has 8 bits, fp16 11.
+LOSS_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), sample_text)
+
+
+def _losses(run_dir: Path, corpus: Path, device: str, **sections: Any) -> list[float]:
+    model = {**NO_DROPOUT, **sections.pop("model", {})}
+    config = tiny_config(corpus, run_dir, model=model, **sections)
+    run_dir.mkdir(parents=True)
+    run_config.save(config, run_dir / "in.yaml")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    command = [sys.executable, "-m", "clue_ds.pretrain.train", "--config", str(run_dir / "in.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line["loss"] for line in read_log(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[float]:
+    return _losses(tmp_path_factory.mktemp("cpu") / "run", corpus, "cpu", deepspeed="zero0")
+
+
+@pytest.mark.parametrize("precision", LOSS_TOLERANCE)
+@pytest.mark.parametrize("deepspeed", CONFIGS)
+def test_losses_equal_the_cpus(
+    deepspeed: str, precision: str, tmp_path: Path, corpus: Path, cpu_losses: list[float]
+) -> None:
+    train = {"precision": precision}
+    losses = _losses(tmp_path / "run", corpus, "cuda", deepspeed=deepspeed, train=train)
+    assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE[precision])
+
+
+def test_compiled_blocks_compute_the_same(
+    tmp_path: Path, corpus: Path, cpu_losses: list[float]
+) -> None:
+    losses = _losses(tmp_path / "run", corpus, "cuda", model={"compile": True})
+    assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "masked_softmax"])
+def test_logits_equal_the_cpus(attention: str) -> None:
+    config = get("roberta_tiny_clue")
+    model = BertForPreTraining(config, attention=attention).eval()
+    initialize(model, seed=0)
+    draws = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(110, config.vocab_size, (4, 128), generator=draws)
+    lengths = torch.tensor([128, 100, 3, 77])
+    with torch.inference_mode():
+        expected = model(input_ids, lengths=lengths).prediction_logits
+        model.cuda()
+        found = model(input_ids.cuda(), lengths=lengths.cuda()).prediction_logits.cpu()
+    real = torch.arange(128)[None] < lengths[:, None]
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=0)

