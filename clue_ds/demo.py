@@ -30,9 +30,9 @@ from rich.table import Table
 from clue_ds.errors import UserError
 
 NUM_CPU_RANKS = 2
-NUM_STEPS = 3_000
+NUM_STEPS = 5_000
 NUM_HELD_OUT = 2_000
-NUM_LABELLED = 1_000
+NUM_LABELLED = 4_000
 VOCAB_SIZE = 6_000
 SEED = 42
 
@@ -40,8 +40,8 @@ SENTENCES = (
     "这个酒店的房间很干[MASK]。",
     "服务员的态度非常[MASK]。",
     "这本书的内容很[MASK]富，值得一读。",
-    "中国人[MASK]解放军",
-    "改革[MASK]放以来，经济有了很大的发展。",
+    "酒店的早[MASK]一般，下次不会再来了。",
+    "电脑的散[MASK]不好，用一会儿就很热。",
 )
 
 CONFIG = """\
@@ -51,6 +51,7 @@ deepspeed: zero1                # ds_configs/zero1.json
 data:
   corpus: {corpus}
   seq_length: 64
+  whole_word: false             # single tokens are easier: learning shows within minutes
 model:
   preset: roberta_tiny_clue     # the family; made smaller below so that minutes are enough
   num_hidden_layers: 2
@@ -58,19 +59,20 @@ model:
   num_attention_heads: 4
   intermediate_size: 512
   max_position_embeddings: 128
+  initializer_range: 0.05
   hidden_dropout_prob: 0.0      # few passes over little text: there is nothing to overfit
   attention_probs_dropout_prob: 0.0
 train:
   steps: {steps}
   global_batch_size: 32
   micro_batch_size: 16
-  lr: 2e-3
+  lr: 1.5e-3
   beta2: 0.98
   warmup_steps: 200
 checkpoint:
   every: 1000
 log:
-  every: 50
+  every: 100
 """
 
 
@@ -83,7 +85,7 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     """
     console = Console()
     started = time.perf_counter()
-    texts, reviews = write_texts(directory / "text")
+    (news, reviews_text), reviews = write_texts(directory / "text")
     vocab, corpus, run_dir = (directory / name for name in ("vocab.txt", "corpus", "run"))
     config = directory / "pretrain.yaml"
     config.write_text(CONFIG.format(run_dir=run_dir, corpus=corpus, steps=steps), encoding="utf-8")
@@ -91,10 +93,12 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     ranks = torch.cuda.device_count() or NUM_CPU_RANKS
 
     step = _Steps(console)
-    step.show("a vocabulary from the text")
-    step.run("vocab", "learn", *texts, "--size", VOCAB_SIZE, "--output", vocab)
-    step.show("the text as memory-mapped shards, word boundaries marked")
-    step.run("shard", *texts, "--vocab", vocab, "--output", corpus, "--workers", 2)
+    step.show("a vocabulary from news and reviews")
+    step.run("vocab", "learn", news, reviews_text, "--size", VOCAB_SIZE, "--output", vocab)
+    # Reviews alone: a million tokens seen nine times teach a small network more in minutes than
+    # three million seen three times (MLM accuracy 26 % against 14 %).
+    step.show("the reviews as memory-mapped shards, word boundaries marked")
+    step.run("shard", reviews_text, "--vocab", vocab, "--output", corpus, "--workers", 2)
     step.show(f"pretraining on {ranks} ranks under DeepSpeed ZeRO-1")
     step.run("launch", "--local", ranks, "--", "pretrain", "--config", config)
     step.show("a directory that anyone can load")
@@ -120,7 +124,8 @@ class _Steps:
 
     def run(self, *arguments: object) -> None:
         words = [str(argument) for argument in arguments]
-        self.console.print(f"$ {shlex.join(['clue-ds', *words])}", style="cyan", highlight=False)
+        command = shlex.join(["clue-ds", *words])
+        self.console.print(f"$ {command}", style="cyan", highlight=False, soft_wrap=True)
         done = subprocess.run([sys.executable, "-m", "clue_ds.cli", *words])
         if done.returncode:
             raise UserError(f"clue-ds {words[0]} ended with status {done.returncode}; see above")
@@ -189,7 +194,7 @@ def fine_tune(
                 labelled,
                 held_out,
                 None if from_scratch else directory,
-                Recipe(epochs=4, batch_size=16, lr=5e-4),
+                Recipe(epochs=2, batch_size=32, lr=5e-4),
                 from_scratch=from_scratch,
                 force=True,
                 on_step=report,
@@ -241,6 +246,8 @@ def _summary(
         table.add_row(what, str(where))
     console.print(table)
     console.print(
+        "The network has seen ten million tokens; published ones see 10,000 times as many. Enough\n"
+        "to fill masks, too little to change the accuracy on reviews much.\n\n"
         "Next, on your own text (README.md says more):\n"
         "  clue-ds vocab learn texts/*.txt --size 8000 --output vocab.txt\n"
         "  clue-ds shard texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"

@@ -126,7 +126,8 @@ def test_each_sample_once_an_epoch(
         begin = epoch * stream.num_samples
         assert Counter(samples[begin : begin + stream.num_samples]) == expected
     orders = [samples[e * stream.num_samples : (e + 1) * stream.num_samples] for e in range(2)]
-    assert orders[0] != orders[1]
+    # So few samples as length 5000 leaves here come in the same order by chance now and then.
+    assert orders[0] != orders[1] or stream.num_samples < 20
 
 
 @settings(max_examples=20, deadline=None)
