@@ -60,40 +60,92 @@ class _MaskedScale(torch.autograd.Function):
         return (grad * keep).mul_(ctx.scale), None, None
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`'s meaning; on a CPU with our cheaper masks (see the header)."""
+def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tensor:
+    """bool like `shape`: the mask that the kernels draw from `seed`, bit for bit.
+
+    Philox-4x32 (Salmon et al. 2011) with 7 rounds, key = the seed's two halves, counter =
+    (column / 8, low and high half of the row, 0); the low half of a word comes first. For parity:
+    the int64 arithmetic that stands in for uint32 is slow.
+    """
+    low = 0xFFFFFFFF
+    width = shape[-1]
+    seed = torch.as_tensor(seed).reshape(())
+    rows = torch.arange(shape.numel() // max(width, 1), device=seed.device)[:, None]
+    groups = torch.arange(-(-width // 8), device=seed.device)[None, :]
+    zero = torch.zeros_like(rows + groups)
+    c0, c1, c2, c3 = zero + groups, zero + (rows & low), zero + (rows >> 32), zero
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(7):
+        # Products wrap modulo 2^64, which leaves both halves right.
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = (product2 >> 32 & low) ^ c1 ^ k0, (product0 >> 32 & low) ^ c3 ^ k1
+        c1, c3 = product2 & low, product0 & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    words = torch.stack((c0, c1, c2, c3), dim=-1)
+    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :width]
+    return (draws >= num_dropped).view(shape)
+
+
+def dropout(x: Tensor, p: float, training: bool, seed: Tensor | int | None = None) -> Tensor:
+    """`F.dropout`'s meaning; on a CPU with our cheaper masks, with a seed with the kernels'."""
     if not training or p == 0.0:
         return x
+    if seed is not None:
+        num_dropped, scale = dropout_threshold(p)
+        return torch.where(philox_keep(x.shape, num_dropped, seed).to(x.device), x * scale, 0.0)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     num_dropped, scale = dropout_threshold(p)
     return _MaskedScale.apply(x, keep_mask(x.shape, num_dropped), scale)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension: x [..., H], weight and bias [H] -> [..., H]."""
-    if weight.dtype == x.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension: x [..., H], weight and bias [H] or None -> [..., H]."""
+    shape = x.shape[-1:]
+    if weight is None or weight.dtype == x.dtype:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    wide_bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), shape, weight.float(), wide_bias, eps).to(x.dtype)
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """What residual + dropout(x + bias) is kept in: the residual's dtype unless fp32 is asked."""
+    kept = x.dtype if residual is None else residual.dtype
+    return torch.promote_types(kept, torch.float32) if residual_in_fp32 else kept
 
 
 def bias_dropout_add_layer_norm(
     x: Tensor,
     bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     ln_bias: Tensor,
     p: float,
     eps: float,
     training: bool,
-) -> Tensor:
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    seed: Tensor | int | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """LayerNorm(residual + dropout(x + bias)): x and residual [..., H]; bias, weight, ln_bias [H].
 
-    `bias` is None where the GEMM before it has already added it.
+    `bias` is None where the GEMM before it has already added it, `residual` None where there is
+    none. The result has x's dtype. With `prenorm` the sum comes too, in the residual's dtype or
+    fp32; with `return_mask` (which needs a seed if p > 0) the bool mask of kept elements. With
+    both: (y, sum, mask).
     """
-    if bias is not None:
-        x = x + bias
-    return layer_norm(residual + dropout(x, p, training), weight, ln_bias, eps)
+    assert not return_mask or seed is not None or not training or p == 0.0, "a mask needs a seed"
+    total = dropout(x if bias is None else x + bias, p, training, seed)
+    if residual is not None:
+        total = residual + total
+    total = total.to(sum_dtype(x, residual, residual_in_fp32))
+    y = layer_norm(total, weight, ln_bias, eps).to(x.dtype)
+    results = [y, total] if prenorm else [y]
+    if return_mask:
+        num_dropped = dropout_threshold(p)[0] if training else 0
+        results.append(philox_keep(x.shape, num_dropped, 0 if seed is None else seed))
+    return tuple(results) if len(results) > 1 else y
 
 
 def masked_softmax(
@@ -103,18 +155,24 @@ def masked_softmax(
     scale: float = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    seed: Tensor | int | None = None,
 ) -> Tensor:
     """dropout(softmax(scale * scores)) over the last dimension: scores [B, N, Q, K] -> same.
 
-    What is masked: `mask` broadcasts to scores and is True where a key is MASKED (Megatron's
-    polarity; Hugging Face's and SDPA's True means keep); `key_lengths` [B] keeps the first n keys
-    of each sequence. Give one, both or none.
+    What is masked: a bool `mask` broadcasts to scores and is True where a key is MASKED (Megatron's
+    polarity; Hugging Face's and SDPA's True means keep), a float one is added to the scaled scores
+    (it gets no gradient); `key_lengths` [B] keeps the first n keys of each sequence. Give one, both
+    or none. A row that masks every key is zeros, and so is its gradient.
     """
+    scaled = scores if scores.dtype == torch.float64 else scores.float()
+    scaled = scaled * scale if scale != 1.0 else scaled
+    if mask is not None and mask.dtype != torch.bool:
+        scaled = scaled + mask.detach()
+        mask = scaled == float("-inf")
     if key_lengths is not None:
         keys = torch.arange(scores.shape[-1], device=scores.device)
         beyond = (keys >= key_lengths[:, None])[:, None, None, :]  # [B, 1, 1, K]
         mask = beyond if mask is None else mask | beyond
-    scaled = scores.float() * scale if scale != 1.0 else scores.float()
     if mask is not None:
         scaled = scaled.masked_fill(mask, float("-inf"))
         # A row without any key would be 0/0: softmax it as zeros, then zero it.
@@ -122,7 +180,7 @@ def masked_softmax(
         probabilities = scaled.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     else:
         probabilities = scaled.softmax(-1)
-    return dropout(probabilities.to(scores.dtype), dropout_p, training)
+    return dropout(probabilities.to(scores.dtype), dropout_p, training, seed)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
@@ -142,6 +200,7 @@ def embedding_layer_norm(
     eps: float,
     training: bool,
     padding_idx: int | None = None,
+    seed: Tensor | int | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[0..S) + token_type[types])): ids [B, S] -> [B, S, H].
 
@@ -153,4 +212,4 @@ def embedding_layer_norm(
         summed = summed + token_type[0]
     else:
         summed = summed + F.embedding(token_type_ids, token_type)
-    return dropout(layer_norm(summed, weight, bias, eps), p, training)
+    return dropout(layer_norm(summed, weight, bias, eps), p, training, seed)

@@ -1,0 +1,314 @@
+"""LayerNorm(residual + dropout(x + bias)) in one pass: kernel, launch and gradient.
+
+M: rows   H: hidden size   P: persistent programs of the backward pass
+
+Forward, 8 bytes an element in bf16: read x and residual, write y and the sum that LayerNorm
+normalized, which is what the backward pass reads, and what pre-LN networks carry on. Backward, 8
+bytes: read dy and the sum, write dx and dresidual (6 without dropout, where the two are one
+tensor; 2 more for a gradient of the sum). The dropout mask is drawn again from its seed. Gradients
+of bias, weight and ln_bias are reduced as in layer_norm.py.
+
+Rejected: saving y alone (6 bytes): its inverse divides by weights, which may be 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference, registered, tiles
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    ln_bias_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    EPS: tl.constexpr,
+    NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < H)
+    local = tl.arange(0, ROWS)[:, None] * H + cols
+    z = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    if NUM_DROPPED > 0:
+        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        z = tl.where(keep, z * KEEP_SCALE, 0.0)
+        if mask_ptr is not None:
+            tl.store(mask_ptr + first * H + local, keep, mask=inside)
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+    tl.store(sum_ptr + first * H + local, z, mask=inside)
+    mean, rstd, y = tiles.normalize(z, inside, EPS, H)
+    y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    y += tl.load(ln_bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    tl.store(y_ptr + first * H + local, y, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr: tl.tensor,
+    dsum_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    dresidual_ptr: tl.tensor,
+    dbias_ptr: tl.tensor,
+    dweight_ptr: tl.tensor,
+    dln_bias_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    cols = tl.arange(0, BLOCK)[None, :]
+    local = tl.arange(0, ROWS)[:, None] * H + cols
+    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    dweight = tl.zeros((ROWS, BLOCK), ACC)
+    dln_bias = tl.zeros((ROWS, BLOCK), ACC)
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
+        first = tl.cast(tile, tl.int64) * ROWS
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & (cols < H)
+        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        z = tl.load(sum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
+        dweight += dy * normed
+        dln_bias += dy
+        if dsum_ptr is not None:
+            dz += tl.load(dsum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + first * H + local, dz, mask=inside)
+        if NUM_DROPPED > 0:
+            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+            dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
+        tl.store(dx_ptr + first * H + local, dz, mask=inside)
+        if dbias_ptr is not None:
+            dbias += tl.where(inside, dz, 0.0)
+    partial = tl.program_id(0) * H + cols
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
+    tl.store(dln_bias_ptr + partial, tl.sum(dln_bias, axis=0, keep_dims=True), mask=cols < H)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    sum_dtype: torch.dtype,
+    wants_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y like x, sum like x in `sum_dtype`, bool mask like x or empty, statistics [2, M])."""
+    outputs = _outputs(x, bias, residual, weight, ln_bias, seed, p, eps, sum_dtype, wants_mask)
+    y, total, mask, statistics = outputs
+    rows = registered.rows_of(x)
+    num_rows, width = rows.shape
+    num_dropped, scale = reference.dropout_threshold(p)
+    if wants_mask and not num_dropped:
+        mask.fill_(True)
+    if num_rows:
+        tile = tiles.for_device(tiles.forward_tile(width), x, num_rows)
+        with torch.cuda.device_of(x):
+            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
+                rows, bias, None if residual is None else registered.rows_of(residual), weight,
+                ln_bias, seed, y, total, mask if wants_mask else None, statistics[0],
+                statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
+                H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x.dtype),
+                num_warps=tile.num_warps,
+            )  # fmt: skip
+    return outputs
+
+
+def _outputs(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    sum_dtype: torch.dtype,
+    wants_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows = x.numel() // x.shape[-1]
+    statistics = tiles.statistics_dtype(x.dtype)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape, dtype=sum_dtype, device=x.device),
+        torch.empty(x.shape if wants_mask else (0,), dtype=torch.bool, device=x.device),
+        torch.empty((2, num_rows), dtype=statistics, device=x.device),
+    )
+
+
+def backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    statistics: Tensor,
+    p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual or empty, parameter gradients [3, H]: dbias, dweight, dln_bias).
+
+    dresidual is empty where there is no residual or where it would equal dx.
+    """
+    dx, dresidual, parameters = outputs = _gradients(
+        dy, dsum, total, weight, seed, statistics, p, x_dtype, residual_dtype, has_bias
+    )
+    rows = total.view(statistics.shape[1], total.shape[-1])
+    num_rows, width = rows.shape
+    if not num_rows:
+        parameters.zero_()
+        return outputs
+    num_dropped, scale = reference.dropout_threshold(p)
+    tile = tiles.for_device(tiles.backward_tile(width), total, num_rows)
+    num_programs = tiles.num_persistent(total, triton.cdiv(num_rows, tile.rows), tile.num_warps)
+    partials = parameters.new_empty((3, num_programs, width))
+    with torch.cuda.device_of(total):
+        backward_kernel[(num_programs,)](
+            registered.rows_of(dy), None if dsum is None else registered.rows_of(dsum), rows,
+            weight, seed, statistics[0], statistics[1], dx,
+            dresidual if dresidual.numel() else None, partials[0] if has_bias else None,
+            partials[1], partials[2], num_rows, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
+            H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x_dtype),
+            STAGES=tiles.STAGES, num_warps=tile.num_warps,
+        )  # fmt: skip
+        first = 0 if has_bias else 1
+        torch.sum(partials[first:], dim=1, out=parameters[first:])
+    return outputs
+
+
+def _gradients(
+    dy: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    statistics: Tensor,
+    p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_own = residual_dtype is not None and (p > 0.0 or residual_dtype != x_dtype)
+    device = total.device
+    return (
+        torch.empty(total.shape, dtype=x_dtype, device=device),
+        torch.empty(total.shape if is_own else (0,), dtype=residual_dtype, device=device),
+        torch.empty((3, total.shape[-1]), dtype=statistics.dtype, device=device),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, bias, residual, weight, ln_bias, seed, p, *_ = inputs
+    _, total, _, statistics = output
+    ctx.save_for_backward(total, weight, seed, statistics)
+    ctx.options = (p, x.dtype, None if residual is None else residual.dtype, bias is not None)
+    ctx.dtypes = (None if bias is None else bias.dtype, weight.dtype, ln_bias.dtype)
+
+
+def _formula(launch: registered.Launch) -> Any:
+    def differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dy is None and dsum is None:
+            return (None,) * 10
+        total, weight, seed, statistics = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(total)
+        dx, dresidual, parameters = launch(
+            dy, dsum, total, weight, seed, statistics, *ctx.options
+        )
+        has_residual = ctx.options[2] is not None
+        if has_residual and not dresidual.numel():
+            dresidual = dx
+        dbias, dweight, dln_bias = (
+            None if dtype is None else gradient.to(dtype)
+            for gradient, dtype in zip(parameters, ctx.dtypes, strict=True)
+        )
+        residual = dresidual if has_residual else None
+        return dx, dbias, residual, dweight, dln_bias, None, None, None, None, None
+
+    return differentiate
+
+
+_call = registered.define(
+    "bias_dropout_add_layer_norm",
+    forward,
+    _outputs,
+    _setup_context,
+    backward,
+    _gradients,
+    _formula,
+)
+
+
+def bias_dropout_add_layer_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    p: float,
+    eps: float,
+    training: bool,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    seed: Tensor | int | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """See `clue_ds.kernels.bias_dropout_add_layer_norm`."""
+    p = p if training else 0.0
+    seeded = registered.fresh_seed(seed, x.device) if p > 0.0 else None
+    sum_dtype = reference.sum_dtype(x, residual, residual_in_fp32)
+    y, total, mask, _ = _call(
+        x, bias, residual, weight, ln_bias, seeded, p, eps, sum_dtype, return_mask
+    )
+    results = (y, *([total] if prenorm else []), *([mask] if return_mask else []))
+    return results if len(results) > 1 else y

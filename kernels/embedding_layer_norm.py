@@ -1,0 +1,326 @@
+"""dropout(LayerNorm(word + position + token type)) from three tables: kernel, launch, gradient.
+
+M: rows, sequences x positions   H: hidden size   V: vocabulary   T: token types
+
+Forward, 4 bytes an element in bf16 (read a word's row, write y; the two small tables stay in
+cache) where the chain of torch operations moves 26. Backward: the kernel gathers the sums again
+instead of having kept them, and writes the gradient of the sum [M, H]; torch's own
+`embedding_dense_backward` adds it into the tables, which is deterministic (it sorts the ids).
+
+An id outside of its table makes a row of NaN: seen in the loss, where reading on would not be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference, registered, tiles
+
+
+@triton.jit
+def gather(
+    ids_ptr: tl.tensor,
+    types_ptr: tl.tensor,
+    word_ptr: tl.tensor,
+    position_ptr: tl.tensor,
+    token_type_ptr: tl.tensor,
+    rows: tl.tensor,
+    num_rows: tl.tensor,
+    cols: tl.tensor,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Sums of the three tables' rows [ROWS, BLOCK] in ACC; 0 outside of the matrix."""
+    in_rows = rows < num_rows
+    inside = in_rows[:, None] & (cols < H)
+    ids = tl.load(ids_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    known = (ids >= 0) & (ids < V)
+    word = tl.load(word_ptr + ids[:, None] * H + cols, mask=inside & known[:, None], other=0.0)
+    position = tl.load(position_ptr + (rows % S)[:, None] * H + cols, mask=inside, other=0.0)
+    z = word.to(ACC) + position.to(ACC)
+    if types_ptr is None:
+        z += tl.load(token_type_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    else:
+        types = tl.load(types_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+        known &= (types >= 0) & (types < T)
+        at = types[:, None] * H + cols
+        z += tl.load(token_type_ptr + at, mask=inside & known[:, None], other=0.0).to(ACC)
+    return tl.where(inside, tl.where(known[:, None], z, float("nan")), 0.0)
+
+
+@triton.jit
+def forward_kernel(
+    ids_ptr: tl.tensor,
+    types_ptr: tl.tensor,
+    word_ptr: tl.tensor,
+    position_ptr: tl.tensor,
+    token_type_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    EPS: tl.constexpr,
+    NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < H)
+    z = gather(
+        ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
+        V, T, S, H, ACC,
+    )  # fmt: skip
+    mean, rstd, y = tiles.normalize(z, inside, EPS, H)
+    y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    y += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    if NUM_DROPPED > 0:
+        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        y = tl.where(keep, y * KEEP_SCALE, 0.0)
+    local = tl.arange(0, ROWS)[:, None] * H + cols
+    tl.store(y_ptr + first * H + local, y, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    types_ptr: tl.tensor,
+    word_ptr: tl.tensor,
+    position_ptr: tl.tensor,
+    token_type_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    dsum_ptr: tl.tensor,
+    dweight_ptr: tl.tensor,
+    dbias_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    cols = tl.arange(0, BLOCK)[None, :]
+    local = tl.arange(0, ROWS)[:, None] * H + cols
+    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+    dweight = tl.zeros((ROWS, BLOCK), ACC)
+    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    # No stages: the addresses come from a load, which the pipeliner does not look through.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        first = tl.cast(tile, tl.int64) * ROWS
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & (cols < H)
+        z = gather(
+            ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
+            V, T, S, H, ACC,
+        )  # fmt: skip
+        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        if NUM_DROPPED > 0:
+            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+            dy = tl.where(keep, dy * KEEP_SCALE, 0.0)
+        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
+        tl.store(dsum_ptr + first * H + local, dz, mask=inside)
+        dweight += dy * normed
+        dbias += dy
+    partial = tl.program_id(0) * H + cols
+    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
+    tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+
+
+def forward(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor]:
+    """ids [..., S] -> (y [..., S, H] like word, statistics [2, M])."""
+    y, statistics = _outputs(
+        input_ids, token_type_ids, word, position, token_type, weight, bias, seed, p, eps,
+        padding_idx,
+    )  # fmt: skip
+    num_rows, width = input_ids.numel(), word.shape[1]
+    num_dropped, scale = reference.dropout_threshold(p)
+    if num_rows:
+        tile = tiles.for_device(tiles.forward_tile(width), word, num_rows)
+        types = None if token_type_ids is None else token_type_ids.contiguous()
+        with torch.cuda.device_of(word):
+            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
+                input_ids.contiguous(), types, word, position, token_type, weight, bias, seed, y,
+                statistics[0], statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped,
+                KEEP_SCALE=scale, V=word.shape[0], T=token_type.shape[0], S=input_ids.shape[-1],
+                H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(word.dtype),
+                num_warps=tile.num_warps,
+            )  # fmt: skip
+    return y, statistics
+
+
+def _outputs(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor]:
+    shape = (*input_ids.shape, word.shape[1])
+    statistics = tiles.statistics_dtype(word.dtype)
+    return (
+        torch.empty(shape, dtype=word.dtype, device=word.device),
+        torch.empty((2, input_ids.numel()), dtype=statistics, device=word.device),
+    )
+
+
+def backward(
+    dy: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    statistics: Tensor,
+    p: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dword, dposition, dtoken_type, parameter gradients [2, H]: dweight and dbias)."""
+    num_rows, width = input_ids.numel(), word.shape[1]
+    seq_length = input_ids.shape[-1]
+    parameters = statistics.new_zeros((2, width))
+    dsum = torch.empty((num_rows, width), dtype=word.dtype, device=word.device)
+    types = token_type_ids
+    if num_rows:
+        num_dropped, scale = reference.dropout_threshold(p)
+        tile = tiles.for_device(tiles.backward_tile(width), word, num_rows)
+        num_tiles = triton.cdiv(num_rows, tile.rows)
+        num_programs = tiles.num_persistent(word, num_tiles, tile.num_warps)
+        partials = parameters.new_empty((2, num_programs, width))
+        with torch.cuda.device_of(word):
+            backward_kernel[(num_programs,)](
+                registered.rows_of(dy), input_ids.contiguous(),
+                None if types is None else types.contiguous(), word, position, token_type, weight,
+                seed, statistics[0], statistics[1], dsum, partials[0], partials[1], num_rows,
+                NUM_DROPPED=num_dropped, KEEP_SCALE=scale, V=word.shape[0],
+                T=token_type.shape[0], S=seq_length, H=width, ROWS=tile.rows, BLOCK=tile.block,
+                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
+            )  # fmt: skip
+            torch.sum(partials, dim=1, out=parameters)
+    scatter = torch.ops.aten.embedding_dense_backward
+    dword = scatter(dsum, input_ids.flatten(), word.shape[0], padding_idx, False)
+    by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width).sum(0)
+    dposition = torch.zeros_like(position, memory_format=torch.contiguous_format)
+    dposition[:seq_length] = by_position
+    if types is None:
+        dtoken_type = torch.zeros_like(token_type, memory_format=torch.contiguous_format)
+        dtoken_type[0] = by_position.sum(0)
+    else:
+        dtoken_type = scatter(dsum, types.flatten(), token_type.shape[0], -1, False)
+    return dword, dposition, dtoken_type.to(token_type.dtype), parameters
+
+
+def _gradients(
+    dy: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    statistics: Tensor,
+    p: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (word, position))
+    dtoken_type = torch.empty(token_type.shape, dtype=token_type.dtype, device=word.device)
+    return *tables, dtoken_type, statistics.new_empty((2, word.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ids, types, word, position, token_type, weight, bias, seed, p, _, padding_idx = inputs
+    ctx.save_for_backward(ids, types, word, position, token_type, weight, seed, output[1])
+    ctx.options = (p, padding_idx)
+    ctx.dtypes = (weight.dtype, bias.dtype)
+
+
+def _formula(launch: registered.Launch) -> Any:
+    def differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * 11
+        tables = launch(dy, *ctx.saved_tensors, *ctx.options)
+        dweight, dbias = (
+            g.to(dtype) for g, dtype in zip(tables[3], ctx.dtypes, strict=True)
+        )
+        return None, None, *tables[:3], dweight, dbias, None, None, None, None
+
+    return differentiate
+
+
+_call = registered.define(
+    "embedding_layer_norm", forward, _outputs, _setup_context, backward, _gradients, _formula
+)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    p: float,
+    eps: float,
+    training: bool,
+    padding_idx: int | None = None,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """See `clue_ds.kernels.embedding_layer_norm`."""
+    p = p if training else 0.0
+    seeded = registered.fresh_seed(seed, word.device) if p > 0.0 else None
+    padding = -1 if padding_idx is None else padding_idx
+    return _call(
+        input_ids, token_type_ids, word, position, token_type, weight, bias, seeded, p, eps, padding
+    )[0]

@@ -1,0 +1,133 @@
+"""What row-wise kernels share: tile shapes, the dropout mask, LayerNorm's arithmetic.
+
+A tile is ROWS whole rows of a [M, H] matrix, padded to BLOCK columns, a power of two. H is a
+`tl.constexpr`: passed at run time, a hidden size of 312 would make every access 2 bytes wide.
+
+The dropout mask is a function of (seed, row, column): Philox-4x32 with 7 rounds (the fewest that
+pass BigCrush) keyed by the seed, counter (column / 8, row); its 128 bits are the 16-bit draws of
+eight columns, which costs 14 instructions an element where a draw each costs 61. Tile, warps and
+target have no say, so the interpreter, the GPU and `reference.philox_keep` agree bit for bit, and
+the backward pass draws the mask again instead of reading one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PHILOX_ROUNDS = tl.constexpr(7)
+STAGES = 3  # tiles of a persistent loop that are loaded ahead, plus the one in use
+DRAWS = 8  # 16-bit draws of one Philox counter, so the narrowest tile
+# Elements of a tile on the interpreter, which pays 20 to 90 ms a program whatever its tile.
+INTERPRETED_ELEMENTS = 1 << 17
+INTERPRETED_PROGRAMS = 3
+
+
+class Tile(NamedTuple):
+    """Shape of a program: `rows` x `block` elements on `num_warps` warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def forward_tile(width: int) -> Tile:
+    """One warp a row up to 1024 (no shared memory in reductions); 16 to 32 elements a thread."""
+    block = max(DRAWS, next_power_of_2(width))
+    return Tile(max(1, min(32, 1024 // block)), block, max(1, block // 1024))
+
+
+def backward_tile(width: int) -> Tile:
+    """16 elements a thread: the column sums take up to three more registers for each."""
+    block = max(DRAWS, next_power_of_2(width))
+    return Tile(max(1, min(32, 512 // block)), block, max(1, block // 512))
+
+
+def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
+    """`tile` on a GPU; on a CPU few tall programs, because there each program costs the same."""
+    if x.is_cuda:
+        return tile
+    tallest = max(1, INTERPRETED_ELEMENTS // tile.block)
+    return tile._replace(rows=min(tallest, next_power_of_2(-(-num_rows // 2))))
+
+
+def num_persistent(x: Tensor, num_tiles: int, num_warps: int) -> int:
+    """Programs of a persistent kernel, 8 warps a multiprocessor: each takes every n-th tile.
+
+    With STAGES tiles of two bf16 inputs in flight, 8 warps have 48 KiB under way on each
+    multiprocessor; 3 TB/s at 1 us of latency need 23.
+    """
+    if not x.is_cuda:
+        return min(num_tiles, INTERPRETED_PROGRAMS)
+    num_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(num_tiles, max(1, 8 // num_warps) * num_multiprocessors)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel computes and keeps sums in: fp32, except for fp64 inputs (gradcheck)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """`statistics_dtype` in Triton's terms."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def keep_tile(
+    seed_ptr: tl.tensor,
+    first_row: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIRST_GROUP: tl.tensor = 0,
+) -> tl.tensor:
+    """bool [ROWS, BLOCK], False where an element is dropped; columns start at 8 * FIRST_GROUP."""
+    if NUM_DROPPED == 65536:
+        return tl.zeros((ROWS, BLOCK), tl.int1)
+    GROUPS: tl.constexpr = BLOCK // 8
+    seed = tl.load(seed_ptr)
+    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
+    groups = (tl.arange(0, GROUPS) + FIRST_GROUP).to(tl.uint32)
+    zero = tl.zeros((ROWS, GROUPS), tl.uint32)
+    column = zero + groups[None, :]
+    row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    row_high = zero + (rows >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, column, row_low, row_high, zero, PHILOX_ROUNDS)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    # Both halves compared in the upper 16 bits: no shift for the second.
+    THRESHOLD: tl.constexpr = NUM_DROPPED * 65536
+    return tl.interleave((words << 16) >= THRESHOLD, words >= THRESHOLD)
+
+
+@triton.jit
+def normalize(
+    z: tl.tensor, inside: tl.tensor, eps: tl.constexpr, H: tl.constexpr
+) -> tl.tuple:
+    """(mean, rstd, (z - mean) * rstd) of the rows of z; 0 outside. Two passes over registers.
+
+    One pass (E[z^2] - E[z]^2) would cancel: at a mean of 1e3 fp32 has no digit of variance left.
+    """
+    mean = tl.sum(z, axis=1) / H
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / H + eps)
+    return mean, rstd, centred * rstd[:, None]
+
+
+@triton.jit
+def normalize_gradient(
+    dy: tl.tensor, normed: tl.tensor, weight: tl.tensor, rstd: tl.tensor, H: tl.constexpr
+) -> tl.tensor:
+    """Gradient of normalize's input rows, where dy is that of `normed * weight + bias`."""
+    weighted = dy * weight
+    mean_weighted = tl.sum(weighted, axis=1) / H
+    mean_projected = tl.sum(weighted * normed, axis=1) / H
+    return (weighted - mean_weighted[:, None] - normed * mean_projected[:, None]) * rstd[:, None]

@@ -1,0 +1,166 @@
+"""What is compiled ahead of time: every kernel at BERT's widths with the launcher's own tiles.
+
+Limits: registers and instructions an element are those under which a kernel keeps up with 3 TB/s
+on an H100 (kernels/README.md has the arithmetic); no limit means that memory is not what bounds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from . import reference, tiles
+from .aot import Variant
+from .functional import fused_add_norm, fused_embedding, fused_gelu, fused_norm, fused_softmax
+
+WIDTHS = (312, 768, 1024)
+KEY_LENGTHS = (128, 512)
+INTERMEDIATE = {312: 1248, 768: 3072, 1024: 4096}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 128
+EPS = 1e-12
+
+
+def _constants(tile: tiles.Tile, width: int, p: float | None = None) -> dict[str, Any]:
+    found = {"H": width, "ROWS": tile.rows, "BLOCK": tile.block, "ACC": tl.float32}
+    if p is not None:
+        num_dropped, scale = reference.dropout_threshold(p)
+        found |= {"NUM_DROPPED": num_dropped, "KEEP_SCALE": scale}
+    return found
+
+
+def _pointers(kind: str, *names: str) -> dict[str, str]:
+    return {f"{name}_ptr": kind for name in names}
+
+
+def norms(width: int) -> list[Variant]:
+    """layer_norm in bf16 with fp32 parameters."""
+    forward, backward = tiles.forward_tile(width), tiles.backward_tile(width)
+    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    return [
+        Variant(
+            f"layer_norm forward {width}", fused_norm.forward_kernel,
+            shared | _pointers("*bf16", "x", "y") | _pointers("*fp32", "bias"),
+            _constants(forward, width) | {"EPS": EPS},
+            forward.num_warps, forward.rows * width, FORWARD_REGISTERS, 32, False,
+        ),
+        Variant(
+            f"layer_norm backward {width}", fused_norm.backward_kernel,
+            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "dweight", "dbias"),
+            _constants(backward, width) | {"STAGES": tiles.STAGES},
+            backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, None, True,
+        ),
+    ]  # fmt: skip
+
+
+def add_norms(width: int, p: float) -> list[Variant]:
+    """bias_dropout_add_layer_norm in bf16, post-LN, with fp32 parameters."""
+    forward, backward = tiles.forward_tile(width), tiles.backward_tile(width)
+    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    seed = _pointers("*i64", "seed") if p else {}
+    # Without dropout dresidual is dx.
+    gradients = _pointers("*bf16", "dy", "sum", "dx", *(["dresidual"] if p else []))
+    return [
+        Variant(
+            f"bias_dropout_add_layer_norm forward {width} p={p:g}",
+            fused_add_norm.forward_kernel,
+            shared | seed | _pointers("*bf16", "x", "residual", "y", "sum")
+            | _pointers("*fp32", "bias", "ln_bias"),
+            _constants(forward, width, p) | {"EPS": EPS},
+            forward.num_warps, forward.rows * width, FORWARD_REGISTERS, 50 if p else 32, False,
+        ),
+        Variant(
+            f"bias_dropout_add_layer_norm backward {width} p={p:g}",
+            fused_add_norm.backward_kernel,
+            shared | seed | gradients | _pointers("*fp32", "dbias", "dweight", "dln_bias"),
+            _constants(backward, width, p) | {"STAGES": tiles.STAGES},
+            backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, None, True,
+        ),
+    ]  # fmt: skip
+
+
+def softmaxes(num_keys: int, p: float) -> list[Variant]:
+    """masked_softmax in bf16 with key lengths."""
+    tile = tiles.forward_tile(num_keys)
+    constants = _constants(tile, num_keys, p) | {"K": num_keys, "SCALE": 0.125}
+    forward = constants | {
+        "N": 12, "Q": num_keys, "MASK_STRIDE_K": 0, "IS_BOOL": False,
+        "mask_stride_b": 0, "mask_stride_n": 0, "mask_stride_q": 0,
+    }  # fmt: skip
+    seed = {"num_rows": "i32"} | (_pointers("*i64", "seed") if p else {})
+    limit = 45 if p else 32
+    dropped = _pointers("*bf16", "dropped") if p else {}
+    return [
+        Variant(
+            f"masked_softmax forward {num_keys} p={p:g}", fused_softmax.forward_kernel,
+            seed | dropped | _pointers("*bf16", "scores", "out") | _pointers("*i64", "lengths"),
+            forward, tile.num_warps, tile.rows * num_keys, FORWARD_REGISTERS, limit, False,
+        ),
+        Variant(
+            f"masked_softmax backward {num_keys} p={p:g}", fused_softmax.backward_kernel,
+            seed | _pointers("*bf16", "dy", "out", "dscores"), constants,
+            tile.num_warps, tile.rows * num_keys, BACKWARD_REGISTERS, limit, False,
+        ),
+    ]  # fmt: skip
+
+
+def gelus(width: int, tanh: bool) -> list[Variant]:
+    """bias_gelu in bf16 with an fp32 bias."""
+    tile = fused_gelu.tile_of(width)
+    constants = _constants(tile, width) | {"TANH": tanh}
+    shared = _pointers("*fp32", "bias") | {"num_rows": "i32"}
+    kind = "tanh" if tanh else "erf"
+    elements = tile.rows * tile.block
+    return [
+        Variant(
+            f"bias_gelu forward {width} {kind}", fused_gelu.forward_kernel,
+            shared | _pointers("*bf16", "x", "y"), constants,
+            tile.num_warps, elements, FORWARD_REGISTERS, None, False,
+        ),
+        Variant(
+            f"bias_gelu backward {width} {kind}", fused_gelu.backward_kernel,
+            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "dbias"),
+            constants | {"STAGES": tiles.STAGES},
+            tile.num_warps, elements, BACKWARD_REGISTERS, None, True,
+        ),
+    ]  # fmt: skip
+
+
+def embeddings(width: int, p: float) -> list[Variant]:
+    """embedding_layer_norm with bf16 tables and fp32 LayerNorm parameters, token types given."""
+    forward, backward = tiles.forward_tile(width), tiles.backward_tile(width)
+    shape = {"V": 8064, "T": 2, "S": 128}
+    shared = (
+        _pointers("*bf16", "word", "position", "token_type")
+        | _pointers("*i64", "ids", "types", *(["seed"] if p else []))
+        | _pointers("*fp32", "weight", "mean", "rstd")
+        | {"num_rows": "i32"}
+    )
+    return [
+        Variant(
+            f"embedding_layer_norm forward {width} p={p:g}", fused_embedding.forward_kernel,
+            shared | _pointers("*bf16", "y") | _pointers("*fp32", "bias"),
+            _constants(forward, width, p) | shape | {"EPS": EPS},
+            forward.num_warps, forward.rows * width, FORWARD_REGISTERS, None, False,
+        ),
+        Variant(
+            f"embedding_layer_norm backward {width} p={p:g}", fused_embedding.backward_kernel,
+            shared | _pointers("*bf16", "dy", "dsum") | _pointers("*fp32", "dweight", "dbias"),
+            _constants(backward, width, p) | shape,
+            backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, None, True,
+        ),
+    ]  # fmt: skip
+
+
+def everything() -> list[Variant]:
+    """Every variant of the gate."""
+    found = []
+    for width in WIDTHS:
+        found += norms(width) + add_norms(width, 0.0) + add_norms(width, 0.1)
+    for num_keys in KEY_LENGTHS:
+        found += softmaxes(num_keys, 0.0) + softmaxes(num_keys, 0.1)
+    for width in (INTERMEDIATE[312], INTERMEDIATE[768]):
+        found += gelus(width, tanh=False) + gelus(width, tanh=True)
+    return found + embeddings(312, 0.1) + embeddings(768, 0.1)
