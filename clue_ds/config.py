@@ -53,6 +53,9 @@ class ModelSection(Section):
     attention: Literal["sdpa", "masked_softmax"] = Field(
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"
     )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="fused operations: auto is triton on a GPU and torch elsewhere"
+    )
     compile: bool = Field(False, description="torch.compile every block (needs a C++ compiler)")
 
     def resolve(self, vocab_size: int) -> ModelConfig:

@@ -28,7 +28,9 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NUM_BULK = 3  # accesses of one width that are not just a row's statistics, a seed or a length
+# Accesses of one width are bulk from this share of all bits on: below it they are a row's
+# statistics, a seed, a length, or parameters shared by many rows.
+BULK_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     }
     source = ASTSource(variant.kernel, signature, constants, aligned)
     compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": variant.num_warps}
+        source, target=TARGETS[target], options={"num_warps": variant.num_warps, "enable_fp_fusion": True}
     )
     shared = compiled.metadata.shared
     if target == "gfx942":
@@ -107,8 +109,7 @@ def _read_nvidia(variant: Variant, target: str, cubin: bytes, shared: int) -> Re
     local = int(re.findall(r"LOCAL:(\d+)", usage)[-1])
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
     code = [(int(address, 16), name, rest) for address, name, rest in lines]
-    widths = [_nvidia_width(name) for _, name, _ in code if name.startswith(("LDG", "STG"))]
-    widths += [_nvidia_width(name) for _, name, _ in code if name.startswith("LDGSTS")]
+    widths = [_nvidia_width(name) for _, name, _ in code if name.startswith(("LDG.", "LDGSTS.", "STG."))]
     spilled = stack + local
     return _report(
         variant, target, registers, spilled, widths, len(_body(code, variant.loops)), shared
@@ -168,9 +169,9 @@ def _report(
     shared: int,
 ) -> Report:
     threads = variant.num_warps * TARGETS[target].warp_size
-    bulk = [bits for bits in set(widths) if widths.count(bits) >= NUM_BULK]
+    enough = BULK_SHARE * sum(widths)
+    narrowest = min(bits for bits in set(widths) if bits * widths.count(bits) >= enough)
     per_element = num_instructions * threads / variant.elements
-    narrowest = min(bulk, default=max(widths))
     return Report(variant.name, target, registers, spilled, narrowest, per_element, shared)
 
 

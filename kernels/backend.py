@@ -55,4 +55,4 @@ def use_triton(x: Tensor, width: int) -> bool:
         return False
     if _backend == "triton":
         return True
-    return x.is_cuda and HAS_TRITON
+    return x.is_cuda and HAS_TRITON and not INTERPRETED

@@ -60,7 +60,11 @@ def forward_kernel(
             tl.store(mask_ptr + first * H + local, keep, mask=inside)
     if residual_ptr is not None:
         z += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-    tl.store(sum_ptr + first * H + local, z, mask=inside)
+    # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
+    # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
+    kept = z.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + first * H + local, kept, mask=inside)
+    z = kept.to(ACC)
     mean, rstd, y = tiles.normalize(z, inside, EPS, H)
     y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
     y += tl.load(ln_bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
@@ -209,8 +213,8 @@ def backward(
         parameters.zero_()
         return outputs
     num_dropped, scale = reference.dropout_threshold(p)
-    tile = tiles.for_device(tiles.backward_tile(width), total, num_rows)
-    num_programs = tiles.num_persistent(total, triton.cdiv(num_rows, tile.rows), tile.num_warps)
+    tile = tiles.for_device(tiles.backward_tile(width, num_sums=3), total, num_rows)
+    num_programs = tiles.num_persistent(total, triton.cdiv(num_rows, tile.rows), tile)
     partials = parameters.new_empty((3, num_programs, width))
     with torch.cuda.device_of(total):
         backward_kernel[(num_programs,)](

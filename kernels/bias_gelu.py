@@ -85,9 +85,14 @@ def backward_kernel(
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(ACC)
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC) + bias
         if TANH:
-            gate = 1.0 / (1.0 + tl.exp(-(z * TWICE_SQRT_2_OVER_PI * (z * z * CUBIC + 1.0))))
+            inner = z * TWICE_SQRT_2_OVER_PI * (z * z * CUBIC + 1.0)
+            # sigmoid and its complement from exp(-|inner|): 1 - gate would cancel, and slope is
+            # 9 at z = 6.
+            small = tl.exp(-tl.abs(inner))
+            large = 1.0 / (1.0 + small)
+            small = small * large
             slope = (z * z * CUBIC * 3.0 + 1.0) * TWICE_SQRT_2_OVER_PI
-            dx = dy * (gate + z * gate * (1.0 - gate) * slope)
+            dx = dy * (tl.where(inner >= 0.0, large, small) + z * small * large * slope)
         else:
             density = tl.exp(z * z * -0.5) * INVERSE_SQRT_2_PI
             dx = dy * (0.5 + 0.5 * tl.erf(z * SQRT_HALF) + z * density)
@@ -134,7 +139,7 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Te
     tile = tiles.for_device(tile_of(width), x, num_rows)
     num_blocks = triton.cdiv(width, tile.block)
     num_tiles = triton.cdiv(num_rows, tile.rows)
-    all_programs = tiles.num_persistent(x, num_tiles * num_blocks, tile.num_warps // 2)
+    all_programs = tiles.num_persistent(x, num_tiles * num_blocks, tile)
     num_programs = min(num_tiles, triton.cdiv(all_programs, num_blocks))
     partials = None if bias is None else dbias.new_empty((num_programs, width))
     with torch.cuda.device_of(x):

@@ -235,7 +235,7 @@ def backward(
         num_dropped, scale = reference.dropout_threshold(p)
         tile = tiles.for_device(tiles.backward_tile(width), word, num_rows)
         num_tiles = triton.cdiv(num_rows, tile.rows)
-        num_programs = tiles.num_persistent(word, num_tiles, tile.num_warps)
+        num_programs = tiles.num_persistent(word, num_tiles, tile)
         partials = parameters.new_empty((2, num_programs, width))
         with torch.cuda.device_of(word):
             backward_kernel[(num_programs,)](

@@ -136,7 +136,7 @@ def backward(
     if not num_rows:
         return dx, parameters.zero_()
     tile = tiles.for_device(tiles.backward_tile(width), x, num_rows)
-    num_programs = tiles.num_persistent(x, triton.cdiv(num_rows, tile.rows), tile.num_warps)
+    num_programs = tiles.num_persistent(x, triton.cdiv(num_rows, tile.rows), tile)
     partials = parameters.new_empty((2, num_programs, width))
     with torch.cuda.device_of(x):
         backward_kernel[(num_programs,)](

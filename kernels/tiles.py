@@ -45,10 +45,14 @@ def forward_tile(width: int) -> Tile:
     return Tile(max(1, min(32, 1024 // block)), block, max(1, block // 1024))
 
 
-def backward_tile(width: int) -> Tile:
-    """16 elements a thread: the column sums take up to three more registers for each."""
+def backward_tile(width: int, num_sums: int = 2) -> Tile:
+    """16 elements a thread, or 8 (one access of bf16) where `num_sums` is three column sums.
+
+    Each column sum takes a register an element; with three, 16 elements come to 165 registers.
+    """
     block = max(DRAWS, next_power_of_2(width))
-    return Tile(max(1, min(32, 512 // block)), block, max(1, block // 512))
+    per_warp = 512 if num_sums < 3 else 256
+    return Tile(max(1, min(32, 512 // block)), block, max(1, block // per_warp))
 
 
 def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
@@ -59,16 +63,16 @@ def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
     return tile._replace(rows=min(tallest, next_power_of_2(-(-num_rows // 2))))
 
 
-def num_persistent(x: Tensor, num_tiles: int, num_warps: int) -> int:
-    """Programs of a persistent kernel, 8 warps a multiprocessor: each takes every n-th tile.
+def num_persistent(x: Tensor, num_tiles: int, tile: Tile) -> int:
+    """Programs of a persistent kernel, each of which takes every n-th tile.
 
-    With STAGES tiles of two bf16 inputs in flight, 8 warps have 48 KiB under way on each
-    multiprocessor; 3 TB/s at 1 us of latency need 23.
+    4096 elements a multiprocessor: with STAGES tiles of two bf16 inputs on their way that is 48 KiB
+    in flight on each; 3 TB/s at 1 us of latency need 23. More would write more partial sums.
     """
     if not x.is_cuda:
         return min(num_tiles, INTERPRETED_PROGRAMS)
     num_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(num_tiles, max(1, 8 // num_warps) * num_multiprocessors)
+    return min(num_tiles, max(1, 4096 // (tile.rows * tile.block)) * num_multiprocessors)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

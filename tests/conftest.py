@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is decorated, so before anything imports clue_ds.kernels. Only
+    # tests that ask for `kernel_device` notice: elsewhere a CPU tensor takes the torch twin.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -23,3 +31,15 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def sample_text() -> str:
     return SAMPLE.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """Where Triton kernels run in this process, a GPU or the interpreter; every op uses them."""
+    from clue_ds import kernels
+
+    if not kernels.available():
+        pytest.skip("needs the package triton, and a GPU or TRITON_INTERPRET=1")
+    kernels.set_backend("triton")
+    yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.set_backend("auto")

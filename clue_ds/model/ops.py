@@ -1,8 +1,9 @@
 """The seam between the model and `clue_ds.kernels`: which implementation runs is decided here.
 
 The model calls nothing else for its heavy work, and which implementation ran never shows in the
-weights. Every operation is the torch reference so far. There the GEMM adds the bias (one pass over
-memory less); a fused kernel that wants the bias for itself gets it here.
+weights. `choose_kernels` decides between Triton kernels and torch (by default: Triton for what lies
+on a GPU). With torch the GEMM adds the bias, one pass over memory less; a fused kernel takes it for
+itself, and its gradient comes out of the backward pass that it does anyway.
 
 B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidden size
 """
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clue_ds import kernels
+from clue_ds.errors import UserError
 
 Attention = Literal["sdpa", "masked_softmax"]
 
@@ -24,8 +26,18 @@ layer_norm = kernels.layer_norm
 dropout = kernels.reference.dropout
 
 
+def choose_kernels(name: str) -> None:
+    """Which implementation runs in this process from now on: auto, triton or torch."""
+    try:
+        kernels.set_backend(name)
+    except RuntimeError as error:
+        raise UserError(f"model.kernels: {error}") from None
+
+
 def dense_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """GELU(x W^T + bias): x [..., I], weight [O, I] -> [..., O]."""
+    if kernels.use_triton(x, weight.shape[0]):
+        return kernels.bias_gelu(F.linear(x, weight), bias, approximate)
     return kernels.bias_gelu(F.linear(x, weight, bias), None, approximate)
 
 
@@ -41,9 +53,9 @@ def dense_dropout_add_layer_norm(
     training: bool,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x W^T + bias)): x [..., I], weight [H, I] -> [..., H]."""
-    projected = F.linear(x, weight, bias)
+    gemm_bias, kernel_bias = (None, bias) if kernels.use_triton(x, weight.shape[0]) else (bias, None)
     return kernels.bias_dropout_add_layer_norm(
-        projected, None, residual, ln_weight, ln_bias, p, eps, training
+        F.linear(x, weight, gemm_bias), kernel_bias, residual, ln_weight, ln_bias, p, eps, training
     )
 
 

@@ -33,6 +33,7 @@ MAY_CHANGE = {
     "data.corpus",  # compared by its fingerprint
     "train.micro_batch_size",
     "model.attention",
+    "model.kernels",
     "model.compile",
     "model.init",  # where a run began, not where it goes
     "checkpoint.every",

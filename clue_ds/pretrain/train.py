@@ -25,6 +25,7 @@ from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.errors import UserError, run_command
 from clue_ds.metrics import Meter, Writers
+from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
@@ -142,13 +143,14 @@ def build(config: RunConfig) -> Run:
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
-    """A UserError for numbers that don't fit each other; needs no other rank."""
+    """A UserError for settings that don't fit each other or this machine; needs no other rank."""
     if config.data.seq_length > model.max_position_embeddings:
         raise UserError(
             f"data.seq_length {config.data.seq_length} exceeds the model's positions; set it to "
             f"{model.max_position_embeddings} or less, or raise model.max_position_embeddings"
         )
     ds_json.fill(ds_json.read(config.deepspeed), config, dist.world_size())
+    ops.choose_kernels(config.model.kernels)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
 

@@ -1,0 +1,90 @@
+"""The layer_norm kernel against fp64, by the error rule of kernel_checks.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_checks import DTYPES, ROWS, WIDTHS, assert_accurate, compare, guard_bands, guarded
+
+from clue_ds import kernels
+from clue_ds.kernels import reference
+
+EPS = 1e-12
+SHAPES = [(3, width) for width in WIDTHS] + [(rows, 312) for rows in ROWS] + [(129, 769)]
+
+fused = partial(kernels.layer_norm, eps=EPS)
+twin = partial(reference.layer_norm, eps=EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    for rows, width in SHAPES:
+        x = torch.randn(rows, width, device=kernel_device).to(dtype)
+        weight, bias = torch.randn(2, width, device=kernel_device)
+        compare(fused, twin, (x, weight, bias), {}, f"{rows} x {width}")
+
+
+def test_parameters_may_be_absent_or_of_the_activations_dtype(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 64, device=kernel_device).bfloat16()
+    weight, bias = torch.randn(2, 64, device=kernel_device).bfloat16()
+    for parameters in ((weight, bias), (weight, None), (None, None)):
+        compare(fused, twin, (x, *parameters), {}, str(parameters))
+
+
+def test_statistics_stay_fp32_beside_bf16_rows(kernel_device: torch.device) -> None:
+    """Liger kept mean and rstd in bf16: at a mean of 1000 the digits of the variance are gone."""
+    torch.manual_seed(0)
+    x = (torch.randn(9, 768, device=kernel_device) + 1e3).float()
+    weight, bias = torch.ones(768, device=kernel_device), torch.zeros(768, device=kernel_device)
+    ours, exact = fused(x, weight, bias), twin(x.double(), weight.double(), bias.double())
+    # The mean is an fp32 number whose last place is 2^-14 at 1000; its sum may cost another.
+    assert (ours - exact).abs().max() <= 2 * 2**-14
+    low = x.bfloat16()
+    ours, exact = fused(low, weight, bias), twin(low.double(), weight.double(), bias.double())
+    assert_accurate(ours, exact.to(low.dtype), exact, "mean 1e3 in bf16")
+
+
+def test_rows_may_lie_apart_and_have_any_leading_dimensions(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(2, 24, device=kernel_device)
+    for x in (
+        torch.randn(4, 6, 48, device=kernel_device)[..., :24],
+        torch.randn(24, 5, device=kernel_device).T,
+        torch.randn(2, 3, 4, 24, device=kernel_device).transpose(1, 2),
+    ):
+        expected = twin(x, weight, bias)
+        torch.testing.assert_close(fused(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_touches_nothing_outside_its_buffers(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    for rows, width in ((1, 1), (3, 7), (5, 312), (129, 769)):
+        plain = [torch.randn(s, device=kernel_device) for s in ((rows, width), (width,), (width,))]
+        leaves = [guarded(t).requires_grad_() for t in plain]
+        with guard_bands(monkeypatch):
+            out = fused(*leaves)
+            grads = torch.autograd.grad(out, leaves, guarded(torch.randn_like(out)))
+        assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_a_nan_stays_in_its_row(kernel_device: torch.device) -> None:
+    x = torch.randn(3, 312, device=kernel_device)
+    x[1, 100] = float("nan")
+    weight, bias = torch.ones(312, device=kernel_device), torch.zeros(312, device=kernel_device)
+    out = fused(x, weight, bias)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+def test_parameter_gradients_repeat_bit_for_bit(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(515, 312, device=kernel_device, requires_grad=True)
+    weight, bias = (torch.randn(312, device=kernel_device, requires_grad=True) for _ in range(2))
+    dy = torch.randn_like(x)
+    first, second = (torch.autograd.grad(fused(x, weight, bias), (weight, bias), dy) for _ in "12")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

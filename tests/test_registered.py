@@ -1,0 +1,182 @@
+"""What every operation owes torch: gradcheck, opcheck, fullgraph compile, checkpointing, ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clue_ds import kernels
+
+SEED = 11
+
+
+class Case(NamedTuple):
+    """An operation as a function of its floating-point inputs."""
+
+    call: Callable[..., Any]
+    shapes: list[tuple[int, ...]]
+    op: str
+    rest: Callable[[torch.device], tuple[Any, ...]]  # arguments of the registered op behind them
+
+
+def _seed(device: torch.device) -> Tensor:
+    return torch.tensor([SEED], device=device)
+
+
+def _ids(device: torch.device) -> Tensor:
+    return torch.tensor([[1, 4, 1], [0, 2, 3]], device=device)
+
+
+CASES = {
+    "layer_norm": Case(
+        lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),
+        [(3, 7), (7,), (7,)],
+        "layer_norm",
+        lambda device: (1e-5,),
+    ),
+    "bias_dropout_add_layer_norm": Case(
+        lambda *t: kernels.bias_dropout_add_layer_norm(*t, 0.3, 1e-5, True, True, seed=SEED),
+        [(3, 7), (7,), (3, 7), (7,), (7,)],
+        "bias_dropout_add_layer_norm",
+        lambda device: (_seed(device), 0.3, 1e-5, torch.float64, True),
+    ),
+    "masked_softmax": Case(
+        lambda s: kernels.masked_softmax(
+            s, key_lengths=torch.tensor([5, 2], device=s.device), scale=0.7, dropout_p=0.3,
+            seed=SEED,
+        ),
+        [(2, 2, 3, 5)],
+        "masked_softmax",
+        lambda device: (None, torch.tensor([5, 2], device=device), _seed(device), 0.7, 0.3),
+    ),
+    "bias_gelu erf": Case(
+        lambda x, b: kernels.bias_gelu(x, b), [(3, 7), (7,)], "bias_gelu", lambda device: (False,)
+    ),
+    "bias_gelu tanh": Case(
+        lambda x, b: kernels.bias_gelu(x, b, "tanh"),
+        [(3, 7), (7,)],
+        "bias_gelu",
+        lambda device: (True,),
+    ),
+    "embedding_layer_norm": Case(
+        lambda *t: kernels.embedding_layer_norm(
+            _ids(t[0].device), _ids(t[0].device) % 2, *t, 0.3, 1e-5, True, seed=SEED
+        ),
+        [(6, 5), (4, 5), (2, 5), (5,), (5,)],
+        "embedding_layer_norm",
+        lambda device: (_seed(device), 0.3, 1e-5, -1),
+    ),
+}  # fmt: skip
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in case.shapes]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_finite_differences(name: str, kernel_device: torch.device) -> None:
+    case = CASES[name]
+    assert torch.autograd.gradcheck(
+        case.call, _inputs(case, torch.float64, kernel_device), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registered_op_passes_opcheck(name: str, kernel_device: torch.device) -> None:
+    case = CASES[name]
+    inputs = _inputs(case, torch.float64, kernel_device)
+    if case.op == "embedding_layer_norm":
+        inputs = [_ids(kernel_device), _ids(kernel_device) % 2, *inputs]
+    op = getattr(torch.ops.clue_ds, case.op).default
+    # The static-shape half of what torch.compile needs; the dynamic one takes 10 s a case here.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(op, (*inputs, *case.rest(kernel_device)), test_utils=tests)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_without_a_graph_break_equals_eager(
+    name: str, kernel_device: torch.device
+) -> None:
+    case = CASES[name]
+    inputs = _inputs(case, torch.float32, kernel_device)
+
+    def first(*tensors: Tensor) -> Tensor:
+        out = case.call(*tensors)
+        return 2 * (out[0] if isinstance(out, tuple) else out)
+
+    compiled = torch.compile(first, fullgraph=True, backend="aot_eager")
+    ours, eager = compiled(*inputs), first(*inputs)
+    assert torch.equal(ours, eager)
+    dy = torch.randn_like(eager)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(eager, inputs, dy), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_checkpointing_draws_the_same_mask_again(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 8, 64, device=kernel_device).requires_grad_().unbind()
+    weight, bias = torch.ones(64, device=kernel_device), torch.zeros(64, device=kernel_device)
+
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return kernels.bias_dropout_add_layer_norm(
+            x, None, residual, weight, bias, 0.5, 1e-12, True
+        )
+
+    torch.manual_seed(5)
+    plain = torch.autograd.grad(block(x, residual).pow(3).sum(), x)
+    torch.manual_seed(5)
+    again = checkpoint(block, x, residual, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.pow(3).sum(), x)[0], plain[0])
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight, self.ln_bias = (nn.Parameter(torch.randn(16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = kernels.bias_gelu(x, self.bias)
+        out = kernels.layer_norm(out, self.weight, self.ln_bias, 1e-12)
+        return kernels.bias_dropout_add_layer_norm(
+            out, self.bias, x, self.weight, self.ln_bias, 0.0, 1e-12, True
+        )
+
+
+def test_parameters_may_be_empty_between_forward_and_backward(kernel_device: torch.device) -> None:
+    """ZeRO-3 frees a parameter's data after forward and gathers it again before backward."""
+    torch.manual_seed(0)
+    block = _Block().to(kernel_device)
+    x = torch.randn(5, 16, device=kernel_device)
+    expected = torch.autograd.grad(block(x).pow(2).sum(), list(block.parameters()))
+    full = [parameter.data for parameter in block.parameters()]
+    loss = block(x).pow(2).sum()
+    for parameter in block.parameters():
+        parameter.data = torch.empty(0, device=kernel_device)
+    for parameter, data in zip(block.parameters(), full, strict=True):
+        parameter.data = data
+    gradients = torch.autograd.grad(loss, list(block.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_under_autocast_bf16_meets_fp32_parameters(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    block, dense = _Block().to(kernel_device), nn.Linear(16, 16, device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        out = block(dense(torch.randn(5, 16, device=kernel_device)))
+    out.float().pow(2).sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+def test_without_gradients_nothing_is_kept(kernel_device: torch.device) -> None:
+    with torch.no_grad():
+        out = _Block().to(kernel_device)(torch.randn(2, 16, device=kernel_device))
+    assert not out.requires_grad and out.grad_fn is None
