@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import loader, pretrain
+from clue_ds.benchmarks import kernels, loader, pretrain
 
-COMMANDS: dict[str, Callable[..., None]] = {"pretrain": pretrain.pretrain, "loader": loader.loader}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain.pretrain,
+    "loader": loader.loader,
+    "kernels": kernels.kernels,
+}

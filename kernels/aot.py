@@ -90,7 +90,9 @@ def compile_variant(variant: Variant, target: str) -> Report:
     }
     source = ASTSource(variant.kernel, signature, constants, aligned)
     compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": variant.num_warps, "enable_fp_fusion": True}
+        source,
+        target=TARGETS[target],
+        options={"num_warps": variant.num_warps, "enable_fp_fusion": True},
     )
     shared = compiled.metadata.shared
     if target == "gfx942":
@@ -109,7 +111,9 @@ def _read_nvidia(variant: Variant, target: str, cubin: bytes, shared: int) -> Re
     local = int(re.findall(r"LOCAL:(\d+)", usage)[-1])
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
     code = [(int(address, 16), name, rest) for address, name, rest in lines]
-    widths = [_nvidia_width(name) for _, name, _ in code if name.startswith(("LDG.", "LDGSTS.", "STG."))]
+    widths = [
+        _nvidia_width(name) for _, name, _ in code if name.startswith(("LDG.", "LDGSTS.", "STG."))
+    ]
     spilled = stack + local
     return _report(
         variant, target, registers, spilled, widths, len(_body(code, variant.loops)), shared
@@ -177,7 +181,9 @@ def _report(
 
 def table(reports: list[Report]) -> str:
     """The reports as aligned text, one line each."""
-    head = f"{'kernel':<52}{'target':<8}{'regs':>5}{'spill':>6}{'bits':>5}{'instr/el':>9}{'smem':>7}"
+    head = (
+        f"{'kernel':<52}{'target':<8}{'regs':>5}{'spill':>6}{'bits':>5}{'instr/el':>9}{'smem':>7}"
+    )
     lines = [
         f"{r.variant:<52}{r.target:<8}{r.registers:>5}{r.spilled_bytes:>6}"
         f"{r.narrowest_bulk:>5}{r.instructions:>9.1f}{r.shared_bytes:>7}"

@@ -266,9 +266,7 @@ def _formula(launch: registered.Launch) -> Any:
         total, weight, seed, statistics = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(total)
-        dx, dresidual, parameters = launch(
-            dy, dsum, total, weight, seed, statistics, *ctx.options
-        )
+        dx, dresidual, parameters = launch(dy, dsum, total, weight, seed, statistics, *ctx.options)
         has_residual = ctx.options[2] is not None
         if has_residual and not dresidual.numel():
             dresidual = dx

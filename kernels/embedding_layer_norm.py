@@ -273,9 +273,10 @@ def _gradients(
     p: float,
     padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (word, position))
-    dtoken_type = torch.empty(token_type.shape, dtype=token_type.dtype, device=word.device)
-    return *tables, dtoken_type, statistics.new_empty((2, word.shape[1]))
+    dword, dposition, dtoken_type = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (word, position, token_type)
+    )
+    return dword, dposition, dtoken_type, statistics.new_empty((2, word.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -290,9 +291,7 @@ def _formula(launch: registered.Launch) -> Any:
         if dy is None:
             return (None,) * 11
         tables = launch(dy, *ctx.saved_tensors, *ctx.options)
-        dweight, dbias = (
-            g.to(dtype) for g, dtype in zip(tables[3], ctx.dtypes, strict=True)
-        )
+        dweight, dbias = (g.to(dtype) for g, dtype in zip(tables[3], ctx.dtypes, strict=True))
         return None, None, *tables[:3], dweight, dbias, None, None, None, None
 
     return differentiate

@@ -14,6 +14,8 @@ Operations import this package's kernels only where Triton is installed (`availa
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import reference
@@ -47,7 +49,7 @@ def bias_dropout_add_layer_norm(
     residual_in_fp32: bool = False,
     seed: Tensor | int | None = None,
     return_mask: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """LayerNorm(residual + dropout(x + bias)): x and residual [..., H]; bias, weight, ln_bias [H].
 
     `bias` is None where the GEMM before it has added it, `residual` None where there is none.

@@ -120,7 +120,7 @@ def forward(
     num_dropped, keep_scale = reference.dropout_threshold(p)
     _, num_heads, num_queries, num_keys = scores.shape
     num_rows = out.numel() // num_keys
-    strides = (0, 0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask = mask.expand(scores.shape)
         strides = mask.stride()

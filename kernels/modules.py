@@ -63,7 +63,7 @@ class FusedScaleMaskSoftmax(nn.Module):
         self.scale = 1.0 if scale is None else scale
 
     def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """scores [B, N, Q, K], bool mask that broadcasts to it, True where masked -> like scores."""
+        """scores [B, N, Q, K], mask that broadcasts to it, True where masked -> like scores."""
         if self.dtype not in (None, scores.dtype):
             raise ValueError(f"scores are {scores.dtype}, the module was made for {self.dtype}")
         softmax = masked_softmax if self.fused else reference.masked_softmax
@@ -84,12 +84,10 @@ class _FusedAddNorm:
         """hidden_states [..., I], input_tensor (the residual) [..., H] -> [..., H]."""
         norm = self.LayerNorm
         projected = F.linear(hidden_states, self.dense.weight)
-        result = bias_dropout_add_layer_norm(
+        return bias_dropout_add_layer_norm(
             projected, self.dense.bias, input_tensor, norm.weight, norm.bias,
             self.dropout.p, norm.eps, self.training,
         )  # fmt: skip
-        assert isinstance(result, Tensor)
-        return result
 
 
 class _FusedGelu:

@@ -29,7 +29,7 @@ def define(
     backward: Launch,
     fake_backward: Launch,
     formula: Formula,
-) -> Callable[..., tuple[Tensor, ...]]:
+) -> Callable[..., Any]:
     """Register clue_ds::NAME and clue_ds::NAME_backward; returns what to call.
 
     `forward` returns a tuple of fresh tensors: results first, then what only `backward` reads.
@@ -51,7 +51,7 @@ def define(
     }
     direct = type(f"{name}_direct", (torch.autograd.Function,), members)
 
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
+    def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
         return direct.apply(*arguments)  # type: ignore[attr-defined]

@@ -113,9 +113,7 @@ def keep_tile(
 
 
 @triton.jit
-def normalize(
-    z: tl.tensor, inside: tl.tensor, eps: tl.constexpr, H: tl.constexpr
-) -> tl.tuple:
+def normalize(z: tl.tensor, inside: tl.tensor, eps: tl.constexpr, H: tl.constexpr) -> tl.tuple:
     """(mean, rstd, (z - mean) * rstd) of the rows of z; 0 outside. Two passes over registers.
 
     One pass (E[z^2] - E[z]^2) would cancel: at a mean of 1e3 fp32 has no digit of variance left.

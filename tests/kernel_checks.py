@@ -16,10 +16,10 @@ WIDTHS = (1, 2, 7, 8, 64, 312, 384, 512, 640, 768, 769, 1000, 1024, 1536, 2048, 
 ROWS = (0, 1, 3, 127, 128, 129)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# What may be added to 1.25 x torch's own error, in units of the last place of the largest value:
-# bf16 stores of the interpreter cut bits off where a GPU rounds, of what is kept for backward and
-# of the gradient (2); fp16 has one rounding more or less on a row of few elements (1); in fp32 torch's error is itself a few units and varies with the order of a
-# sum (4).
+# What may be added to 1.25 x torch's own error, in units of the last place of the largest value. In
+# fp32 torch's error is itself a few units and varies with the order of a sum (4); fp16 has one
+# rounding more or less, which tells on rows of few elements (1); bf16 stores of the interpreter cut
+# bits off where a GPU rounds, of what is kept for backward and of the gradient (2).
 EXTRA_ULPS = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 2.0}
 # fp32 noise of sums of order 1, where the exact gradient cancels to 0 (LayerNorm of width 1 or 2).
 FLOOR = 2.0**-22

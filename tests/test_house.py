@@ -49,7 +49,13 @@ LAW: dict[str, set[str]] = {
         "clue_ds.metrics",
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule", "checkpoint")),
     },
-    "clue_ds.benchmarks": {"clue_ds.data", "clue_ds.model", "clue_ds.metrics", "clue_ds.pretrain"},
+    "clue_ds.benchmarks": {
+        "clue_ds.data",
+        "clue_ds.model",
+        "clue_ds.metrics",
+        "clue_ds.pretrain",
+        "clue_ds.kernels",
+    },
     "clue_ds.demo": {"clue_ds.tasks", "clue_ds.data"},
     "clue_ds.cli": set(),
 }

@@ -95,7 +95,12 @@ def test_registered_op_passes_opcheck(name: str, kernel_device: torch.device) ->
         inputs = [_ids(kernel_device), _ids(kernel_device) % 2, *inputs]
     op = getattr(torch.ops.clue_ds, case.op).default
     # The static-shape half of what torch.compile needs; the dynamic one takes 10 s a case here.
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+    )
     torch.library.opcheck(op, (*inputs, *case.rest(kernel_device)), test_utils=tests)
 
 

@@ -53,7 +53,9 @@ def dense_dropout_add_layer_norm(
     training: bool,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x W^T + bias)): x [..., I], weight [H, I] -> [..., H]."""
-    gemm_bias, kernel_bias = (None, bias) if kernels.use_triton(x, weight.shape[0]) else (bias, None)
+    gemm_bias, kernel_bias = (
+        (None, bias) if kernels.use_triton(x, weight.shape[0]) else (bias, None)
+    )
     return kernels.bias_dropout_add_layer_norm(
         F.linear(x, weight, gemm_bias), kernel_bias, residual, ln_weight, ln_bias, p, eps, training
     )

@@ -1,0 +1,168 @@
+"""`clue-ds bench kernels`: our fused operations beside torch's and other projects', or their code.
+
+Measuring needs a CUDA GPU (kernels/bench.py says what is measured and how); `--aot` needs none: it
+compiles every kernel for sm_80, sm_90 and gfx942 and checks registers, spills, access widths and
+instructions an element.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from clue_ds.benchmarks.environment import describe
+from clue_ds.errors import UserError
+from clue_ds.kernels import backend, bench
+
+if TYPE_CHECKING:
+    from clue_ds.kernels.bench import Row
+
+Op = Literal["layer_norm", "bias_dropout_add_layer_norm", "masked_softmax", "bias_gelu"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def kernels(
+    op: tuple[Op, ...] = (
+        "layer_norm",
+        "bias_dropout_add_layer_norm",
+        "masked_softmax",
+        "bias_gelu",
+    ),
+    hidden: tuple[int, ...] = (312, 768, 1024),
+    rows: tuple[int, ...] = (32_768,),
+    dtype: Literal["fp32", "fp16", "bf16"] = "bf16",
+    mode: tuple[Literal["fwd", "bwd", "full"], ...] = ("fwd", "bwd", "full"),
+    dropout: tuple[float, ...] = (0.0, 0.1),
+    device: Literal["cuda", "cpu"] = "cuda",
+    csv_file: Path | None = None,
+    plot: Path | None = None,
+    aot: bool = False,
+) -> None:
+    """Bandwidth of the fused operations: ours, torch, torch.compile, and installed peers.
+
+    Args:
+        op: operations
+        hidden: hidden sizes (numbers of keys for masked_softmax)
+        rows: numbers of rows
+        dtype: of activations and parameters
+        mode: forward, backward, both in one
+        dropout: probabilities, where the operation has dropout
+        device: cpu only proves that the benchmark itself works
+        csv_file: write the figures here
+        plot: write a picture here: bandwidth against hidden size, a line a provider
+        aot: instead of measuring, compile without a GPU, print the table and check its limits
+    """
+    if aot:
+        _compile_all()
+        return
+    if device == "cuda" and not (torch.cuda.is_available() and backend.available()):
+        raise UserError(
+            "measuring kernels needs a CUDA GPU and triton; `--aot` inspects them without, "
+            "`--device cpu` tries the benchmark itself"
+        )
+    _print_environment()
+    measured: list[Row] = []
+    for case in _cases(op, hidden, rows, DTYPES[dtype], dropout):
+        new = bench.measure(case, list(mode), torch.device(device))
+        _print_rows(new)
+        measured += new
+    if csv_file is not None:
+        _write_csv(measured, csv_file)
+    if plot is not None:
+        _write_plot(measured, plot)
+
+
+def _cases(
+    ops: tuple[Op, ...],
+    hidden: tuple[int, ...],
+    rows: tuple[int, ...],
+    dtype: torch.dtype,
+    dropout: tuple[float, ...],
+) -> list[bench.Case]:
+    has_dropout = {"bias_dropout_add_layer_norm", "masked_softmax"}
+    return [
+        bench.Case(op, num_rows, width, dtype, p)
+        for op in ops
+        for width in hidden
+        for num_rows in rows
+        for p in (dropout if op in has_dropout else (0.0,))
+    ]
+
+
+def _compile_all() -> None:
+    """Print the table of kernels/aot.py; a UserError lists what breaks a limit."""
+    if backend.INTERPRETED or not backend.HAS_TRITON:
+        raise UserError("--aot needs the package triton, and TRITON_INTERPRET unset")
+    import triton
+
+    from clue_ds.kernels import aot, variants
+
+    all_variants = variants.everything()
+    pairs = [(v, aot.compile_variant(v, target)) for v in all_variants for target in aot.TARGETS]
+    print(f"# triton {triton.__version__}; made by: clue-ds bench kernels --aot")
+    print(aot.table([report for _, report in pairs]), end="")
+    broken = [line for variant, report in pairs for line in report.violations(variant)]
+    if broken:
+        raise UserError("kernels break their limits:\n" + "\n".join(broken))
+
+
+def _print_environment() -> None:
+    facts = describe()
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"# {facts['gpu'] or facts['cpu']}; {versions}")
+    print(f"# {facts['date']}, commit {facts['git_commit']}: {facts['command']}")
+    print(
+        f"{'op':<28}{'rows':>7}{'H':>6}{'p':>5} {'mode':<5}{'clock':<6}{'provider':<11}"
+        f"{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'% copy':>7}"
+    )
+
+
+def _print_rows(measured: list[Row]) -> None:
+    for row in measured:
+        print(
+            f"{row.op:<28}{row.rows:>7}{row.hidden:>6}{row.p:>5g} {row.mode:<5}{row.clock:<6}"
+            f"{row.provider:<11}{row.median_us:>9.1f}{row.p20_us:>9.1f}{row.p80_us:>9.1f}"
+            f"{row.gb_per_s:>8.0f}{row.percent_of_copy:>7.0f}"
+        )
+
+
+def _write_csv(measured: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(bench.Row._fields)
+        writer.writerows(measured)
+    print(f"written to {path}")
+
+
+def _write_plot(measured: list[Row], path: Path) -> None:
+    """A panel for each (operation, dropout, mode) of the clock that has the kernels alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'clue_ds[demo]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    clock = measured[0].clock
+    shown = [row for row in measured if row.clock == clock]
+    panels = list(dict.fromkeys((row.op, row.p, row.mode, row.rows) for row in shown))
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(7, 3.2 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        inside = [row for row in shown if (row.op, row.p, row.mode, row.rows) == panel]
+        for provider in dict.fromkeys(row.provider for row in inside):
+            line = [(row.hidden, row.gb_per_s) for row in inside if row.provider == provider]
+            axis.plot(*zip(*sorted(line), strict=True), marker="o", label=provider)
+        op, p, mode, num_rows = panel
+        axis.set_title(f"{op}, {mode}, dropout {p:g}, {num_rows:,} rows ({clock} clock)")
+        axis.set_xlabel("hidden size")
+        axis.set_ylabel("GB/s")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    print(f"written to {path}")

@@ -1,0 +1,284 @@
+"""How fast each operation is beside its peers: bytes a second, and percent of a copy.
+
+M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores in rows)
+
+100% is a device copy of as many bytes, measured in the same run right before. Bytes are what a
+fused operation must move (BYTES), whoever is measured, so that a provider that moves more shows a
+lower rate. Before a provider is timed, its result and gradients must agree with fp32 torch.
+
+Two clocks on CUDA: `graph` replays a captured CUDA graph (kernels alone, what a training step under
+graphs or torch.compile sees), `eager` calls from Python one after another (host cost included).
+Between replays more memory is written than the L2 cache holds. A CPU has `eager` only: it proves
+that this file works, not that anything is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional, reference
+from .backend import get_backend, set_backend
+
+Mode = Literal["fwd", "bwd", "full"]
+EPS = 1e-12
+REPEATS = {"cuda": 50, "cpu": 3}
+WARMUP = 5
+CACHE_BYTES = 256 << 20  # more than any L2 of today
+# Largest difference from fp32 torch on inputs N(0, 1); a result of size 5 in bf16 is off by 2^-6.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# Elements that a fused operation reads and writes, per element of its matrix: forward, backward;
+# the second pair with dropout.
+TRAFFIC = {
+    "layer_norm": ((2, 3), (2, 3)),
+    "bias_dropout_add_layer_norm": ((4, 3), (4, 4)),
+    "masked_softmax": ((2, 3), (3, 3)),
+    "bias_gelu": ((2, 3), (2, 3)),
+}
+OPS = tuple(TRAFFIC)
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    op: str
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    p: float
+
+    def num_bytes(self, mode: Mode) -> int:
+        """Bytes that must move."""
+        forward, backward = TRAFFIC[self.op][self.p > 0]
+        elements = {"fwd": forward, "bwd": backward, "full": forward + backward}[mode]
+        return elements * self.rows * self.hidden * self.dtype.itemsize
+
+
+class Row(NamedTuple):
+    """One figure: microseconds, and gigabytes (1e9) a second at the median."""
+
+    op: str
+    rows: int
+    hidden: int
+    dtype: str
+    p: float
+    mode: str
+    clock: str
+    provider: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    gb_per_s: float
+    percent_of_copy: float
+
+
+Forward = Callable[..., Tensor]
+
+
+def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
+    """Leaves that the providers' forward takes; activations first."""
+    torch.manual_seed(0)
+    shape = (case.rows, case.hidden)
+
+    def leaf(*size: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+    if case.op == "masked_softmax":
+        return [leaf(1, 1, *shape)]
+    if case.op == "bias_gelu":
+        return [leaf(*shape), leaf(case.hidden)]
+    if case.op == "layer_norm":
+        return [leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
+    return [leaf(*shape), leaf(case.hidden), leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
+
+
+def _chain(room: Any, case: Case) -> Forward:
+    """The operation of `functional` or `reference` at this case's options."""
+    if case.op == "layer_norm":
+        return lambda x, w, b: room.layer_norm(x, w, b, EPS)
+    if case.op == "bias_gelu":
+        return lambda x, b: room.bias_gelu(x, b)
+    if case.op == "masked_softmax":
+        return lambda s: room.masked_softmax(s, scale=0.125, dropout_p=case.p)
+    return lambda x, b, r, w, lb: room.bias_dropout_add_layer_norm(
+        x, b, r, w, lb, case.p, EPS, case.p > 0
+    )
+
+
+def providers(case: Case, device: torch.device) -> dict[str, Forward]:
+    """Who can compute this case here: torch, torch.compile, ours, and peers that are installed."""
+    found = {"torch": _chain(reference, case), "ours": _chain(functional, case)}
+    if device.type != "cuda":
+        return found
+    found["compile"] = torch.compile(_chain(reference, case))
+    with contextlib.suppress(ImportError):
+        found |= _flash_attn(case)
+    with contextlib.suppress(ImportError):
+        found |= _liger(case)
+    with contextlib.suppress(ImportError):
+        found |= _apex(case)
+    return found
+
+
+def _import(name: str) -> Any:
+    """A peer's module, by name: none of them is a dependency of ours."""
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def _flash_attn(case: Case) -> dict[str, Forward]:
+    norm = _import("flash_attn.ops.triton.layer_norm").layer_norm_fn
+    if case.op == "layer_norm":
+        return {"flash-attn": lambda x, w, b: norm(x, w, b, eps=EPS)}
+    if case.op == "bias_dropout_add_layer_norm":
+        return {
+            "flash-attn": lambda x, b, r, w, lb: norm(
+                x + b, w, lb, residual=r, eps=EPS, dropout_p=case.p
+            )
+        }
+    return {}
+
+
+def _liger(case: Case) -> dict[str, Forward]:
+    if case.op == "masked_softmax":
+        softmax = _import("liger_kernel.ops.softmax").LigerSoftmaxFunction
+        chain = lambda s: reference.dropout(softmax.apply(s * 0.125), case.p, True)  # noqa: E731
+        return {"liger": chain}
+    norm = _import("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    if case.op == "layer_norm":
+        return {"liger": lambda x, w, b: norm.apply(x, w, b, EPS)}
+    if case.op == "bias_dropout_add_layer_norm":
+        return {
+            "liger": lambda x, b, r, w, lb: norm.apply(
+                r + reference.dropout(x + b, case.p, True), w, lb, EPS
+            )
+        }
+    return {}
+
+
+def _apex(case: Case) -> dict[str, Forward]:
+    if case.op != "layer_norm":
+        return {}
+    norm = _import("apex.normalization").fused_layer_norm_affine
+    return {"apex": lambda x, w, b: norm(x, w, b, (case.hidden,), eps=EPS)}
+
+
+def check(case: Case, device: torch.device) -> None:
+    """Every provider's result and gradients against fp32 torch, dropout off; AssertionError."""
+    quiet = case._replace(p=0.0, rows=min(case.rows, 257))
+    leaves = inputs_of(quiet, device)
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+
+    def run(forward: Forward, tensors: list[Tensor]) -> list[Tensor]:
+        out = forward(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out) / quiet.rows**0.5)]
+
+    expected = run(_chain(reference, quiet), wide)
+    for name, forward in providers(quiet, device).items():
+        for mine, exact in zip(run(forward, leaves), expected, strict=True):
+            error = (mine.float() - exact).abs().max().item()
+            assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.3g} on {quiet}"
+
+
+@contextlib.contextmanager
+def _backend(name: str) -> Iterator[None]:
+    previous = get_backend()
+    set_backend(name)
+    yield
+    set_backend(previous)
+
+
+def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
+    """All providers, modes and clocks of one case, after the check."""
+    rows = []
+    with _backend("triton" if device.type == "cuda" else "auto"):
+        check(case, device)
+        for mode in modes:
+            num_bytes = case.num_bytes(mode)
+            for clock in ("graph", "eager") if device.type == "cuda" else ("eager",):
+                copy = statistics.median(_times(_copy(num_bytes, device), clock, device))
+                for name, forward in providers(case, device).items():
+                    job = _job(forward, inputs_of(case, device), mode)
+                    times = sorted(_times(job, clock, device))
+                    rows.append(_row(case, mode, clock, name, times, copy))
+    return rows
+
+
+def _row(case: Case, mode: Mode, clock: str, provider: str, times: list[float], copy: float) -> Row:
+    """`times` and `copy` in microseconds, times ascending."""
+    median = statistics.median(times)
+    low, high = (times[round(q * (len(times) - 1))] for q in (0.2, 0.8))
+    dtype = str(case.dtype).removeprefix("torch.")
+    key = (case.op, case.rows, case.hidden, dtype, case.p, mode, clock, provider)
+    gb_per_s = case.num_bytes(mode) / median / 1e3
+    return Row(*key, median, low, high, gb_per_s, 100 * copy / median)
+
+
+def _copy(num_bytes: int, device: torch.device) -> Callable[[], object]:
+    """A copy that reads half of the bytes and writes the other half."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _job(forward: Forward, leaves: list[Tensor], mode: Mode) -> Callable[[], object]:
+    """What is timed; `bwd` works on one kept graph."""
+    if mode == "fwd":
+        return lambda: forward(*leaves)
+    if mode == "full":
+        return lambda: _differentiate(forward(*leaves), leaves)
+    out = forward(*leaves)
+    dy = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, dy, retain_graph=True)
+
+
+def _differentiate(out: Tensor, leaves: list[Tensor]) -> object:
+    return torch.autograd.grad(out, leaves, out.detach())
+
+
+def _times(job: Callable[[], object], clock: str, device: torch.device) -> list[float]:
+    """Microseconds of each repeat."""
+    for _ in range(WARMUP if device.type == "cuda" else 1):
+        job()
+    if device.type != "cuda":
+        times = []
+        for _ in range(REPEATS["cpu"]):
+            start = time.perf_counter()
+            job()
+            times.append(1e6 * (time.perf_counter() - start))
+        return times
+    if clock == "graph":
+        job = _captured(job)
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS["cuda"])] for _ in range(2)
+    ]
+    for start_event, end_event in zip(*events, strict=True):
+        cache.zero_()
+        start_event.record()
+        job()
+        end_event.record()
+    torch.cuda.synchronize(device)
+    return [1e3 * start.elapsed_time(end) for start, end in zip(*events, strict=True)]
+
+
+def _captured(job: Callable[[], object]) -> Callable[[], object]:
+    """`job` as a CUDA graph; warmed up on the side stream that capturing wants."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph.replay
