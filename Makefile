@@ -7,6 +7,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
 ARGS   ?=
+# Numeric tests that run on a GPU where there is one, in Triton's interpreter elsewhere.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
+	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
 .PHONY: help demo sample test test-gpu bench lint clean
 
@@ -30,7 +33,7 @@ test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with th
 	$(BIN)/pytest $(ARGS)
 
 test-gpu: $(VENV)/.dev  ## what needs CUDA
-	$(BIN)/pytest tests/gpu $(ARGS)
+	$(BIN)/pytest tests/gpu $(KERNEL_TESTS) $(ARGS)
 
 bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)

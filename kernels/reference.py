@@ -144,7 +144,8 @@ def bias_dropout_add_layer_norm(
     results = [y, total] if prenorm else [y]
     if return_mask:
         num_dropped = dropout_threshold(p)[0] if training else 0
-        results.append(philox_keep(x.shape, num_dropped, 0 if seed is None else seed))
+        keep = philox_keep(x.shape, num_dropped, 0 if seed is None else seed)
+        results.append(keep.to(x.device))
     return tuple(results) if len(results) > 1 else y
 
 

@@ -27,15 +27,21 @@ FLOOR = 2.0**-22
 GUARD = 64  # elements; a multiple of 16 bytes, so that views stay as aligned as fresh tensors
 
 
-def assert_accurate(ours: Tensor, low: Tensor, exact: Tensor, what: str) -> None:
-    """Error of `ours` against fp64 `exact` <= 1.25 x that of torch's `low` precision, + ulps."""
+def assert_accurate(
+    ours: Tensor, low: Tensor, exact: Tensor, what: str, dtype: torch.dtype | None = None
+) -> None:
+    """Error of `ours` against fp64 `exact` <= 1.25 x that of torch's `low` precision, + ulps.
+
+    `dtype`: of the activations, whose rounding an fp32 parameter's gradient inherits.
+    """
+    dtype = dtype or ours.dtype
     assert ours.shape == exact.shape and ours.dtype == low.dtype, what
     if not ours.numel():
         return
     exact = exact.double()
     error, allowed = ((t.double() - exact).abs().max().item() for t in (ours, low))
-    ulp = torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    bound = 1.25 * allowed + EXTRA_ULPS[ours.dtype] * ulp + FLOOR
+    ulp = torch.finfo(dtype).eps * exact.abs().max().item()
+    bound = 1.25 * allowed + EXTRA_ULPS[dtype] * ulp + FLOOR
     assert error <= bound, f"{what}: error {error:.3g} > {bound:.3g} (torch's: {allowed:.3g})"
 
 
@@ -68,7 +74,8 @@ def compare(
     torch.manual_seed(7)
     exact = run(twin, exact=True)
     for i, (mine, theirs, truth) in enumerate(zip(ours, low, exact, strict=True)):
-        assert_accurate(mine, theirs, truth, f"{what}, {'result' if i == 0 else f'gradient {i}'}")
+        which = "result" if i == 0 else f"gradient {i}"
+        assert_accurate(mine, theirs, truth, f"{what}, {which}", ours[0].dtype)
 
 
 def guarded(x: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""What only a GPU can show: sizes beyond 2^31, CUDA graphs, masks of the device, a training run.
+
+`make test-gpu` runs the numeric suite of tests/test_*.py on the device as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from clue_ds import kernels
+from clue_ds.kernels import reference
+from clue_ds.model import BertForPreTraining, ops
+from clue_ds.presets import get
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+SEED = 0x1234_5678_9ABC
+
+
+@pytest.mark.parametrize("rows", [65_535, 65_536, 65_537])
+def test_more_rows_than_a_grid_dimension_once_had(
+    rows: int, kernel_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 312, device=kernel_device, requires_grad=True)
+    weight, bias = torch.randn(2, 312, device=kernel_device)
+    dy = torch.randn_like(x)
+    for ours, theirs in (
+        (kernels.layer_norm(x, weight, bias, 1e-12), reference.layer_norm(x, weight, bias, 1e-12)),
+        (kernels.bias_gelu(x, bias), reference.bias_gelu(x, bias)),
+        (
+            kernels.masked_softmax(x[None, None]),
+            reference.masked_softmax(x[None, None]),
+        ),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(out, x, dy.view_as(out))[0] for out in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_offsets_beyond_32_bits(kernel_device: torch.device) -> None:
+    """flash-attention and Liger once computed row * stride in int32."""
+    rows, width = 2**31 // 1024 + 3, 1024
+    if torch.cuda.mem_get_info()[0] < 5 * rows * width * 2:
+        pytest.skip("needs 22 GB of free GPU memory")
+    x = torch.zeros(rows, width, device=kernel_device, dtype=torch.bfloat16)
+    x[-3:] = torch.randn(3, width, device=kernel_device).bfloat16()
+    weight, bias = torch.randn(2, width, device=kernel_device)
+    tail = slice(-3, None)
+    out = kernels.layer_norm(x, weight, bias, 1e-12)
+    expected = reference.layer_norm(x[tail], weight, bias, 1e-12)
+    torch.testing.assert_close(out[tail], expected, rtol=2**-6, atol=2**-6)
+    del out
+    out = kernels.masked_softmax(x[None, None])[0, 0, tail]
+    expected = reference.masked_softmax(x[None, None, tail])[0, 0]
+    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-6)
+
+
+def test_device_draws_the_twins_masks(kernel_device: torch.device) -> None:
+    """The interpreter's masks equal the twin's too (tests/test_tiles.py), so they equal these."""
+    x = torch.zeros(1_000, 312, device=kernel_device)
+    weight = torch.ones(312, device=kernel_device)
+    _, mask = kernels.bias_dropout_add_layer_norm(
+        x, None, None, weight, weight, 0.1, 1e-12, True, seed=SEED, return_mask=True
+    )
+    num_dropped, _ = reference.dropout_threshold(0.1)
+    assert torch.equal(mask.cpu(), reference.philox_keep(x.shape, num_dropped, SEED))
+
+
+def test_replayed_graph_draws_new_masks_and_right_gradients(kernel_device: torch.device) -> None:
+    x = torch.randn(64, 768, device=kernel_device, requires_grad=True)
+    residual = torch.randn_like(x)
+    weight, bias = torch.ones(768, device=kernel_device), torch.zeros(768, device=kernel_device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y, mask = kernels.bias_dropout_add_layer_norm(
+            x, None, residual, weight, bias, 0.5, 1e-12, True, return_mask=True
+        )
+        return y, mask, torch.autograd.grad(y.pow(3).sum(), x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, mask, dx = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        seen.append(mask.clone())
+        assert torch.count_nonzero(dx[~mask]) == 0  # backward drew the mask of its forward
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_inductor_compiles_around_the_operations(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 312, device=kernel_device, requires_grad=True)
+    weight, bias = torch.randn(2, 312, device=kernel_device)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        return kernels.layer_norm(kernels.bias_gelu(x, bias) * 2, weight, bias, 1e-12) + 1
+
+    ours, eager = torch.compile(chain, fullgraph=True)(x), chain(x)
+    torch.testing.assert_close(ours, eager)
+    for first, second in zip(
+        torch.autograd.grad(ours.pow(2).sum(), x),
+        torch.autograd.grad(eager.pow(2).sum(), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def _losses(name: str, dropout: float, device: torch.device) -> torch.Tensor:
+    """200 steps of MLM on random text that repeats, so that there is something to learn."""
+    ops.choose_kernels(name)
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        get("roberta_tiny_clue"), vocab_size=256,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForPreTraining(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(5, 256, (8, 32), generator=generator).to(device)
+    positions = torch.arange(0, 32, 6, device=device).expand(8, -1)
+    losses = []
+    for _ in range(200):
+        masked = text.scatter(1, positions, 4)
+        loss = model(
+            masked, masked_positions=positions, masked_labels=text.gather(1, positions)
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
+
+
+def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -> None:
+    with_kernels, without = (_losses(name, 0.0, kernel_device) for name in ("triton", "torch"))
+    assert without[-1] < 0.5 * without[0]
+    # Same arithmetic in another order: equal at first, then rounding is amplified by training.
+    torch.testing.assert_close(with_kernels[:20], without[:20], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(with_kernels, without, rtol=0.05, atol=0.05)
+
+
+def test_training_with_dropout_learns_as_well(kernel_device: torch.device) -> None:
+    """Masks differ (torch's generator is not Philox by row), so only the course is compared."""
+    with_kernels, without = (_losses(name, 0.1, kernel_device) for name in ("triton", "torch"))
+    assert abs(with_kernels[-20:].mean() - without[-20:].mean()) < 0.2 * without[0]
