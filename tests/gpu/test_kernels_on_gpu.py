@@ -22,9 +22,7 @@ SEED = 0x1234_5678_9ABC
 
 
 @pytest.mark.parametrize("rows", [65_535, 65_536, 65_537])
-def test_more_rows_than_a_grid_dimension_once_had(
-    rows: int, kernel_device: torch.device
-) -> None:
+def test_more_rows_than_a_grid_dimension_once_had(rows: int, kernel_device: torch.device) -> None:
     torch.manual_seed(0)
     x = torch.randn(rows, 312, device=kernel_device, requires_grad=True)
     weight, bias = torch.randn(2, 312, device=kernel_device)
