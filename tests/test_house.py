@@ -41,6 +41,14 @@ LAW: dict[str, set[str]] = {
         "clue_ds.config",
         "clue_ds.ds_configs",
     },
+    # Weights to begin with come out of every layout that export reads.
+    "clue_ds.pretrain.init": {
+        "clue_ds.pretrain",
+        "clue_ds.model",
+        "clue_ds.data",
+        "clue_ds.export.sources",
+        "clue_ds.export.slim",
+    },
     "clue_ds.export": {"clue_ds.pretrain.checkpoint", "clue_ds.model"},
     "clue_ds.tasks": {
         "clue_ds.model",

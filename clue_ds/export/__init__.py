@@ -1,70 +1,39 @@
 """Models in and out of the layouts that others use.
 
-`load` reads a run, a checkpoint or a Hugging Face directory into one form: a ModelConfig and a
-state dict with transformers' names in fp32. `save` writes that form. `export` is the verb.
+`load` reads a run, a checkpoint, a Hugging Face directory or Google's TensorFlow layout into one
+form: a ModelConfig and a state dict with transformers' names in fp32. `save` writes that form.
+`export` and `import` are the verbs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal
 
 import tyro
 
 from clue_ds.errors import UserError
-from clue_ds.export import huggingface
-from clue_ds.model.weights import TIED, StateDict, read_pretrained
+from clue_ds.export import archives, huggingface, slim, tensorflow
+from clue_ds.export.publish import staged
+from clue_ds.export.sources import Source, open_model, opened
+from clue_ds.model.weights import TIED, StateDict
 from clue_ds.presets import ModelConfig
 
-LAYOUTS: dict[str, Callable[..., Path]] = {"hf": huggingface.write}
+__all__ = ["LAYOUTS", "Source", "export", "import_model", "load", "open_model", "opened", "save"]
 
-
-class Source(NamedTuple):
-    """A model, wherever it came from."""
-
-    config: ModelConfig
-    state_dict: StateDict
-    vocab_file: Path
-    lower_case: bool
-
-
-def open_model(directory: str | Path) -> Source:
-    """A run directory, a checkpoint or a Hugging Face directory, with its vocabulary.
-
-    The vocabulary file may be missing (the weights are then still usable): who needs it checks.
-    """
-    directory = Path(directory)
-    if (directory / "config.json").is_file():
-        config, state = read_pretrained(directory)
-        vocab_file = directory / "vocab.txt"
-    elif directory.is_dir():
-        # Imported here because it imports DeepSpeed, which takes seconds.
-        from clue_ds.pretrain import checkpoint
-
-        config, state, vocab_file = checkpoint.load_weights(directory)
-    else:
-        raise UserError(
-            f"{directory} is not a directory; give a model directory or a run directory"
-        )
-    return Source(config, state, vocab_file, _lower_case(vocab_file))
-
-
-def _lower_case(vocab_file: Path) -> bool:
-    """What tokenizer_config.json beside the vocabulary says; BERT's default without one."""
-    path = vocab_file.with_name("tokenizer_config.json")
-    if not path.is_file():
-        return True
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True))
+LAYOUTS: dict[str, Callable[..., Path]] = {
+    "hf": huggingface.write,
+    "tf": tensorflow.write,
+}
 
 
 def load(directory: str | Path) -> tuple[ModelConfig, StateDict]:
-    """Config and weights of a run, a checkpoint or a Hugging Face directory.
+    """Config and weights of a run, a checkpoint, or a directory in Hugging Face's or TF's layout.
 
     The state dict has the names of transformers' BertForPreTraining, fp32, without vocabulary
     padding, tied entries present and sharing storage; heads that are not there are left out.
-    UserError: not a model directory, damaged weights, shapes that disagree with config.json.
+    UserError: not a model directory, damaged weights, shapes that disagree with the config.
     """
     source = open_model(directory)
     return source.config, source.state_dict
@@ -78,15 +47,24 @@ def save(
     to: str = "hf",
     lower_case: bool = True,
     force: bool = False,
+    half: bool = False,
 ) -> Path:
     """Write a model that others can load; returns `directory`.
 
-    `to`: hf. The directory appears complete or not at all, and an existing one is replaced only
-    with `force`. UserError: an unknown layout, a vocabulary of another size, a full disk.
+    `to`: hf or tf. The directory appears complete or not at all, and an existing one is replaced
+    only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a vocabulary of
+    another size, a full disk.
     """
+    _check_layout(to, half)
+    options = {"half": True} if half else {}
+    return LAYOUTS[to](config, state_dict, vocab_file, directory, lower_case, force, **options)
+
+
+def _check_layout(to: str, half: bool) -> None:
     if to not in LAYOUTS:
         raise UserError(f"can't export to {to!r}; layouts: {', '.join(LAYOUTS)}")
-    return LAYOUTS[to](config, state_dict, vocab_file, directory, lower_case, force)
+    if half and to != "hf":
+        raise UserError(f"--fp16 is for --to hf only: readers of the {to} layout expect fp32")
 
 
 def export(
@@ -94,24 +72,113 @@ def export(
     to: str = "hf",
     output: Path | None = None,
     force: bool = False,
+    trim_vocab: bool = False,
+    vocab: Path | None = None,
+    drop_heads: bool = False,
+    fp16: bool = False,
+    zip: bool = False,
 ) -> None:
     """Write a run's newest checkpoint (or any model) in a layout that others load.
 
     Args:
-        run: a run directory, one of its checkpoints, or a Hugging Face directory.
-        to: hf (config.json, model.safetensors, vocab.txt and tokenizer files).
-        output: where to write; default RUN/export/TO.
-        force: replace the output directory if it exists.
+        run: a run directory, one of its checkpoints, a model directory, a zip of one, or a name on
+            the Hugging Face hub.
+        to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, card), tf
+            (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), or all.
+        output: where to write; default RUN/export/TO. With all, the directory that holds each.
+        force: replace the output if it exists.
+        trim_vocab: drop the rows of words beyond vocab.txt, which no text ever uses.
+        vocab: change to this vocab.txt; rows move by token, new tokens are listed.
+        drop_heads: leave out the MLM and NSP heads (nobody can then continue pretraining).
+        fp16: store 2 bytes a weight (hf only).
+        zip: write OUTPUT.zip, as upstream publishes its models, instead of a directory.
     """
-    if to not in LAYOUTS:
-        raise UserError(f"can't export to {to!r}; layouts: {', '.join(LAYOUTS)}")
+    targets = list(LAYOUTS) if to == "all" else [to]
+    for target in targets:
+        _check_layout(target, fp16)
+    output = _default_output(run, to) if output is None else output
+    with opened(run) as source:
+        before = slim.sizes(source)
+        for note in source.notes:
+            print(note)
+        source = _slimmed(source, trim_vocab, vocab, drop_heads)
+        for target in targets:
+            place = output / target if to == "all" else output
+            _write(source, place, target, force, fp16, zip)
+        if trim_vocab or vocab or drop_heads or fp16:
+            print(slim.table(before, slim.sizes(source, fp16)))
+
+
+def _default_output(run: Path, to: str) -> Path:
+    if not run.exists():
+        raise UserError(
+            f"{run} is not a directory; give a run directory (for a model on the hub, say where to "
+            "write with --output DIR)"
+        )
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} is not a run directory; say where to write with --output DIR")
+    return run / "export" if to == "all" else run / "export" / to
+
+
+def _slimmed(source: Source, trim_vocab: bool, vocab: Path | None, drop_heads: bool) -> Source:
+    if trim_vocab:
+        source = slim.drop_unused_rows(source)
+    if vocab is not None:
+        source, unknown = slim.change_vocab(source, vocab)
+        print(f"{len(unknown):,} tokens of {vocab} are new: {' '.join(unknown)}")
+    return slim.drop_heads(source) if drop_heads else source
+
+
+def _write(source: Source, place: Path, to: str, force: bool, fp16: bool, is_zip: bool) -> None:
+    config, state, vocab_file, lower_case = source[:4]
+    if is_zip:
+        place = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
+        with staged(place, force) as archive:
+            folder = archive.with_suffix("")
+            save(config, state, vocab_file, folder, to, lower_case, half=fp16)
+            archives.pack(folder, archive)
+    else:
+        save(config, state, vocab_file, place, to, lower_case, force, fp16)
+    num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
+    print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
+
+
+def import_model(
+    model: tyro.conf.Positional[str],
+    output: Path | None = None,
+    layout: Annotated[Literal["hf", "tf"] | None, tyro.conf.arg(name="from")] = None,
+    hidden_act: Literal["gelu", "gelu_new"] | None = None,
+    force: bool = False,
+) -> None:
+    """Make a model by others a directory that every verb here, and transformers, loads.
+
+    Rows of words beyond vocab.txt are dropped, since no text ever uses them.
+
+    Args:
+        model: a directory or a zip in Google's or Hugging Face's layout, or a name on the Hugging
+            Face hub (clue/roberta_chinese_clue_tiny) or of its preset (roberta_tiny_clue).
+        output: where to write; default NAME-imported in the current directory.
+        layout: hf or tf, where there are both; default what is there.
+        hidden_act: gelu (erf) or gelu_new (tanh), if you know better; default what the layout
+            means by its config: TensorFlow's gelu is tanh.
+        force: replace the output if it exists.
+    """
     if output is None:
-        if not run.is_dir():
-            raise UserError(f"{run} is not a directory; give a run directory")
-        if not (run / "checkpoints").is_dir():
-            raise UserError(f"{run} is not a run directory; say where to write with --output DIR")
-        output = run / "export" / to
-    source = open_model(run)
-    save(*source[:3], output, to, source.lower_case, force)
-    num_parameters = sum(t.numel() for n, t in source.state_dict.items() if n not in TIED)
-    print(f"wrote {output}: {num_parameters:,} parameters, {source.config.vocab_size:,} words")
+        name = Path(model).resolve().name
+        output = Path(f"{name.removesuffix('.zip')}-imported")
+    with opened(model, layout) as source:
+        before = slim.sizes(source)
+        for note in source.notes:
+            print(note)
+        source = slim.drop_unused_rows(source)
+        config = source.config
+        if hidden_act is not None:
+            config = config.replace(hidden_act=hidden_act)
+        after = slim.sizes(source)
+        if after != before:
+            dropped = before.words - after.words
+            print(
+                f"dropped {dropped:,} rows of words beyond vocab.txt\n{slim.table(before, after)}"
+            )
+        _write(source._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
+        print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {output}")

@@ -1,40 +1,41 @@
 """A Hugging Face directory, written by us file by file.
 
-    config.json  model.safetensors  vocab.txt  tokenizer.json  tokenizer_config.json
+    config.json  model.safetensors  pytorch_model.bin  README.md
+    vocab.txt  tokenizer.json  tokenizer_config.json
 
-Guarantees: fp32, tied entries once, the true GELU in config.json; the directory appears complete or
-not at all (staged beside it, then renamed); an existing one is replaced only when that was asked.
+Guarantees: fp32 unless fp16 was asked for, tied entries once, the true GELU in config.json. The
+same weights are there twice: model.safetensors for today's readers, and pytorch_model.bin in
+torch's old format, tied keys included, for those down to transformers 2.5.1 (torch 1.4).
 
-Rejected: transformers' save_pretrained (its tokenizer writes no vocab.txt, and a bf16 model is
-exported as bf16).
+Rejected: transformers' save_pretrained (its tokenizer writes no vocab.txt, a bf16 model is exported
+as bf16, and it writes no .bin any more).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import tokenizers
+import torch
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from clue_ds.errors import UserError, existing_file
-from clue_ds.model.weights import TIED, WORD_EMBEDDINGS, StateDict, expected_shapes
+from clue_ds.errors import UserError
+from clue_ds.export.card import model_card
+from clue_ds.export.publish import (
+    CLASSIFIER_WEIGHT,
+    SPECIAL_TOKENS,
+    check_state,
+    copy_vocab,
+    read_tokens,
+    staged,
+    write_json,
+)
+from clue_ds.model.weights import DECODER_WEIGHT, TIED, StateDict, is_tied, tie
 from clue_ds.presets import ModelConfig
-
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-CLASSIFIER_WEIGHT = "classifier.weight"
 
 
 def write(
@@ -46,83 +47,47 @@ def write(
     force: bool = False,
     labels: list[str] | None = None,
     task: str | None = None,
+    half: bool = False,
 ) -> Path:
     """Write the directory and return its path.
 
     `state` has our names (see model/weights.py), without padding rows; heads that it lacks are not
-    written. `labels` names the classes of a `classifier` in it and `task` what it was trained for.
-    UserError when the vocabulary
-    disagrees, when `directory` exists and `force` is false, or when the disk is full.
+    written. `labels` names the classes of a `classifier` in it and `task` what it was trained for;
+    `half` stores fp16. UserError when the vocabulary disagrees, when `directory` exists and `force`
+    is false, when a weight is beyond fp16's range, or when the disk is full.
     """
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
-    _check_state(config, state)
-    _check_target(directory, force)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # mkdtemp's own directories are private (0700); one inside it gets the user's umask.
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-        staged = Path(scratch) / "new"
-        staged.mkdir()
-        try:
-            tensors = {n: t.float().contiguous() for n, t in state.items() if n not in TIED}
-            safetensors.torch.save_file(tensors, staged / "model.safetensors", {"format": "pt"})
-            fast_tokenizer(tokens, lower_case).save(str(staged / "tokenizer.json"))
-            _write_json(staged / "tokenizer_config.json", tokenizer_config(config, lower_case))
-            _write_json(staged / "config.json", config_json(config, state, labels, task))
-            shutil.copyfile(vocab_file, staged / "vocab.txt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"can't write {staged}: {error}; free some space or choose another --output"
-            ) from None
-        if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        staged.rename(directory)
+    check_state(config, state)
+    dtype = torch.float16 if half else torch.float32
+    with staged(directory, force) as place:
+        place.mkdir()
+        _write_weights(state, dtype, place)
+        fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
+        write_json(place / "tokenizer_config.json", tokenizer_config(config, lower_case))
+        values = config_json(config, state, labels, task) | {"torch_dtype": str(dtype)[6:]}
+        write_json(place / "config.json", values)
+        copy_vocab(vocab_file, place)
+        card = model_card(directory.name, values, state, Path(vocab_file).parent)
+        (place / "README.md").write_text(card, encoding="utf-8")
     return directory
 
 
-def _check_target(directory: Path, force: bool) -> None:
-    if not directory.exists():
-        return
-    if not force:
-        raise UserError(f"{directory} exists; give --force to replace it, or another --output")
-    replaceable = directory.is_dir() and (
-        (directory / "config.json").is_file() or not any(directory.iterdir())
+def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
+    """model.safetensors and pytorch_model.bin; a tied copy is in the second only."""
+    left_out = TIED if is_tied(state, DECODER_WEIGHT) else {}
+    tensors = {n: t.detach().to(dtype).contiguous() for n, t in state.items() if n not in left_out}
+    for name, tensor in tensors.items():
+        if dtype == torch.float16 and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} has weights beyond fp16's range (65,504); export it in fp32")
+    # Two entries of one storage are an error to safetensors.
+    alone = {n: t.clone() if n in TIED else t for n, t in tensors.items()}
+    safetensors.torch.save_file(alone, place / "model.safetensors", {"format": "pt"})
+    torch.save(
+        tie(dict(tensors), place),
+        place / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
     )
-    if not replaceable:
-        raise UserError(
-            f"{directory} exists and is not a model directory; --force replaces only those"
-        )
-
-
-def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
-    """The lines of vocab.txt; UserError unless there are `vocab_size`, special tokens included."""
-    path = existing_file(vocab_file, "vocabulary")
-    tokens = path.read_text(encoding="utf-8").split("\n")
-    if tokens[-1] == "":
-        tokens.pop()
-    if len(tokens) != vocab_size:
-        raise UserError(
-            f"vocabulary {path} has {len(tokens):,} lines but the model has {vocab_size:,} words; "
-            "give the vocab.txt that it was trained with"
-        )
-    missing = [token for token in SPECIAL_TOKENS.values() if token not in tokens]
-    if missing:
-        raise UserError(f"{path} is not a BERT vocabulary: it lacks {', '.join(missing)}")
-    return tokens
-
-
-def _check_state(config: ModelConfig, state: StateDict) -> None:
-    """Refuse what a reader would silently fill with random numbers or can't load."""
-    if WORD_EMBEDDINGS not in state:
-        raise UserError(f"the state dict has no {WORD_EMBEDDINGS}: it is not a BERT encoder")
-    expected = expected_shapes(config)
-    for name, tensor in state.items():
-        if name in expected and tensor.shape != expected[name]:
-            raise UserError(
-                f"{name} is {tuple(tensor.shape)} but the config says {tuple(expected[name])}"
-            )
-        if name not in expected and not name.startswith("classifier."):
-            raise UserError(f"the state dict holds {name}, which BertForPreTraining has not")
 
 
 def architecture(state: StateDict) -> str:
@@ -148,7 +113,7 @@ def config_json(
         **dataclasses.asdict(config),
         "classifier_dropout": None,
         "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": is_tied(state, DECODER_WEIGHT),
         "use_cache": True,
     }
     if labels is not None:
@@ -184,8 +149,3 @@ def fast_tokenizer(tokens: list[str], lower_case: bool) -> tokenizers.Tokenizer:
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")

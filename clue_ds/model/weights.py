@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, existing_file
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.presets import ModelConfig
 
@@ -71,8 +71,14 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
             f"{directory} is not a model directory: it has no config.json; give a Hugging Face "
             "directory, or a run directory with a checkpoint"
         )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError when it is missing or something else."""
+    content = existing_file(path, "config").read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -87,8 +93,6 @@ def model_config(values: dict[str, Any], path: Path) -> ModelConfig:
         raise UserError(f"{path} describes a {model_type} model; only model_type bert is supported")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"{path}: only absolute position embeddings are supported")
-    if values.get("tie_word_embeddings", True) is False:
-        raise UserError(f"{path}: tie_word_embeddings is false; only tied decoders are supported")
     fields = dataclasses.fields(ModelConfig)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
@@ -109,11 +113,17 @@ def read_pretrained(directory: str | Path) -> tuple[ModelConfig, StateDict]:
     """
     directory = Path(directory)
     config = read_config(directory)
+    state = read_weights(directory)
+    check_shapes(config, state, directory)
+    return config, tie(state, directory)
+
+
+def read_weights(directory: Path) -> StateDict:
+    """The weights of a Hugging Face directory under today's names, before anything is compared."""
     state = canonical(_read_files(directory))
     if WORD_EMBEDDINGS not in state:
         raise UserError(f"{directory}: the weights hold no {WORD_EMBEDDINGS}: not a BERT encoder")
-    _check_shapes(config, state, directory)
-    return config, tie(state, directory)
+    return state
 
 
 def _read_files(directory: Path) -> StateDict:
@@ -176,22 +186,34 @@ def canonical(state: StateDict) -> StateDict:
 def tie(state: StateDict, where: str | Path) -> StateDict:
     """Make the tied entries share storage, adding those that are missing.
 
-    A file without an MLM head gets none. UserError when the two copies differ.
+    A file without an MLM head gets none. A decoder weight of its own stays; `load_into` refuses it.
+    UserError when there are two different biases.
     """
     if PREDICTION_BIAS not in state and DECODER_BIAS in state:
         state[PREDICTION_BIAS] = state[DECODER_BIAS]
     if PREDICTION_BIAS not in state:
         return state
     for copy, original in TIED.items():
-        if copy in state and not torch.equal(state[copy], state[original]):
+        if copy not in state or is_tied(state, copy):
+            state[copy] = state[original]
+        elif copy == DECODER_BIAS:
             raise UserError(
-                f"{where}: {copy} differs from {original}; only tied decoders are supported"
+                f"{where}: {copy} differs from {original}; which one counts depends on the version "
+                "of transformers, so delete the wrong one"
             )
-        state[copy] = state[original]
     return state
 
 
-def _check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
+def is_tied(state: StateDict, copy: str) -> bool:
+    """Whether the entry called `copy` (a key of TIED), if there, equals the one it is tied to."""
+    if copy not in state or TIED[copy] not in state:
+        return True
+    one, other = state[copy], state[TIED[copy]]
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
+    """UserError when the encoder that `config` describes is not in `state`, whole and in shape."""
     num_rows = state[WORD_EMBEDDINGS].shape[0]
     if num_rows != config.vocab_size:
         raise UserError(
@@ -243,7 +265,7 @@ def _resize_vocab_rows(state: StateDict, num_rows: int) -> StateDict:
             num_kept = min(num_rows, len(old))
             result[name][:num_kept] = old[:num_kept]
     for copy, original in TIED.items():
-        if copy in state and original in state:
+        if copy in state and original in state and is_tied(state, copy):
             result[copy] = result[original]
     return result
 
@@ -270,6 +292,11 @@ def load_into(
     here = model.config
     assert isinstance(here, ModelConfig)
     check_same_shape(here, config, where)
+    if not is_tied(state, DECODER_WEIGHT):
+        raise UserError(
+            f"{where}: {DECODER_WEIGHT} differs from {WORD_EMBEDDINGS}; models here have tied "
+            "decoders only (export and import keep it)"
+        )
     own = model.state_dict()
     num_rows = len(own[WORD_EMBEDDINGS])
     if num_rows != config.vocab_size:

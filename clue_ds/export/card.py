@@ -1,0 +1,146 @@
+"""The model card: README.md of a Hugging Face directory, in English and Chinese.
+
+Every number is read from the model or from the run that made it; what isn't known is left out. A
+run's corpus.json and log.jsonl are read if they are still where the run had them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clue_ds.model.weights import TIED, StateDict
+
+# (English, Chinese) -> value; a fact is a row of one table in both languages.
+Facts = list[tuple[str, str, str]]
+
+PAGE = """---
+language:
+- zh
+library_name: transformers
+pipeline_tag: {pipeline}
+tags:
+- bert
+- chinese
+- clue
+---
+
+# {name}
+
+A Chinese BERT encoder, written by [clue_ds](https://pypi.org/project/clue_ds/). [中文](#中文)
+
+{facts_en}
+{training_en}
+## How to load
+
+```python
+{code}
+```
+
+The tokenizer is BERT's (`BertTokenizer`, `vocab.txt`) and the classes are BERT's whatever the
+model's name says. `hidden_act` in `config.json` is the one it was trained with: `gelu` is the exact
+(erf) GELU, `gelu_new` the tanh form that TensorFlow's BERT calls `gelu`.
+
+# 中文
+
+由 clue_ds 生成的中文 BERT 编码器。
+
+{facts_zh}
+{training_zh}
+## 如何加载
+
+```python
+{code}
+```
+
+请使用 BERT 的分词器（`BertTokenizer`，`vocab.txt`）和 BERT 的模型类，与模型名称无关。`config.json`
+中的 `hidden_act` 与训练时一致：`gelu` 为精确（erf）形式，
+`gelu_new` 为 TensorFlow 版 BERT 所用的 tanh 形式。
+"""
+
+PIPELINES = {
+    "BertForSequenceClassification": "text-classification",
+    "BertModel": "feature-extraction",
+}
+
+
+def model_card(name: str, config: dict[str, Any], state: StateDict, made_in: Path) -> str:
+    """The page of the model called `name`; `made_in` is the checkpoint (or any) directory."""
+    architecture = config["architectures"][0]
+    code = (
+        f"from transformers import {architecture}, BertTokenizer\n\n"
+        f'tokenizer = BertTokenizer.from_pretrained("{name}")\n'
+        f'model = {architecture}.from_pretrained("{name}")'
+    )
+    training = _training(made_in)
+    return PAGE.format(
+        name=name,
+        pipeline=PIPELINES.get(architecture, "fill-mask"),
+        code=code,
+        facts_en=_table(_shape(config, state), 0),
+        facts_zh=_table(_shape(config, state), 1),
+        training_en=f"\n## Training\n\n{_table(training, 0)}\n" if training else "",
+        training_zh=f"\n## 训练\n\n{_table(training, 1)}\n" if training else "",
+    )
+
+
+def _table(facts: Facts, language: int) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {f[language]} | {f[2]} |" for f in facts)])
+
+
+def _shape(config: dict[str, Any], state: StateDict) -> Facts:
+    count = sum(tensor.numel() for name, tensor in state.items() if name not in TIED)
+    return [
+        ("parameters", "参数量", f"{count:,}"),
+        ("layers", "层数", str(config["num_hidden_layers"])),
+        ("hidden size", "隐层维度", str(config["hidden_size"])),
+        ("attention heads", "注意力头数", str(config["num_attention_heads"])),
+        ("feed-forward size", "前馈层维度", str(config["intermediate_size"])),
+        ("vocabulary", "词表大小", f"{config['vocab_size']:,}"),
+        ("longest input", "最大长度", str(config["max_position_embeddings"])),
+        ("storage", "存储类型", config["torch_dtype"]),
+    ]
+
+
+def _training(made_in: Path) -> Facts:
+    """What manifest.json, log.jsonl and corpus.json of a run say; nothing outside of a run."""
+    manifest = _read(made_in / "manifest.json")
+    if not manifest:
+        return []
+    config = manifest["config"]
+    train, data = config["train"], config["data"]
+    corpus = _read(Path(data["corpus"]) / "corpus.json")
+    facts: Facts = []
+    if corpus:
+        amount = f"{corpus['num_tokens']:,} / {corpus['num_documents']:,}"
+        facts.append(("corpus (tokens / documents)", "语料（词元数 / 文档数）", amount))
+    facts += [
+        ("corpus fingerprint", "语料指纹", f"`{manifest['corpus_fingerprint'][:16]}`"),
+        ("steps", "训练步数", f"{manifest['step']:,}"),
+        ("sequences", "训练样本数", f"{manifest['samples']:,}"),
+        ("sequence length", "序列长度", str(data["seq_length"])),
+        ("whole-word masking", "全词遮盖", "yes / 是" if data["whole_word"] else "no / 否"),
+        ("global batch", "全局批大小", str(train["global_batch_size"])),
+        ("optimizer, peak rate", "优化器与学习率峰值", f"{train['optimizer']}, {train['lr']:g}"),
+        ("precision", "精度", manifest["precision"]),
+    ]
+    last = _last_record(made_in.parent.parent / "log.jsonl", manifest["step"])
+    if last.get("loss") is not None:
+        facts.append(("MLM loss at the end", "最终 MLM 损失", f"{last['loss']:.4f}"))
+    if last.get("mlm_accuracy") is not None:
+        facts.append(("MLM accuracy at the end", "最终 MLM 准确率", f"{last['mlm_accuracy']:.4f}"))
+    versions = ", ".join(f"{name} {v}" for name, v in sorted(manifest["versions"].items()))
+    return [*facts, ("versions", "软件版本", versions)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _last_record(path: Path, step: int) -> dict[str, Any]:
+    """The last line of log.jsonl up to `step`."""
+    if not path.is_file():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return next((record for record in reversed(records) if record["step"] <= step), {})

@@ -1,0 +1,63 @@
+"""Models by their names on the Hugging Face hub, fetched by huggingface_hub itself.
+
+Guarantees: only a model's own files are fetched, never code; weights as safetensors where the hub
+has them; HF_ENDPOINT, HF_HOME and HF_TOKEN mean what they mean to huggingface_hub. A local path
+always wins over a name on the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from clue_ds.errors import UserError
+
+# Preset -> where upstream published it.
+PUBLISHED = {
+    "roberta_tiny_clue": "clue/roberta_chinese_clue_tiny",
+    "roberta_tiny_pair": "clue/roberta_chinese_pair_tiny",
+    "roberta_tiny3l312_clue": "clue/roberta_chinese_3L312_clue_tiny",
+    "roberta_tiny3l768_clue": "clue/roberta_chinese_3L768_clue_tiny",
+    "roberta_large_clue": "clue/roberta_chinese_clue_large",
+    "roberta_large_pair": "clue/roberta_chinese_pair_large",
+}
+FILES = ("*config*.json", "vocab.txt", "bert_model.ckpt*")
+SAFE = ("model*.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def is_name(where: str | Path) -> bool:
+    """Whether `where` looks like owner/name, or is one of PUBLISHED's presets, and is no path."""
+    name = str(where)
+    looks = name in PUBLISHED or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    # A misspelled path keeps the message about paths: its first part is there.
+    return looks and not Path(name).exists() and Path(name).parts[0] not in _here()
+
+
+def _here() -> set[str]:
+    return {path.name for path in Path().iterdir()}
+
+
+def download(name: str) -> Path:
+    """The directory (in huggingface_hub's cache) of the model called `name`, or of a preset."""
+    # Imported here because only those who name a model on the hub need it.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    repository = PUBLISHED.get(name, name)
+    try:
+        files = huggingface_hub.list_repo_files(repository)
+        has_safe = any(file.startswith("model") and ".safetensors" in file for file in files)
+        weights = SAFE if has_safe else PICKLED
+        patterns = [*FILES, *weights]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name} is neither a directory nor a model on the hub (or it is private: set HF_TOKEN)"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"can't fetch {repository} from the hub: {reason}; download it elsewhere and give its "
+            "directory"
+        ) from None

@@ -1,0 +1,125 @@
+"""What every layout does alike: check the model and its vocabulary, then appear at once.
+
+Guarantees: a directory is complete or absent (written beside its place, then renamed); an existing
+one is replaced only when that was asked, and only when it holds a model; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from clue_ds.errors import UserError, existing_file
+from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict, expected_shapes
+from clue_ds.presets import ModelConfig
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+CLASSIFIER_WEIGHT = "classifier.weight"
+CLASSIFIER_BIAS = "classifier.bias"
+# A directory with one of these is a model, which --force may replace.
+MODEL_FILES = ("config.json", "bert_config.json")
+
+
+@contextmanager
+def staged(target: str | Path, force: bool) -> Iterator[Path]:
+    """A scratch path, to be made a directory or a file, that becomes `target` when the block ends.
+
+    UserError, and `target` as it was, when it exists without `force`, holds something else than a
+    model, or can't be written.
+    """
+    target = Path(target)
+    _check_target(target, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # mkdtemp's own directories are private (0700); one inside it gets the user's umask.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            # With the name of the target, because a suffix can mean something (.zip).
+            place = Path(scratch) / "new" / target.name
+            place.parent.mkdir()
+            yield place
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            place.rename(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"can't write {target}: {error}; free some space or choose another --output"
+        ) from None
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not force:
+        raise UserError(f"{target} exists; give --force to replace it, or another --output")
+    if target.is_dir():
+        replaceable = any((target / name).is_file() for name in MODEL_FILES)
+        replaceable = replaceable or not any(target.iterdir())
+    else:
+        replaceable = target.suffix == ".zip"
+    if not replaceable:
+        raise UserError(
+            f"{target} exists and is not a model directory; --force replaces only those"
+        )
+
+
+def vocab_lines(vocab_file: str | Path) -> list[str]:
+    """The lines of vocab.txt; UserError when it is missing or not text."""
+    path = existing_file(vocab_file, "vocabulary")
+    try:
+        tokens = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"vocabulary {path} is not UTF-8 text: {error}") from None
+    if tokens[-1] == "":
+        tokens.pop()
+    return tokens
+
+
+def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
+    """The lines of vocab.txt; UserError unless there are `vocab_size`, special tokens included."""
+    tokens = vocab_lines(vocab_file)
+    if len(tokens) != vocab_size:
+        raise UserError(
+            f"vocabulary {vocab_file} has {len(tokens):,} lines but the model has {vocab_size:,} "
+            "words; give the vocab.txt that it was trained with"
+            + (", or --trim-vocab to drop the rest" if len(tokens) < vocab_size else "")
+        )
+    missing = [token for token in SPECIAL_TOKENS.values() if token not in tokens]
+    if missing:
+        raise UserError(f"{vocab_file} is not a BERT vocabulary: it lacks {', '.join(missing)}")
+    return tokens
+
+
+def check_state(config: ModelConfig, state: StateDict) -> None:
+    """Refuse what a reader would silently fill with random numbers or can't load."""
+    if WORD_EMBEDDINGS not in state:
+        raise UserError(f"the state dict has no {WORD_EMBEDDINGS}: it is not a BERT encoder")
+    expected = expected_shapes(config)
+    for name, tensor in state.items():
+        if name in expected and tensor.shape != expected[name]:
+            raise UserError(
+                f"{name} is {tuple(tensor.shape)} but the config says {tuple(expected[name])}"
+            )
+        if name not in expected and not name.startswith("classifier."):
+            raise UserError(f"the state dict holds {name}, which BertForPreTraining has not")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def copy_vocab(vocab_file: str | Path, directory: Path) -> None:
+    shutil.copyfile(vocab_file, directory / "vocab.txt")

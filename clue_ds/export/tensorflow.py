@@ -1,0 +1,235 @@
+"""Google's BERT layout, written and read without TensorFlow.
+
+    bert_model.ckpt.{data-00000-of-00001,index,meta}  bert_config.json  vocab.txt
+
+One table of names serves both directions. Guarantees: every tensor there and back is the same bits;
+the files equal those of TensorFlow's Saver; optimizer slots are dropped on reading; what else the
+table doesn't know is reported, and an encoder with a hole is refused.
+
+bert_config.json says "gelu" because Google's code knows no other name for it, and means tanh; that
+it was erf, which only Hugging Face has, is written under a key that Google's code ignores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from clue_ds.errors import UserError
+from clue_ds.export import tf_bundle, tf_graph
+from clue_ds.export.publish import (
+    CLASSIFIER_BIAS,
+    CLASSIFIER_WEIGHT,
+    check_state,
+    copy_vocab,
+    read_tokens,
+    staged,
+    write_json,
+)
+from clue_ds.model.weights import (
+    DECODER_BIAS,
+    DECODER_WEIGHT,
+    PREDICTION_BIAS,
+    WORD_EMBEDDINGS,
+    StateDict,
+    is_tied,
+    model_config,
+    read_json,
+)
+from clue_ds.presets import ModelConfig
+
+PREFIX = "bert_model.ckpt"
+CONFIG_FILE = "bert_config.json"
+# What Google's BertConfig takes; the rest of ours follows as keys that it ignores.
+CONFIG_KEYS = (
+    "attention_probs_dropout_prob",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "type_vocab_size",
+    "vocab_size",
+)
+TRUE_ACTIVATION = "hidden_act_in_transformers"
+OPTIMIZER_SUFFIXES = ("/adam_m", "/adam_v", "/lamb_m", "/lamb_v", "/Adam", "/Adam_1")
+OPTIMIZER_NAMES = ("global_step", "beta1_power", "beta2_power")
+
+
+class Row(NamedTuple):
+    """One tensor under both names; dense kernels are [in, out] there and [out, in] here."""
+
+    theirs: str
+    ours: str
+    is_transposed: bool = False
+
+
+def name_table(num_layers: int) -> list[Row]:
+    """Every tensor that a BERT checkpoint may hold, heads included."""
+    rows = [
+        Row("bert/embeddings/word_embeddings", WORD_EMBEDDINGS),
+        *(
+            Row(f"bert/embeddings/{n}_embeddings", f"bert.embeddings.{n}_embeddings.weight")
+            for n in ("position", "token_type")
+        ),
+        *_layer_norm("bert/embeddings/LayerNorm"),
+    ]
+    for number in range(num_layers):
+        layer = f"bert/encoder/layer_{number}"
+        for part in ("query", "key", "value"):
+            rows += _dense(f"{layer}/attention/self/{part}")
+        for part in ("attention/output", "output"):
+            rows += [*_dense(f"{layer}/{part}/dense"), *_layer_norm(f"{layer}/{part}/LayerNorm")]
+        rows += _dense(f"{layer}/intermediate/dense")
+    return [
+        *rows,
+        *_dense("bert/pooler/dense"),
+        *_dense("cls/predictions/transform/dense"),
+        *_layer_norm("cls/predictions/transform/LayerNorm"),
+        Row("cls/predictions/output_bias", PREDICTION_BIAS),
+        # Only for a decoder of its own; Google's is always the word embeddings.
+        *_dense("cls/predictions/decoder")[:1],
+        Row("cls/seq_relationship/output_weights", "cls.seq_relationship.weight"),
+        Row("cls/seq_relationship/output_bias", "cls.seq_relationship.bias"),
+        Row("output_weights", CLASSIFIER_WEIGHT),
+        Row("output_bias", CLASSIFIER_BIAS),
+    ]
+
+
+def _ours(name: str) -> str:
+    return name.replace("layer_", "layer.").replace("/", ".")
+
+
+def _dense(name: str) -> list[Row]:
+    kernel = Row(f"{name}/kernel", f"{_ours(name)}.weight", is_transposed=True)
+    return [kernel, Row(f"{name}/bias", f"{_ours(name)}.bias")]
+
+
+def _layer_norm(name: str) -> list[Row]:
+    names = (("gamma", "weight"), ("beta", "bias"))
+    return [Row(f"{name}/{theirs}", f"{_ours(name)}.{ours}") for theirs, ours in names]
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def write(
+    config: ModelConfig,
+    state: StateDict,
+    vocab_file: str | Path,
+    directory: str | Path,
+    lower_case: bool = True,
+    force: bool = False,
+) -> Path:
+    """Write the five files; arguments, guarantees and errors are huggingface.write's."""
+    directory = Path(directory)
+    read_tokens(vocab_file, config.vocab_size)
+    check_state(config, state)
+    with staged(directory, force) as place:
+        place.mkdir()
+        entries = tf_bundle.write(place / PREFIX, _tensors(config, state))
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        (place / f"{PREFIX}.meta").write_bytes(tf_graph.meta_graph(shapes))
+        write_json(place / CONFIG_FILE, config_json(config, lower_case))
+        copy_vocab(vocab_file, place)
+    return directory
+
+
+def _tensors(config: ModelConfig, state: StateDict) -> Iterator[tuple[str, np.ndarray]]:
+    """The variables in name order, one at a time."""
+    left_out = {DECODER_WEIGHT} if is_tied(state, DECODER_WEIGHT) else set()
+    for row in sorted(name_table(config.num_hidden_layers)):
+        if row.ours in state and row.ours not in left_out:
+            tensor = state[row.ours].detach().float()
+            yield row.theirs, (tensor.T if row.is_transposed else tensor).contiguous().numpy()
+
+
+def config_json(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
+    """The content of bert_config.json: Google's 11 keys and what else we need to read it back."""
+    values = dataclasses.asdict(config)
+    return {
+        **{key: values[key] for key in CONFIG_KEYS},
+        "hidden_act": "gelu",
+        TRUE_ACTIVATION: config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "do_lower_case": lower_case,
+    }
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def find_prefix(directory: Path) -> Path:
+    """Path of the checkpoint in `directory`, without its suffixes."""
+    found = sorted(path.with_suffix("") for path in directory.glob("*.index"))
+    if directory / PREFIX in found:
+        return directory / PREFIX
+    if len(found) != 1:
+        what = f"several checkpoints ({', '.join(p.name for p in found)})" if found else "no .index"
+        raise UserError(
+            f"{directory} holds {what}; give a directory with one TensorFlow checkpoint, "
+            f"called {PREFIX} by custom"
+        )
+    return found[0]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """bert_config.json, under whatever name it has, with Hugging Face's meaning of hidden_act."""
+    paths = [directory / CONFIG_FILE, *sorted(directory.glob("*config*.json"))]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    values = read_json(path)
+    if values.get("hidden_act") == "gelu":
+        values["hidden_act"] = values.get(TRUE_ACTIVATION, "gelu_new")
+    return values
+
+
+def read(directory: str | Path) -> tuple[ModelConfig, StateDict, list[str]]:
+    """(config, state dict, names of variables that were left out) of a directory in this layout.
+
+    vocab_size is the number of rows that the checkpoint has, whatever bert_config.json says.
+    """
+    directory = Path(directory)
+    values = read_config(directory)
+    config = model_config({**values, "model_type": "bert"}, directory / CONFIG_FILE)
+    reader = tf_bundle.Reader(find_prefix(directory))
+    state: StateDict = {}
+    known = set()
+    for row in name_table(config.num_hidden_layers):
+        known.add(row.theirs)
+        if row.theirs in reader.entries:
+            tensor = torch.from_numpy(reader.read(row.theirs)).float()
+            state[row.ours] = tensor.T.contiguous() if row.is_transposed else tensor
+    if WORD_EMBEDDINGS not in state:
+        raise UserError(
+            f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "
+            f"names of Google's BERT are read (this one begins with {min(reader.entries, key=len)})"
+        )
+    if DECODER_WEIGHT in state:
+        state[DECODER_BIAS] = state[PREDICTION_BIAS]
+    left_out = [name for name in reader.entries if name not in known and not _is_optimizer(name)]
+    return config.replace(vocab_size=len(state[WORD_EMBEDDINGS])), state, left_out
+
+
+def _is_optimizer(name: str) -> bool:
+    return name.endswith(OPTIMIZER_SUFFIXES) or name in OPTIMIZER_NAMES
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether `directory` holds something for `read`."""
+    return any(directory.glob("*.index")) or any(directory.glob(f"{PREFIX}*"))
+
+
+def lower_case(directory: Path) -> bool | None:
+    """What our own bert_config.json says of the tokenizer; None in other people's."""
+    path = directory / CONFIG_FILE
+    return json.loads(path.read_text("utf-8")).get("do_lower_case") if path.is_file() else None
