@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
+CLIENTS := .venv-clients
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
@@ -11,7 +12,7 @@ ARGS   ?=
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
-.PHONY: help demo sample test test-gpu bench lint clean
+.PHONY: help demo sample test test-clients test-gpu bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +33,9 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
 	$(BIN)/pytest $(ARGS)
 
+test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
+	CLIENTS_PYTHON=$(CLIENTS)/bin/python $(BIN)/pytest tests/clients $(ARGS)
+
 test-gpu: $(VENV)/.dev  ## what needs CUDA
 	$(BIN)/pytest tests/gpu $(KERNEL_TESTS) $(ARGS)
 
@@ -46,7 +50,7 @@ lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an instal
 	$(BIN)/mypy build/tree/clue_ds
 
 clean:  ## the environment and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
 
 # torch comes first, because anything else that needs it would choose a build for us. Without a GPU we
 # ask for the CPU build by its label and take the registry's default where it has no build so labelled.
@@ -69,3 +73,10 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.demo $@
+
+# TensorFlow takes 1.4 GB; nothing of ours imports it, so it has an environment of its own.
+$(CLIENTS)/.done: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps bert4keras==0.11.5
+	touch $@

@@ -102,6 +102,8 @@ def _table(entries: dict[str, Entry]) -> bytes:
 def _encode(entry: Entry) -> bytes:
     dims = [protobuf.message(2, protobuf.integer(1, n) if n else b"") for n in entry.shape]
     parts = [protobuf.integer(1, entry.dtype), protobuf.message(2, *dims)]
+    if entry.shard:
+        parts.append(protobuf.integer(3, entry.shard))
     if entry.offset:
         parts.append(protobuf.integer(4, entry.offset))
     if entry.size:
