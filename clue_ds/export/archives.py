@@ -1,4 +1,4 @@
-"""Zips of models, as upstream's CLUE downloads are: packed the same every time, unpacked safely.
+"""Zips of models, as upstream's CLUE downloads are: packed without dates, unpacked safely.
 
 Guarantees: nothing is written outside the folder that was chosen: an archive with an absolute path,
 a "..", a link or a device in it is refused whole, before its first file is written; so is one that
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from clue_ds.errors import UserError
 
-# Two packings of the same model are the same bytes; 1980 is where zip's time begins.
+# Two packings of the same files are the same bytes; 1980 is where zip's time begins.
 TIME = (1980, 1, 1, 0, 0, 0)
 
 
