@@ -1,5 +1,6 @@
 # Every target makes the environment it needs in .venv; nothing else has to be installed first.
-# Variables: PYTHON (3.10 to 3.13), ARGS (passed on to the command of demo, test, bench).
+# Variables: PYTHON (3.10 to 3.13), ARGS (passed on to the command of demo, test, bench), PYTHON37 (for
+# test-clients: the newest Python that transformers 2.5.1 runs on).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -7,6 +8,7 @@ CLIENTS := .venv-clients
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
+PYTHON37 ?= python3.7
 ARGS   ?=
 # Numeric tests that run on a GPU where there is one, in Triton's interpreter elsewhere.
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
@@ -34,7 +36,8 @@ test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with th
 	$(BIN)/pytest $(ARGS)
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
-	CLIENTS_PYTHON=$(CLIENTS)/bin/python $(BIN)/pytest tests/clients $(ARGS)
+	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
+		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) $(BIN)/pytest tests/clients $(ARGS)
 
 test-gpu: $(VENV)/.dev  ## what needs CUDA
 	$(BIN)/pytest tests/gpu $(KERNEL_TESTS) $(ARGS)
@@ -79,4 +82,13 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps bert4keras==0.11.5
+	$(PYTHON) -m venv $(CLIENTS)/4
+	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
+		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 "sentence-transformers < 6"
+	@if command -v $(PYTHON37) > /dev/null; then \
+		echo "installing transformers 2.5.1 with $(PYTHON37)"; \
+		$(PYTHON37) -m venv $(CLIENTS)/2 \
+		&& $(CLIENTS)/2/bin/python -m pip --disable-pip-version-check install --quiet torch==1.4.0 transformers==2.5.1 "protobuf < 4"; \
+	else echo "no $(PYTHON37): transformers 2.5.1 will not be checked"; fi
 	touch $@

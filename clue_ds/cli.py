@@ -26,7 +26,7 @@ VERBS: dict[str, Verb] = {
     "vocab": Verb("clue_ds.data.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"),
     "shard": Verb("clue_ds.data.build:shard", "turn raw text into a memory-mapped corpus"),
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
-    "export": Verb("clue_ds.export:export", "write a run as Hugging Face's or TensorFlow's files"),
+    "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
     "predict": Verb("clue_ds.tasks.predict:predict", "fill masks with a trained model"),
     "launch": Verb("clue_ds.launcher.local:main", "run a verb on several ranks", True),

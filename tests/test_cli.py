@@ -50,6 +50,7 @@ def test_listing_the_verbs_imports_none_of_them() -> None:
         (["pretrain", "--run_dir", "r", "--data.corpus", "nowhere"], "nowhere"),
         (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["export", "nowhere", "--to", "hf"], "nowhere"),
+        (["import", "nowhere", "--from", "tf"], "nowhere"),
         (["predict", "--model", "nowhere", "--fill-mask", "天[MASK]"], "nowhere"),
     ],
 )

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,35 @@ def test_file_holds_fp32_and_every_tied_entry_once(
         assert {str(file.get_tensor(n).dtype) for n in names} == {"torch.float32"}
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     assert names == set(model.state_dict()) - tied
+
+
+@pytest.mark.parametrize("heads", ["all", "none"])
+def test_old_format_holds_the_same_weights_with_tied_keys(
+    heads: str, tmp_path: Path, vocab_file: Path, model: BertForPreTraining
+) -> None:
+    """pytorch_model.bin is for readers down to torch 1.4, which know no zip and tie nothing."""
+    state = model.state_dict()
+    if heads == "none":
+        state = {name: tensor for name, tensor in state.items() if name.startswith("bert.")}
+    path = export.save(CONFIG, state, vocab_file, tmp_path / "hf") / "pytorch_model.bin"
+    assert not zipfile.is_zipfile(path)
+    found = torch.load(path, weights_only=True)
+    assert sorted(found) == sorted(state)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    num_bytes = 4 * sum(tensor.numel() for tensor in model.parameters())
+    assert path.stat().st_size < num_bytes + 30_000, "tied tensors are stored once"
+
+
+def test_card_says_what_is_known_in_both_languages(exported: Path) -> None:
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    assert "language:\n- zh" in card and "pipeline_tag: fill-mask" in card
+    assert "| layers | 2 |" in card and "| 层数 | 2 |" in card
+    assert "## Training" not in card, "a model without a run says nothing of one"
+    loading = card.split("```python\n")[1].split("```")[0].replace('"hf"', repr(str(exported)))
+    names: dict[str, Any] = {}
+    exec(loading, names)
+    assert len(names["tokenizer"]) == len(VOCAB)
+    assert type(names["model"]).__name__ == "BertForPreTraining"
 
 
 def test_load_returns_what_was_saved(exported: Path, model: BertForPreTraining) -> None:
@@ -282,7 +312,7 @@ def test_save_refuses_what_readers_would_choke_on(
     tmp_path: Path, vocab_file: Path, model: BertForPreTraining
 ) -> None:
     state = model.state_dict()
-    with pytest.raises(UserError, match="layouts: hf, tf"):
+    with pytest.raises(UserError, match="layouts: hf, tf, onnx"):
         export.save(CONFIG, state, vocab_file, tmp_path / "out", to="gguf")
     with pytest.raises(UserError, match="14 lines but the model has 16"):
         export.save(CONFIG.replace(vocab_size=16), state, vocab_file, tmp_path / "out")
@@ -332,6 +362,11 @@ def test_run_is_exported_with_its_vocabulary_and_case(tmp_path: Path, sample_tex
     words = (tmp_path / "vocab.txt").read_text(encoding="utf-8")
     assert (directory / "vocab.txt").read_text(encoding="utf-8") == words
     assert not BertTokenizer.from_pretrained(directory).do_lower_case
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert "| steps | 3 |" in card and "| 训练步数 | 3 |" in card
+    assert f"| MLM loss at the end | {last['loss']:.4f} |" in card
+    assert f"torch {torch.__version__}" in card
     run, exported = export.load(tmp_path / "run"), export.load(directory)
     assert run[0] == exported[0] and run[0].vocab_size == words.count("\n")
     assert all(torch.equal(tensor, exported[1][name]) for name, tensor in run[1].items())

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from clue_ds.errors import UserError
-from clue_ds.export import archives, huggingface, slim, tensorflow
+from clue_ds.export import archives, huggingface, onnx_graph, slim, tensorflow
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import Source, open_model, opened
 from clue_ds.model.weights import TIED, StateDict
@@ -25,6 +25,7 @@ __all__ = ["LAYOUTS", "Source", "export", "import_model", "load", "open_model", 
 LAYOUTS: dict[str, Callable[..., Path]] = {
     "hf": huggingface.write,
     "tf": tensorflow.write,
+    "onnx": onnx_graph.write,
 }
 
 
@@ -51,9 +52,9 @@ def save(
 ) -> Path:
     """Write a model that others can load; returns `directory`.
 
-    `to`: hf or tf. The directory appears complete or not at all, and an existing one is replaced
-    only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a vocabulary of
-    another size, a full disk.
+    `to`: hf, tf or onnx. The directory appears complete or not at all, and an existing one is
+    replaced only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a
+    vocabulary of another size, a full disk.
     """
     _check_layout(to, half)
     options = {"half": True} if half else {}
@@ -65,6 +66,8 @@ def _check_layout(to: str, half: bool) -> None:
         raise UserError(f"can't export to {to!r}; layouts: {', '.join(LAYOUTS)}")
     if half and to != "hf":
         raise UserError(f"--fp16 is for --to hf only: readers of the {to} layout expect fp32")
+    if to == "onnx":
+        onnx_graph.check_installed()
 
 
 def export(
@@ -84,7 +87,8 @@ def export(
         run: a run directory, one of its checkpoints, a model directory, a zip of one, or a name on
             the Hugging Face hub.
         to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, card), tf
-            (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), or all.
+            (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), onnx (model.onnx; needs the
+            extra clue_ds[onnx]), or all.
         output: where to write; default RUN/export/TO. With all, the directory that holds each.
         force: replace the output if it exists.
         trim_vocab: drop the rows of words beyond vocab.txt, which no text ever uses.

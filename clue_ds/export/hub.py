@@ -1,8 +1,8 @@
 """Models by their names on the Hugging Face hub, fetched by huggingface_hub itself.
 
 Guarantees: only a model's own files are fetched, never code; weights as safetensors where the hub
-has them; HF_ENDPOINT, HF_HOME and HF_TOKEN mean what they mean to huggingface_hub. A local path
-always wins over a name on the hub.
+has them; without a connection, what was fetched before. HF_ENDPOINT, HF_HOME and HF_TOKEN mean what
+they mean to huggingface_hub. A local path always wins over a name on the hub.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def download(name: str) -> Path:
 
     repository = PUBLISHED.get(name, name)
     try:
-        files = huggingface_hub.list_repo_files(repository)
-        has_safe = any(file.startswith("model") and ".safetensors" in file for file in files)
-        weights = SAFE if has_safe else PICKLED
-        patterns = [*FILES, *weights]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        patterns = [*FILES, *SAFE]
+        directory = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        if not any(directory.glob("*.safetensors")):
+            patterns = [*FILES, *PICKLED]
+            directory = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        return directory
     except RepositoryNotFoundError:
         raise UserError(
             f"{name} is neither a directory nor a model on the hub (or it is private: set HF_TOKEN)"

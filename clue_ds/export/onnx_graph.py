@@ -1,0 +1,160 @@
+"""One ONNX file of the whole network, for any batch and any length, checked before it appears.
+
+    model.onnx  config.json  vocab.txt  tokenizer.json  tokenizer_config.json
+
+Inputs: input_ids, attention_mask, token_type_ids, int64 [batch, length]. Outputs, where the weights
+are there: last_hidden_state [batch, length, H], pooler_output [batch, H], logits [batch, length, V]
+of the MLM head, seq_relationship_logits [batch, 2], classifier_logits [batch, labels].
+
+Guarantees: onnxruntime was given the file on a batch and a length that the exporter never saw, with
+padding, and agreed with PyTorch to 1e-4, or nothing is published.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clue_ds.errors import UserError
+from clue_ds.export import huggingface
+from clue_ds.export.publish import (
+    CLASSIFIER_BIAS,
+    CLASSIFIER_WEIGHT,
+    check_state,
+    copy_vocab,
+    read_tokens,
+    staged,
+    write_json,
+)
+from clue_ds.model.bert import BertForPreTraining
+from clue_ds.model.weights import PREDICTION_BIAS, StateDict, load_into
+from clue_ds.presets import ModelConfig
+
+FILE = "model.onnx"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+# fp32 in another order of operations; 4e-6 on small models, a few 1e-5 on 24 layers.
+TOLERANCE = 1e-4
+PROTOBUF_LIMIT = 2**31 - 2**24  # a larger model has its weights beside model.onnx
+
+
+class Network(nn.Module):
+    """The outputs that `state` has weights for; no branch of it depends on a tensor's values."""
+
+    def __init__(self, config: ModelConfig, state: StateDict, where: Path) -> None:
+        super().__init__()
+        self.model = BertForPreTraining(config)
+        load_into(self.model, config, state, where)
+        outputs = ["last_hidden_state"]
+        if PREDICTION_BIAS in state:
+            outputs.append("logits")
+        if "bert.pooler.dense.weight" in state:
+            outputs.append("pooler_output")
+            if "cls.seq_relationship.weight" in state:
+                outputs.append("seq_relationship_logits")
+            if CLASSIFIER_WEIGHT in state:
+                outputs.append("classifier_logits")
+                self.classifier = nn.Linear(*reversed(state[CLASSIFIER_WEIGHT].shape))
+                weights = {"weight": state[CLASSIFIER_WEIGHT], "bias": state[CLASSIFIER_BIAS]}
+                self.classifier.load_state_dict(weights)
+        self.outputs = outputs
+        self.eval()
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
+        bert, heads = self.model.bert, self.model.cls
+        keep = mask.bool()[:, None, None, :]
+        hidden = bert.encoder(bert.embeddings(ids, types), keep, None)
+        pooled = bert.pooler(hidden[:, 0])
+        found = {"last_hidden_state": hidden, "pooler_output": pooled}
+        if "logits" in self.outputs:
+            found["logits"] = heads.predictions(hidden)
+        if "seq_relationship_logits" in self.outputs:
+            found["seq_relationship_logits"] = heads.seq_relationship(pooled)
+        if "classifier_logits" in self.outputs:
+            found["classifier_logits"] = self.classifier(pooled)
+        return tuple(found[name] for name in self.outputs)
+
+
+def check_installed() -> None:
+    """UserError when the extra is not installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--to onnx needs {', '.join(missing)}: pip install 'clue_ds[onnx]', or choose hf or tf"
+        )
+
+
+def write(
+    config: ModelConfig,
+    state: StateDict,
+    vocab_file: str | Path,
+    directory: str | Path,
+    lower_case: bool = True,
+    force: bool = False,
+) -> Path:
+    """Write the directory; arguments, guarantees and errors are huggingface.write's."""
+    check_installed()
+    directory = Path(directory)
+    tokens = read_tokens(vocab_file, config.vocab_size)
+    check_state(config, state)
+    with staged(directory, force) as place:
+        place.mkdir()
+        network = Network(config, state, directory)
+        _export(network, config, place / FILE)
+        _check(network, config, place / FILE)
+        huggingface.fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
+        tokenizer = huggingface.tokenizer_config(config, lower_case)
+        write_json(place / "tokenizer_config.json", tokenizer)
+        write_json(place / "config.json", huggingface.config_json(config, state))
+        copy_vocab(vocab_file, place)
+    return directory
+
+
+def _batch(config: ModelConfig, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Words of every kind, a second segment, and a last sequence that is half padding."""
+    length = min(length, config.max_position_embeddings)
+    ids = torch.arange(batch * length).reshape(batch, length) * 7 % config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 + 1 :] = 0
+    types = (torch.arange(length) > length // 3).long().expand(batch, -1)
+    return ids, mask, types.clamp(max=config.type_vocab_size - 1).contiguous()
+
+
+def _export(network: Network, config: ModelConfig, path: Path) -> None:
+    length = torch.export.Dim("length", min=1, max=config.max_position_embeddings)
+    axes = {0: torch.export.Dim("batch", min=1), 1: length}
+    size = sum(4 * parameter.numel() for parameter in network.parameters())
+    with warnings.catch_warnings():
+        # About its own internals; what matters is compared below.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            network,
+            _batch(config, 2, 7),
+            dynamo=True,
+            verbose=False,
+            input_names=list(INPUTS),
+            output_names=network.outputs,
+            dynamic_shapes=(axes, axes, axes),
+        )
+    assert program is not None
+    program.save(str(path), external_data=size > PROTOBUF_LIMIT)
+
+
+def _check(network: Network, config: ModelConfig, path: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    batch = _batch(config, 3, 13)
+    found = session.run(None, {name: t.numpy() for name, t in zip(INPUTS, batch, strict=True)})
+    with torch.no_grad():
+        expected = network(*batch)
+    for name, one, other in zip(network.outputs, found, expected, strict=True):
+        difference = float((torch.from_numpy(one) - other).abs().max())
+        bound = TOLERANCE * max(1.0, float(other.abs().max()))
+        assert difference <= bound, f"{name} of {path.name} is {difference:.1e} off PyTorch's"

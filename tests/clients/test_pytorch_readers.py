@@ -1,0 +1,93 @@
+"""Other versions of transformers, and sentence-transformers, read our Hugging Face directory.
+
+`make test-clients` runs it with the Pythons of their environments in TRANSFORMERS4_PYTHON and, if a
+Python 3.7 was found for it, TRANSFORMERS2_PYTHON (transformers 2.5.1, which upstream names, on torch
+1.4).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_model, write_vocab
+
+from clue_ds import export
+from clue_ds.presets import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=120,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=96,
+    hidden_act="gelu_new",
+    max_position_embeddings=24,
+)
+TEXT = "一丁七 万丈AB三"
+TOLERANCE = 2e-5  # fp32 in another order of operations, logits up to 10; measured 4e-6
+
+TRANSFORMERS = """
+import json, sys, torch
+from transformers import BertForPreTraining, BertTokenizer
+tokenizer = BertTokenizer.from_pretrained(sys.argv[1])
+model = BertForPreTraining.from_pretrained(sys.argv[1]).eval()
+ids = tokenizer.encode(sys.argv[2])
+with torch.no_grad():
+    logits, relationship = model(torch.tensor([ids]))[:2]
+print(json.dumps({"ids": ids, "logits": logits.tolist(), "nsp": relationship.tolist()}))
+"""
+SENTENCES = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+print(json.dumps(model.encode([sys.argv[2]]).tolist()))
+"""
+
+
+def run(variable: str, code: str, directory: Path) -> str:
+    """The last line that the reader printed."""
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"{variable} is not set: `make test-clients` had no Python for it")
+    # Not resolved: an environment's python is a link.
+    command = [str(Path(python).absolute()), "-c", code, str(directory), TEXT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readers")
+    vocab_file = write_vocab(folder / "vocab.txt", CONFIG.vocab_size)
+    return export.save(CONFIG, random_model(CONFIG, 0).state_dict(), vocab_file, folder / "hf")
+
+
+def expected_ids() -> list[int]:
+    """[CLS] 一丁七 万丈 [UNK] 三 [SEP]; write_vocab's characters begin at id 5."""
+    return [2, *(ord(c) - 0x4E00 + 5 if c >= chr(0x4E00) else 1 for c in "一丁七万丈A三"), 3]
+
+
+@pytest.mark.parametrize("variable", ["TRANSFORMERS4_PYTHON", "TRANSFORMERS2_PYTHON"])
+def test_older_transformers_compute_the_same(variable: str, directory: Path) -> None:
+    found = json.loads(run(variable, TRANSFORMERS, directory))
+    assert found["ids"] == expected_ids()
+    with torch.no_grad():
+        expected = random_model(CONFIG, 0)(torch.tensor([expected_ids()]))
+    for name, value in (
+        ("logits", expected.prediction_logits),
+        ("nsp", expected.seq_relationship_logits),
+    ):
+        torch.testing.assert_close(torch.tensor(found[name]), value, atol=TOLERANCE, rtol=0)
+
+
+def test_sentence_transformers_takes_the_directory(directory: Path) -> None:
+    found = torch.tensor(json.loads(run("TRANSFORMERS4_PYTHON", SENTENCES, directory)))
+    with torch.no_grad():
+        hidden = random_model(CONFIG, 0).bert(torch.tensor([expected_ids()]))
+    torch.testing.assert_close(found, hidden.mean(1), atol=TOLERANCE, rtol=0)
