@@ -85,7 +85,7 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)/4
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
 		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 "sentence-transformers < 6"
+	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 sentence-transformers==5.7.0
 	@if command -v $(PYTHON37) > /dev/null; then \
 		echo "installing transformers 2.5.1 with $(PYTHON37)"; \
 		$(PYTHON37) -m venv $(CLIENTS)/2 \

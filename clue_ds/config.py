@@ -48,7 +48,7 @@ class ModelSection(Section):
         description="deviation of fresh weights, instead of 0.02; small networks want more",
     )
     init: str | None = Field(
-        None, description="start from this Hugging Face directory or run; its shape must agree"
+        None, description="start from this run, model directory (or zip), or name on the hub"
     )
     attention: Literal["sdpa", "masked_softmax"] = Field(
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"

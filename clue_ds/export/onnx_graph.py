@@ -59,7 +59,8 @@ class Network(nn.Module):
                 outputs.append("seq_relationship_logits")
             if CLASSIFIER_WEIGHT in state:
                 outputs.append("classifier_logits")
-                self.classifier = nn.Linear(*reversed(state[CLASSIFIER_WEIGHT].shape))
+                num_labels, hidden_size = state[CLASSIFIER_WEIGHT].shape
+                self.classifier = nn.Linear(hidden_size, num_labels)
                 weights = {"weight": state[CLASSIFIER_WEIGHT], "bias": state[CLASSIFIER_BIAS]}
                 self.classifier.load_state_dict(weights)
         self.outputs = outputs

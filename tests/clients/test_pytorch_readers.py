@@ -1,8 +1,8 @@
 """Other versions of transformers, and sentence-transformers, read our Hugging Face directory.
 
-`make test-clients` runs it with the Pythons of their environments in TRANSFORMERS4_PYTHON and, if a
-Python 3.7 was found for it, TRANSFORMERS2_PYTHON (transformers 2.5.1, which upstream names, on torch
-1.4).
+`make test-clients` runs it with the Pythons of their environments: TRANSFORMERS4_PYTHON, and
+TRANSFORMERS2_PYTHON where a Python 3.7 was found (transformers 2.5.1 on torch 1.4, which upstream's
+README names).
 """
 
 from __future__ import annotations
