@@ -201,6 +201,26 @@ def test_unknown_variables_are_named_and_holes_refused(
         export.open_model(tf_directory)
 
 
+def test_foreign_tensors_of_a_state_dict_are_named(hf_directory: Path, state: StateDict) -> None:
+    path = hf_directory / "model.safetensors"
+    stored = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(stored | {"qa_outputs.bias": torch.zeros(2)}, path)
+    source = export.open_model(hf_directory)
+    assert source.notes == ("left out 1 tensors that are not BERT's: qa_outputs.bias",)
+    assert same(source.state_dict, state)
+
+
+@pytest.mark.parametrize("layout", ["hf", "tf"])
+def test_layers_that_the_config_does_not_know_are_not_dropped(
+    layout: str, hf_directory: Path, tf_directory: Path
+) -> None:
+    directory = hf_directory if layout == "hf" else tf_directory
+    name = "config.json" if layout == "hf" else "bert_config.json"
+    edit(directory / name, num_hidden_layers=1)
+    with pytest.raises(UserError, match="15 more tensors of an encoder"):
+        export.open_model(directory)
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [

@@ -91,9 +91,7 @@ def _open_tf(directory: Path) -> Source:
     config, state, left_out = tensorflow.read(directory)
     said = tensorflow.read_config(directory)["vocab_size"]
     weights.check_shapes(config, state, directory)
-    notes = _notes(config, said)
-    if left_out:
-        notes += (f"left out {len(left_out)} variables that are not BERT's: {', '.join(left_out)}",)
+    notes = _notes(config, said) + _left_out(left_out, directory)
     lower_case = tensorflow.lower_case(directory)
     vocab_file = directory / "vocab.txt"
     if lower_case is None:
@@ -114,8 +112,10 @@ def _open_hf(directory: Path) -> Source:
     state = weights.read_weights(directory)
     config = said.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
     weights.check_shapes(config, state, directory)
-    notes += _notes(config, said.vocab_size)
-    state = weights.tie(state, directory)
+    known = weights.expected_shapes(config)
+    foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
+    notes += _notes(config, said.vocab_size) + _left_out(foreign, directory)
+    state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
     return Source(config, state, vocab_file, _lower_case(vocab_file), notes)
 
 
@@ -123,6 +123,20 @@ def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:
     if said == config.vocab_size:
         return ()
     return (f"the config says vocab_size {said:,}; the weights have {config.vocab_size:,} words",)
+
+
+def _left_out(names: list[str], directory: Path) -> tuple[str, ...]:
+    """What to say of tensors that have no place in BertForPreTraining; UserError for layers."""
+    layers = [name for name in names if name.startswith(("bert/encoder/", "bert.encoder."))]
+    if layers:
+        raise UserError(
+            f"{directory} holds {layers[0]} and {len(layers) - 1} more tensors of an encoder that "
+            "its config does not describe; correct num_hidden_layers, or take the config that "
+            "belongs to it"
+        )
+    if not names:
+        return ()
+    return (f"left out {len(names)} tensors that are not BERT's: {', '.join(sorted(names))}",)
 
 
 def _is_bert_vocab(vocab_file: Path) -> bool:
