@@ -86,7 +86,7 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
 		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 sentence-transformers==5.7.0
-	@if command -v $(PYTHON37) > /dev/null; then \
+	@if $(PYTHON37) --version > /dev/null 2>&1; then \
 		echo "installing transformers 2.5.1 with $(PYTHON37)"; \
 		$(PYTHON37) -m venv $(CLIENTS)/2 \
 		&& $(CLIENTS)/2/bin/python -m pip --disable-pip-version-check install --quiet torch==1.4.0 transformers==2.5.1 "protobuf < 4"; \

@@ -145,6 +145,12 @@ def test_old_format_holds_the_same_weights_with_tied_keys(
     assert path.stat().st_size < num_bytes + 30_000, "tied tensors are stored once"
 
 
+def test_files_are_readable_for_whom_the_umask_says(exported: Path) -> None:
+    """safetensors 0.8 makes its file private, which others find out on a shared disk."""
+    modes = {path.name: path.stat().st_mode & 0o777 for path in exported.iterdir()}
+    assert set(modes.values()) == {modes["vocab.txt"]}, modes
+
+
 def test_card_says_what_is_known_in_both_languages(exported: Path) -> None:
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert "language:\n- zh" in card and "pipeline_tag: fill-mask" in card

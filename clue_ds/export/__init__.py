@@ -143,6 +143,8 @@ def _write(source: Source, place: Path, to: str, force: bool, fp16: bool, is_zip
             archives.pack(folder, archive)
     else:
         save(config, state, vocab_file, place, to, lower_case, force, fp16)
+    if to == "tf" and config.hidden_act == "gelu":
+        print("trained with the erf GELU; readers that compute tanh, as Google's, are 1e-3 off")
     num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
     print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
 

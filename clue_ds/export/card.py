@@ -28,7 +28,7 @@ tags:
 
 # {name}
 
-A Chinese BERT encoder, written by [clue_ds](https://pypi.org/project/clue_ds/). [中文](#中文)
+A Chinese BERT encoder, written by clue_ds. [中文](#中文)
 
 {facts_en}
 {training_en}

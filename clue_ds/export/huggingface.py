@@ -82,7 +82,10 @@ def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
             raise UserError(f"{name} has weights beyond fp16's range (65,504); export it in fp32")
     # Two entries of one storage are an error to safetensors.
     alone = {n: t.clone() if n in TIED else t for n, t in tensors.items()}
-    safetensors.torch.save_file(alone, place / "model.safetensors", {"format": "pt"})
+    path = place / "model.safetensors"
+    safetensors.torch.save_file(alone, path, {"format": "pt"})
+    # safetensors makes it private; the directory has what the user's umask allows.
+    path.chmod(place.stat().st_mode & 0o666)
     torch.save(
         tie(dict(tensors), place),
         place / "pytorch_model.bin",
