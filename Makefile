@@ -33,7 +33,7 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "老人把渔网撒进[MASK]里"
 
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
@@ -44,7 +44,8 @@ test-gpu: $(VENV)/.dev  ## what needs CUDA
 
 bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
-	$(BIN)/clue-ds bench loader --output benchmarks/results/loader.json $(ARGS)
+	$(BIN)/python -c "from pathlib import Path; from clue_ds.demo import write_texts; write_texts(Path('build/text'))"
+	$(BIN)/clue-ds bench loader --text build/text/news.txt --output benchmarks/results/loader.json $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .
@@ -57,24 +58,27 @@ clean:  ## the environment and build products
 
 # torch comes first, because anything else that needs it would choose a build for us. Without a GPU we
 # ask for the CPU build by its label and take the registry's default where it has no build so labelled.
+# A CUDA build brings the triton it was made with, so our pin of triton is for machines without a GPU.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		echo "installing $(TORCH) (a GPU is present: the CUDA build)"; \
-		$(PIP) install --quiet $(TORCH); \
+		$(PIP) install --quiet $(TORCH) && \
+		grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
 		echo "installing $(TORCH) (no GPU: the CPU build where the registry has one)"; \
-		$(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null || $(PIP) install --quiet $(TORCH); \
+		{ $(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null || $(PIP) install --quiet $(TORCH); } && \
+		cp constraints.txt $(VENV)/constraints.txt; \
 	fi
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.cfg
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $(VENV)/.demo $@
 
 # TensorFlow takes 1.4 GB; nothing of ours imports it, so it has an environment of its own.

@@ -54,7 +54,7 @@ class ModelSection(Section):
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
-        "auto", description="fused operations: auto is triton on a GPU and torch elsewhere"
+        "torch", description="fused operations: torch, or triton, or auto (triton on a GPU)"
     )
     compile: bool = Field(False, description="torch.compile every block (needs a C++ compiler)")
 

@@ -58,7 +58,7 @@ model:
   hidden_size: 128
   num_attention_heads: 4
   intermediate_size: 512
-  max_position_embeddings: 128
+  max_position_embeddings: 64
   initializer_range: 0.05
   hidden_dropout_prob: 0.0      # few passes over little text: there is nothing to overfit
   attention_probs_dropout_prob: 0.0
@@ -161,16 +161,18 @@ def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 def fill_masks(console: Console, model: Path) -> None:
     """What the exported model puts into SENTENCES, without a line of ours: transformers only."""
-    from transformers import BertForMaskedLM, BertTokenizer
+    from transformers import BertForPreTraining, BertTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = BertTokenizer.from_pretrained(model)
-    network = BertForMaskedLM.from_pretrained(model).eval()
+    network = BertForPreTraining.from_pretrained(model).eval()
     table = Table("sentence", "[MASK] is probably")
     for sentence in SENTENCES:
         inputs = tokenizer(sentence, return_tensors="pt")
         position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
         with torch.inference_mode():
-            probabilities = network(**inputs).logits[0, position].softmax(-1)
+            probabilities = network(**inputs).prediction_logits[0, position].softmax(-1)
         best = probabilities.topk(5)
         words = tokenizer.convert_ids_to_tokens(best.indices.tolist())
         shares = zip(words, best.values.tolist(), strict=True)

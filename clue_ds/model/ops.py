@@ -1,9 +1,9 @@
 """The seam between the model and `clue_ds.kernels`: which implementation runs is decided here.
 
 The model calls nothing else for its heavy work, and which implementation ran never shows in the
-weights. `choose_kernels` decides between Triton kernels and torch (by default: Triton for what lies
-on a GPU). With torch the GEMM adds the bias, one pass over memory less; a fused kernel takes it for
-itself, and its gradient comes out of the backward pass that it does anyway.
+weights. `choose_kernels` decides between Triton kernels and torch (by default: torch). With torch
+the GEMM adds the bias, one pass over memory less; a fused kernel takes it for itself, and its
+gradient comes out of the backward pass that it does anyway.
 
 B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidden size
 """
@@ -20,6 +20,9 @@ from clue_ds import kernels
 from clue_ds.errors import UserError
 
 Attention = Literal["sdpa", "masked_softmax"]
+
+# Until the kernels have run on a GPU, a model takes them only where `model.kernels` says so.
+kernels.set_backend("torch")
 
 embedding_layer_norm = kernels.embedding_layer_norm
 layer_norm = kernels.layer_norm
