@@ -257,4 +257,5 @@ def _summary(
         "--data.corpus corpus --run_dir runs/mine\n"
         "  clue-ds export runs/mine --to hf",
         highlight=False,
+        soft_wrap=True,
     )
