@@ -147,9 +147,9 @@ def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         set(map(str.strip, (source / "sentiment" / name).read_text(encoding="utf-8").splitlines()))
         for name in ("pos.txt", "neg.txt")
     )
-    # In neither list twice, and in one list only: sets, and their difference both ways.
-    reviews = [(text, "positive") for text in sorted(positive - negative)]
-    reviews += [(text, "negative") for text in sorted(negative - positive)]
+    # In neither list twice, in one list only, and not blank.
+    reviews = [(text, "positive") for text in sorted(positive - negative - {""})]
+    reviews += [(text, "negative") for text in sorted(negative - positive - {""})]
     random.Random(SEED).shuffle(reviews)
     directory.mkdir(parents=True, exist_ok=True)
     news_file, reviews_file = directory / "news.txt", directory / "reviews.txt"
