@@ -10,6 +10,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
 PYTHON37 ?= python3.7
 ARGS   ?=
+# A whole window of the sample, because whole windows are what it memorises.
+SAMPLE_WINDOW := 清晨的湖面上升起一层薄薄的雾气，渔船慢慢划向对岸。老人把渔网撒进[MASK]里，耐心地等待着第一缕阳光。孩子们在岸边追逐嬉戏，笑声传得
 # Numeric tests that run on a GPU where there is one, in Triton's interpreter elsewhere.
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
@@ -30,7 +32,7 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 		--output runs/sample/corpus --overwrite
 	$(BIN)/clue-ds pretrain --config docs/examples/sample.yaml --data.corpus runs/sample/corpus \
 		--run_dir runs/sample/run $(ARGS)
-	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "老人把渔网撒进[MASK]里"
+	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "$(SAMPLE_WINDOW)"
 
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
