@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_ds.data.counter_rng import derive
-from clue_ds.data.masking import IGNORED_LABEL, MaskTable, mask_rows
+from clue_ds.data.masking import IGNORED_LABEL, MaskTable, mask_rows, ngram_draws
 
 PAD, UNK, CLS, SEP, MASK = 0, 1, 2, 3, 4
 FIRST_ORDINARY, VOCAB_SIZE = 5, 105
@@ -18,12 +18,15 @@ BIT = 0x8000
 WORD64 = (1 << 64) - 1
 
 
-def table(whole_word: bool, mask_prob: float, width: int, slots: int | None = None) -> MaskTable:
+def table(
+    whole_word: bool, mask_prob: float, width: int, slots: int | None = None, max_ngram: int = 1
+) -> MaskTable:
     slots = slots or math.ceil(mask_prob * (width + 2))
     goals = [min(slots, math.ceil(mask_prob * n), max(0, n - 2)) for n in range(width + 3)]
     return MaskTable(
         continues=BIT,
         whole_word=whole_word,
+        ngram_draws=ngram_draws(max_ngram),
         goals=np.array(goals),
         ordinary_ids=np.arange(FIRST_ORDINARY, VOCAB_SIZE),
         pad_id=PAD,
@@ -51,7 +54,12 @@ def apply(
     positions, labels = np.full((2, size, slots), -1)
     epochs = np.full(size, epoch, dtype=np.uint64)
     samples = np.arange(first_sample, first_sample + size, dtype=np.uint64)
-    mask_rows(rows, lengths, epochs, samples, np.uint64(key), masks, ids, positions, labels)
+    framed = np.zeros((size, width + 2), rows.dtype)
+    framed[:, 1:-1] = rows
+    framed[:, 0] = CLS
+    framed[:, 1] &= masks.continues - 1
+    framed[np.arange(size), lengths - 1] = SEP
+    mask_rows(framed, lengths, epochs, samples, np.uint64(key), masks, ids, positions, labels)
     return ids, positions, labels
 
 
