@@ -56,6 +56,7 @@ class MaskTable(NamedTuple):
     cls_id: int
     sep_id: int
     mask_id: int
+    has_inner_specials: bool  # a row may hold several sequences, or two segments
 
 
 def ngram_draws(max_ngram: int) -> np.ndarray:
@@ -65,8 +66,48 @@ def ngram_draws(max_ngram: int) -> np.ndarray:
 
 
 @inlined
-def _is_maskable(token: int, table: MaskTable) -> bool:
-    return token != table.unk_id and token != table.sep_id and token != table.cls_id
+def _further_words(draw: np.uint64, ngram_draws: np.ndarray) -> int:
+    num = 0
+    while num < len(ngram_draws) and draw >= ngram_draws[num]:
+        num += 1
+    return num
+
+
+@inlined
+def _add_units(
+    row: np.ndarray,
+    first: int,
+    last: int,
+    row_key: np.uint64,
+    table: MaskTable,
+    begins: np.ndarray,
+    sizes: np.ndarray,
+    keys: np.ndarray,
+    num: int,
+) -> int:
+    """Add the units of positions first to last - 1, which hold text only; how many there are now.
+
+    A unit is a word (a token, an n-gram): where it begins, maskable tokens, sort key.
+    """
+    id_mask = table.continues - 1
+    draws = table.ngram_draws
+    has_ngrams = len(draws) > 0
+    words_left = 0  # further words that the unit at hand takes
+    for i in range(first, last):
+        if not (table.whole_word and row[i] & table.continues):
+            if words_left > 0:
+                words_left -= 1
+            else:
+                draw = derive(row_key, np.uint64(i - 1))
+                begins[num] = i
+                sizes[num] = 0
+                keys[num] = draw & ~_UNIT_MASK | np.uint64(num)
+                num += 1
+                if has_ngrams:
+                    words_left = _further_words(draw & _UNIT_MASK, draws)
+        if np.int64(row[i] & id_mask) != table.unk_id:
+            sizes[num - 1] += 1
+    return num
 
 
 @inlined
@@ -79,28 +120,17 @@ def _find_units(
     sizes: np.ndarray,
     keys: np.ndarray,
 ) -> int:
-    """Words (tokens, n-grams) of a row: where each begins, maskable tokens, sort key; how many."""
+    """Fill begins, sizes and keys with the units between a row's special tokens; how many."""
     num = 0
-    words_left = 0  # further words that the unit at hand takes
-    id_mask = table.continues - 1
-    for i in range(1, length - 1):
-        token = np.int64(row[i] & id_mask)
-        if token == table.sep_id or token == table.cls_id:
-            words_left = 0
-            continue
-        if not (table.whole_word and row[i] & table.continues):
-            if words_left > 0:
-                words_left -= 1
-            else:
-                draw = derive(row_key, np.uint64(i - 1))
-                begins[num] = i
-                sizes[num] = 0
-                keys[num] = draw & ~_UNIT_MASK | np.uint64(num)
-                num += 1
-                for limit in table.ngram_draws:
-                    words_left += (draw & _UNIT_MASK) >= limit
-        if token != table.unk_id:
-            sizes[num - 1] += 1
+    if table.has_inner_specials:
+        first = 1
+        for i in range(1, length):
+            token = np.int64(row[i] & (table.continues - 1))
+            if token == table.sep_id or token == table.cls_id:
+                num = _add_units(row, first, i, row_key, table, begins, sizes, keys, num)
+                first = i + 1
+    else:
+        num = _add_units(row, 1, length - 1, row_key, table, begins, sizes, keys, num)
     begins[num] = length - 1
     return num
 
@@ -135,10 +165,13 @@ def _choose(
     table: MaskTable,
     chosen: np.ndarray,
 ) -> int:
-    """Mark up to `limit` leading maskable tokens of a unit that aren't yet; return their number."""
+    """Mark up to `limit` leading maskable tokens of a unit that aren't yet; return their number.
+
+    The limit is at most the unit's size: what stands behind its last token may be special.
+    """
     taken = 0
     for i in range(begins[unit], begins[unit + 1]):
-        if taken < limit and _is_maskable(np.int64(row[i] & (table.continues - 1)), table):
+        if taken < limit and np.int64(row[i] & (table.continues - 1)) != table.unk_id:
             chosen[i] = True
             taken += 1
     return taken
@@ -161,7 +194,7 @@ def _choose_all(
         if left == 0:
             return
         if sizes[unit] <= left:
-            left -= _choose(row, unit, begins, left, table, chosen)
+            left -= _choose(row, unit, begins, sizes[unit], table, chosen)
             sizes[unit] = 0
     for i in range(num):
         if left == 0:

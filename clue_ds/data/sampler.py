@@ -79,7 +79,9 @@ class SampleStream:
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
         self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
-        self._masks = self._mask_table(whole_word, mask_prob, max_ngram)
+        self._masks = self._mask_table(
+            whole_word, mask_prob, max_ngram, samples in ("packed", "nsp", "sop")
+        )
         self._samples = Samples(corpus, samples, seq_length, self._masks.cls_id, self._masks.sep_id)
         self.num_samples = self._samples.num_samples
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
@@ -88,7 +90,9 @@ class SampleStream:
         self._order_key, self._mask_key, self._pair_key = keys
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
-    def _mask_table(self, whole_word: bool, mask_prob: float, max_ngram: int) -> MaskTable:
+    def _mask_table(
+        self, whole_word: bool, mask_prob: float, max_ngram: int, has_inner_specials: bool
+    ) -> MaskTable:
         vocab = read_vocab(self.corpus.vocab_file)
         pad, unk, cls, sep, mask = (vocab.index(token) for token in SPECIAL_TOKENS)
         ordinary = [
@@ -114,6 +118,7 @@ class SampleStream:
             cls_id=cls,
             sep_id=sep,
             mask_id=mask,
+            has_inner_specials=has_inner_specials,
         )
 
     def batch_size(self, world_size: int) -> int:
