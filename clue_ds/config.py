@@ -68,9 +68,29 @@ class ModelSection(Section):
 class DataSection(Section):
     """What is read: a corpus made by `clue-ds shard`, and how it becomes samples."""
 
-    corpus: str = Field(description="directory written by `clue-ds shard`")
+    corpus: str = Field(
+        description="directory written by `clue-ds shard`; train.objective pair takes only its "
+        "vocabulary, so a model directory will do"
+    )
+    samples: Literal["windows", "sentences", "documents", "packed"] = Field(
+        "windows",
+        description="windows (fixed length, across everything), sentences (whole ones, across "
+        "documents), documents (whole sentences of one), packed (several documents a row, "
+        "attention inside each); train.objective nsp and sop make pairs instead",
+    )
+    pairs: list[str] = Field(
+        [], description="train.objective pair: JSON lines with sentence1, sentence2, label"
+    )
+    held_out: str | None = Field(
+        None,
+        description="corpus (for train.objective pair, a file of pairs) to evaluate on; default: "
+        "CORPUS/held_out where there is one",
+    )
     seq_length: int = Field(128, ge=8, description="tokens a sequence, [CLS] and [SEP] included")
     whole_word: bool = Field(True, description="mask whole words (the marks are in the shards)")
+    max_ngram: int = Field(
+        1, ge=1, le=8, description="mask runs of 1 to this many words, a run of k as often as 1/k"
+    )
     mask_prob: float = Field(0.15, gt=0, lt=1, description="share of tokens that are predicted")
     predictions_per_sequence: int | None = Field(
         None, ge=1, description="fixed number of predictions; default ceil(mask_prob * seq_length)"
@@ -86,6 +106,14 @@ class DataSection(Section):
 class TrainSection(Section):
     """How the weights move."""
 
+    objective: Literal["mlm", "nsp", "sop", "pair"] = Field(
+        "mlm",
+        description="mlm, or beside it: nsp (does B follow A), sop (are A and B in order), "
+        "pair (labelled pairs from data.pairs)",
+    )
+    mlm_weight: float = Field(
+        1.0, gt=0, description="of the MLM loss beside that of nsp, sop or pair"
+    )
     steps: int = Field(100_000, ge=1, description="optimizer steps")
     global_batch_size: int = Field(256, ge=1, description="sequences an optimizer step, all ranks")
     micro_batch_size: int = Field(32, ge=1, description="sequences a forward pass on one rank")
@@ -130,6 +158,13 @@ class TrainSection(Section):
         return self.global_batch_size // per_pass
 
 
+class EvaluateSection(Section):
+    """How often the run is measured on held-out text, and on how much of it."""
+
+    every: int = Field(1_000, ge=1, description="steps between evaluations; the last step has one")
+    batches: int = Field(20, ge=1, description="global batches of an evaluation, or all there are")
+
+
 class CheckpointSection(Section):
     """When the run is saved."""
 
@@ -155,8 +190,22 @@ class RunConfig(Section):
     data: DataSection
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> RunConfig:
+        objective, data = self.train.objective, self.data
+        if objective != "mlm" and data.samples != "windows":
+            raise ValueError(
+                f"train.objective {objective} makes pairs; data.samples {data.samples} is for mlm"
+            )
+        if (objective == "pair") != bool(data.pairs):
+            raise ValueError("data.pairs (files) and train.objective pair belong together")
+        if objective == "mlm" and self.train.mlm_weight != 1.0:
+            raise ValueError("train.mlm_weight is for the objectives nsp, sop and pair")
+        return self
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

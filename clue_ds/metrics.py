@@ -79,6 +79,7 @@ class Meter:
         self._losses: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._num_steps = 0
+        self._pair_sums: list[Tensor] = []
         self._num_tokens = self._sum_squares = self._num_predicted = 0.0
         self._wait = self._excluded = 0.0
         self._began = time.perf_counter()
@@ -102,11 +103,20 @@ class Meter:
         self._num_steps += 1
         lengths = batch["lengths"].double()
         self._num_tokens += float(lengths.sum())
-        self._sum_squares += float(lengths.square().sum())
+        # Attention costs the square of what attends to each other.
+        sequences = batch["cu_seqlens"].diff().double() if "cu_seqlens" in batch else lengths
+        self._sum_squares += float(sequences.square().sum())
         self._num_predicted += float((batch["masked_labels"] >= 0).sum())
 
-    def add_part(self, loss: Tensor, num_correct: Tensor, share: float) -> None:
-        """Add one part's mean loss, `share` of this rank's step; nothing waits for the device."""
+    def add_part(
+        self, loss: Tensor, num_correct: Tensor, share: float, pair_sums: Tensor | None = None
+    ) -> None:
+        """Add one part's mean loss, `share` of this rank's step; nothing waits for the device.
+
+        pair_sums [3]: loss, hits and number of its sentence pairs.
+        """
+        if pair_sums is not None:
+            self._pair_sums.append(pair_sums.double())
         self._losses.append(loss.detach().double() * share)
         self._counts.append(num_correct.detach().double())
 
@@ -121,6 +131,7 @@ class Meter:
         correct = float(torch.stack(self._counts).sum())
         sums = [correct, self._num_predicted, self._num_tokens, self._sum_squares, self._wait]
         correct, predicted, tokens, squares, wait = dist.all_reduce(sums)
+        pair = self._pair_figures()
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise UserError(not_finite("loss", loss, step - num_steps + 1 + offset))
@@ -136,6 +147,7 @@ class Meter:
             "step": step,
             "loss": sum(losses) / num_steps,
             "mlm_accuracy": correct / max(1.0, predicted),
+            **pair,
             "grad_norm": float(grad_norm),
             "tokens_per_second": rate,
             "mfu": mfu,
@@ -143,6 +155,12 @@ class Meter:
             "seconds_per_step": seconds / num_steps,
             "memory_gib": peak_memory_gib(self.device),
         }
+
+    def _pair_figures(self) -> dict[str, float]:
+        if not self._pair_sums:
+            return {}
+        loss, correct, num = dist.all_reduce(torch.stack(self._pair_sums).sum(0).tolist())
+        return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
 
 
 def not_finite(what: str, value: float, step: int) -> str:
@@ -225,12 +243,18 @@ def format_line(line: dict[str, Any], total_steps: int) -> str:
     """One line for a person, 100 columns or so; rich markup."""
     width = len(str(total_steps))
     mfu = "" if line["mfu"] is None else f"  mfu [green]{line['mfu']:.1%}[/]"
+    pair = f"pair [cyan]{line['pair_accuracy']:6.2%}[/]  " if "pair_accuracy" in line else ""
+    held_out = "".join(
+        f"  {key.replace('_', ' ')} [bold]{value:.4f}[/]"
+        for key, value in line.items()
+        if key.startswith("held_out")
+    )
     eta = (total_steps - line["step"]) * line["seconds_per_step"]
     return (
         f"step [bold]{line['step']:>{width}}/{total_steps}[/]  loss [bold]{line['loss']:.4f}[/]  "
-        f"acc [cyan]{line['mlm_accuracy']:6.2%}[/]  lr {line['lr']:.2e}  "
+        f"acc [cyan]{line['mlm_accuracy']:6.2%}[/]  {pair}lr {line['lr']:.2e}  "
         f"norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}  "
-        f"wait {line['data_wait_ms']:.1f} ms  eta {format_seconds(eta)}"
+        f"wait {line['data_wait_ms']:.1f} ms  eta {format_seconds(eta)}{held_out}"
     )
 
 

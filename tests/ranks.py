@@ -112,6 +112,7 @@ def tiny_config(corpus: Path | str, run_dir: Path | str, **sections: Any) -> Run
             "lr": 2e-3,
             "warmup_steps": 2,
         },
+        "evaluate": {},
         "checkpoint": {"every": 3, "keep": 9},
         "log": {"every": 1, "tensorboard": False},
     }

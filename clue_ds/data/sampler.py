@@ -26,6 +26,7 @@ from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
 from clue_ds.data.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.order import shuffled
+from clue_ds.data.pairs import LabelledPairs, PairSamples
 from clue_ds.data.samples import Kind, Samples
 from clue_ds.data.shards import Corpus
 from clue_ds.data.tokenizer import continues_bit
@@ -55,7 +56,7 @@ class SampleStream:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | LabelledPairs,
         seq_length: int,
         global_batch_size: int,
         seed: int,
@@ -79,10 +80,18 @@ class SampleStream:
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
         self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
-        self._masks = self._mask_table(
-            whole_word, mask_prob, max_ngram, samples in ("packed", "nsp", "sop")
+        has_inner_specials = isinstance(corpus, LabelledPairs) or samples in (
+            "packed",
+            "nsp",
+            "sop",
         )
-        self._samples = Samples(corpus, samples, seq_length, self._masks.cls_id, self._masks.sep_id)
+        self._masks = self._mask_table(whole_word, mask_prob, max_ngram, has_inner_specials)
+        self._samples: Samples | PairSamples
+        if isinstance(corpus, LabelledPairs):
+            self._samples = corpus.samples(seq_length)
+        else:
+            specials = self._masks.cls_id, self._masks.sep_id
+            self._samples = Samples(corpus, samples, seq_length, *specials)
         self.num_samples = self._samples.num_samples
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
@@ -106,7 +115,7 @@ class SampleStream:
             min(self.num_predictions, math.ceil(mask_prob * length), max(0, length - 2))
             for length in range(self.seq_length + 1)
         ]
-        wide = self.corpus.shards[0].tokens.dtype.itemsize == 4
+        wide = self.corpus.token_dtype.itemsize == 4
         return MaskTable(
             continues=continues_bit(np.uint32 if wide else np.uint16),
             whole_word=whole_word,

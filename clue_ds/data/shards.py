@@ -151,6 +151,7 @@ class Corpus:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._exceeds_memory = sum(record.num_bytes for record in self.records) > memory // 2
         self.shards = [self._open(record) for record in self.records]
+        self.token_dtype = np.dtype(f"<u{self._manifest['token_bytes']}")
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256; UserError naming all that differ."""

@@ -11,14 +11,13 @@ B: rows   S: positions   D: sequences that a row may hold
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
 
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
+from clue_ds.data.mapped import mapped
 
 # Kinds of samples as compiled code knows them.
 SENTENCES, DOCUMENTS, PACKED = 0, 1, 2
@@ -58,23 +57,6 @@ class Frame(NamedTuple):
     cls_id: int
     sep_id: int
     id_mask: int  # the bits of a token that are its id
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to elements of the array `like`'s type."""
-    pointer = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(address, like), generate
-
-
-@inlined
-def _mapped(address: np.uint64, num: int, like: np.ndarray) -> np.ndarray:
-    """The `num` elements of `like`'s type that are mapped at the address."""
-    return carray(_pointer(address, like), (num,))  # type: ignore[call-arg]
 
 
 # ------------------------------------------------------------------------------- where samples are
@@ -172,8 +154,8 @@ def _find(
     place = sample - index.first_samples[shard]
     mark = index.marks[index.first_marks[shard] + place // STRIDE]
     token, sentence, document = np.int64(mark[0]), np.int64(mark[1]), np.int64(mark[2])
-    sentences = _mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
-    documents = _mapped(source.document_ends[shard], source.num_documents[shard], index.marks)
+    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
+    documents = mapped(source.document_ends[shard], source.num_documents[shard], index.marks)
     for _ in range(place % STRIDE):
         _, token, sentence, document = _next(
             kind, sentences, documents, token, sentence, document, width, ends
@@ -215,7 +197,7 @@ def fill_windows(
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, first_samples)
-        tokens = _mapped(source.tokens[shard], source.num_tokens[shard], rows)
+        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
         begin = (sample - first_samples[shard]) * window
         end = min(begin + window, source.num_tokens[shard])
         rows[b, 0] = frame.cls_id
@@ -242,7 +224,7 @@ def fill_sequences(
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, index.first_samples)
-        tokens = _mapped(source.tokens[shard], source.num_tokens[shard], rows)
+        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
         num, begin, _, _ = _find(kind, source, index, width, sample, shard, ends)
         at = 0
         for i in range(num):
@@ -314,7 +296,7 @@ def _partner(
     first = index.first_samples[shard]
     low = first + (sample - first) // PARTNER_WINDOW * PARTNER_WINDOW
     num = min(low + PARTNER_WINDOW, index.first_samples[shard + 1]) - low
-    sentences = _mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
+    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
     for attempt in range(NUM_PARTNER_DRAWS):
         draw = derive(key, _PARTNERS + np.uint64(2 * attempt))
         other = low + _below(draw, num)
@@ -355,8 +337,8 @@ def fill_pairs(
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, index.first_samples)
-        tokens = _mapped(source.tokens[shard], source.num_tokens[shard], rows)
-        sentences = _mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
+        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
+        sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
         _, begin, sentence, document = _find(DOCUMENTS, source, index, width, sample, shard, ends)
         end = ends[0]
         key = derive(derive(pair_key, epochs[b]), samples[b])

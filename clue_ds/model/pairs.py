@@ -13,6 +13,7 @@ from torch import Tensor
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.blocks import Dense
+from clue_ds.model.init import initialize_parameters
 from clue_ds.presets import ModelConfig
 
 HEAD = "pair_head."
@@ -30,9 +31,8 @@ class BertForPairs(BertForPreTraining):
     ) -> None:
         super().__init__(config, attention, padded_vocab_size)
         self.pair_head = Dense(config.hidden_size, len(label_sets))
-        with torch.no_grad():
-            self.pair_head.weight.normal_(0.0, config.initializer_range)
-            self.pair_head.bias.zero_()
+        if not self.pair_head.bias.is_meta:
+            initialize_parameters(self.pair_head, config, torch.initial_seed())
         self.register_buffer("label_sets", torch.tensor(label_sets), persistent=False)
 
     def pair_logits(self, pooled: Tensor, labels: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.errors import UserError
-from clue_ds.model import weights
+from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import manifest as manifests
 from clue_ds.pretrain.engine import Engine, import_deepspeed
@@ -199,6 +199,8 @@ def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor],
     saved = choice.manifest
     state = _masters(choice)
     state |= safetensors.torch.load_file(choice.directory / FROZEN)
+    # Labelled pairs are a means of training; the model is the BERT.
+    state = {name: t for name, t in state.items() if not name.startswith(pairs.HEAD)}
     config = ModelConfig(**saved.model)
     state = weights.trim_vocab(weights.tie(state, choice.directory), config.vocab_size)
     return config, state, choice.directory / "vocab.txt"

@@ -18,15 +18,20 @@ from torch import nn
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 
-# MLM training runs neither the pooler nor the next-sentence head.
-WITHOUT_GRADIENT = ("bert.pooler.", "cls.seq_relationship.")
+# What an objective doesn't run. Labelled pairs have a head of their own.
+WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
+    "mlm": ("bert.pooler.", "cls.seq_relationship."),
+    "nsp": (),
+    "sop": (),
+    "pair": ("cls.seq_relationship.",),
+}
 
 
-def freeze_unused(model: nn.Module) -> list[str]:
-    """Freeze what MLM training leaves alone; returns the names."""
+def freeze_unused(model: nn.Module, objective: str = "mlm") -> list[str]:
+    """Freeze what training for the objective leaves alone; returns the names."""
     frozen = []
     for name, parameter in model.named_parameters():
-        if name.startswith(WITHOUT_GRADIENT):
+        if name.startswith(WITHOUT_GRADIENT[objective]):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

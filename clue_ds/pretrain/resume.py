@@ -32,6 +32,10 @@ MAY_CHANGE = {
     "deepspeed",  # compared as stage and offload
     "data.corpus",  # compared by its fingerprint
     "train.micro_batch_size",
+    "data.held_out",
+    "data.pairs",  # compared by their content's fingerprint
+    "evaluate.every",
+    "evaluate.batches",
     "model.attention",
     "model.kernels",
     "model.compile",

@@ -23,14 +23,16 @@ from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
+from clue_ds.data.pairs import LabelledPairs
 from clue_ds.errors import UserError, run_command
 from clue_ds.metrics import Meter, Writers
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import checkpoint, ds_json, init, optim, resume, schedule
+from clue_ds.pretrain import batches, checkpoint, ds_json, init, optim, resume, schedule
 from clue_ds.pretrain.engine import Engine, start
+from clue_ds.pretrain.evaluate import Evaluator
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Run:
     loader: Loader
     meter: Meter
     writers: Writers
+    evaluator: Evaluator | None
     start_step: int
 
 
@@ -67,7 +70,8 @@ def train(run: Run) -> None:
         for part in engine.parts(batch):
             output = engine.forward(**part)
             engine.backward(output.loss)
-            meter.add_part(output.loss, output.num_correct, share=1 / engine.num_parts)
+            share = 1 / engine.num_parts
+            meter.add_part(output.loss, output.num_correct, share, output.pair_sums)
 
         lr = schedule.learning_rate(config.train, step)
         grad_norm = engine.step(lr)
@@ -75,12 +79,16 @@ def train(run: Run) -> None:
         done = step + 1
         is_last = done == config.train.steps
         saves = is_last or done % config.checkpoint.every == 0
+        evaluates = is_last or done % config.evaluate.every == 0
         # Logged before it is saved: a loss that is not a number ends the run here.
-        if saves or done % config.log.every == 0:
+        if saves or evaluates or done % config.log.every == 0:
             line = meter.flush(done, grad_norm)
             engine.check_finite(line["grad_norm"], done)
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
+            if evaluates and run.evaluator is not None:
+                with meter.paused():
+                    line |= run.evaluator(engine)
             run.writers.write({**line, "lr": lr, "samples": samples, "skipped_steps": skipped})
         if saves:
             with meter.paused():
@@ -102,18 +110,11 @@ def parse(argv: list[str]) -> RunConfig:
 
 def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start the ranks, the model, the data."""
-    corpus = Corpus(config.data.corpus)
+    corpus = batches.open_data(config)
     model_config = config.model.resolve(corpus.vocab_size)
     check(config, model_config)
-    stream = SampleStream(
-        corpus,
-        config.data.seq_length,
-        config.train.global_batch_size,
-        config.seed,
-        config.data.whole_word,
-        config.data.mask_prob,
-        config.data.num_predictions(),
-    )
+    stream = batches.make_stream(config, corpus)
+    evaluator = batches.make_evaluator(config, corpus)
     source = resume.Source(
         config=config,
         model=model_config,
@@ -125,7 +126,7 @@ def build(config: RunConfig) -> Run:
     device = start()
     choice = resume.choose(source)
     start_step = 0 if choice is None else choice.manifest.step
-    model, notes = build_model(source, choice)
+    model, notes = build_model(source, choice, corpus)
     engine = Engine(model, config, device)
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,8 @@ def build(config: RunConfig) -> Run:
     for note in notes:
         writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
-    return Run(config, source, engine, loader, Meter(model_config, device), writers, start_step)
+    meter = Meter(model_config, device)
+    return Run(config, source, engine, loader, meter, writers, evaluator, start_step)
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
@@ -156,7 +158,7 @@ def check(config: RunConfig, model: ModelConfig) -> None:
 
 
 def build_model(
-    source: resume.Source, choice: resume.Choice | None
+    source: resume.Source, choice: resume.Choice | None, corpus: Corpus | LabelledPairs
 ) -> tuple[BertForPreTraining, list[str]]:
     """The model on the CPU in fp32 with padded vocabulary rows, and what the user should know.
 
@@ -164,15 +166,15 @@ def build_model(
     """
     section = source.config.model
     rows = pad_vocab(source.model).vocab_size
-    model = BertForPreTraining(source.model, section.attention, padded_vocab_size=rows)
-    notes = []
+    model = batches.make_model(source, corpus, padded_vocab_size=rows)
+    notes = batches.describe(corpus)
     if choice is None:
         initialize(model, source.config.seed)
         if section.init is not None:
             missing = init.load(model, section.init, source.vocab_sha256)
             notes.append(f"starting from the weights in {section.init}")
             notes += [f"{section.init} has no {name}: it starts fresh" for name in missing]
-    optim.freeze_unused(model)
+    optim.freeze_unused(model, source.config.train.objective)
     if section.compile:
         model.compile_blocks()
     return model, notes

@@ -1,0 +1,103 @@
+"""What a run reads and learns: from `data` and `train.objective` to streams and a network.
+
+Guarantees: everything that a user can get wrong here (files, labels, vocabularies) is an error
+before the ranks start; held-out text is cut and masked as the training text is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clue_ds.config import RunConfig
+from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.pairs import LabelledPairs
+from clue_ds.data.samples import Kind
+from clue_ds.errors import UserError
+from clue_ds.model.bert import BertForPreTraining
+from clue_ds.model.pairs import BertForPairs
+from clue_ds.pretrain.evaluate import Evaluator
+from clue_ds.pretrain.resume import Source
+
+HELD_OUT = "held_out"
+
+
+def open_data(config: RunConfig) -> Corpus | LabelledPairs:
+    """The corpus of a run, or its labelled pairs."""
+    if config.train.objective == "pair":
+        return LabelledPairs(tuple(config.data.pairs), config.data.corpus)
+    return Corpus(config.data.corpus)
+
+
+def _open_held_out(
+    config: RunConfig, trained_on: Corpus | LabelledPairs
+) -> Corpus | LabelledPairs | None:
+    where = config.data.held_out
+    if isinstance(trained_on, LabelledPairs):
+        if where is None:
+            return None
+        return LabelledPairs((where,), config.data.corpus, trained_on.labels)
+    if where is None:
+        beside = Path(config.data.corpus) / HELD_OUT
+        if not beside.is_dir():
+            return None
+        where = str(beside)
+    held_out = Corpus(where)
+    if held_out.vocab_sha256 != trained_on.vocab_sha256:
+        raise UserError(
+            f"data.held_out {where} has another vocabulary than {config.data.corpus}; make it "
+            f"again: clue-ds shard ... --vocab {trained_on.vocab_file}"
+        )
+    return held_out
+
+
+def make_stream(config: RunConfig, corpus: Corpus | LabelledPairs) -> SampleStream:
+    """The batches of `corpus` as this run wants them."""
+    data, objective = config.data, config.train.objective
+    kind: Kind = objective if objective in ("nsp", "sop") else data.samples  # type: ignore[assignment]
+    return SampleStream(
+        corpus,
+        data.seq_length,
+        config.train.global_batch_size,
+        config.seed,
+        data.whole_word,
+        data.mask_prob,
+        data.num_predictions(),
+        data.max_ngram,
+        kind,
+    )
+
+
+def make_evaluator(config: RunConfig, trained_on: Corpus | LabelledPairs) -> Evaluator | None:
+    """None where nothing is held out."""
+    held_out = _open_held_out(config, trained_on)
+    if held_out is None:
+        return None
+    return Evaluator(make_stream(config, held_out), config.evaluate.batches)
+
+
+def make_model(
+    source: Source, corpus: Corpus | LabelledPairs, padded_vocab_size: int
+) -> BertForPreTraining:
+    """The network of the run's objective."""
+    attention = source.config.model.attention
+    if isinstance(corpus, LabelledPairs):
+        sets = corpus.label_sets
+        model: BertForPreTraining = BertForPairs(source.model, sets, attention, padded_vocab_size)
+    else:
+        model = BertForPreTraining(source.model, attention, padded_vocab_size)
+    model.mlm_weight = source.config.train.mlm_weight
+    return model
+
+
+def describe(corpus: Corpus | LabelledPairs) -> list[str]:
+    """What the user should know of labelled pairs."""
+    if not isinstance(corpus, LabelledPairs):
+        return []
+    sets: dict[int, list[str]] = {}
+    for number, name in corpus.labels:
+        sets.setdefault(number, []).append(name)
+    return [
+        f"{corpus.num_documents:,} labelled pairs, {corpus.num_skipped:,} labelled - skipped; "
+        f"label sets: {'; '.join(', '.join(names) for names in sets.values())}; always naming "
+        f"the most frequent label is right in {corpus.majority:.2%}"
+    ]

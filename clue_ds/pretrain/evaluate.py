@@ -1,0 +1,52 @@
+"""How well the model does on text that it is not trained on, while it trains.
+
+Guarantees: the same samples with the same masks at every evaluation; sums over all ranks, so any
+number of ranks finds the same; no random number is drawn (dropout is off), so training goes on bit
+for bit as without it. Its figures stand in the log line of their step as held_out_*.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from clue_ds import dist
+from clue_ds.data import SampleStream
+from clue_ds.pretrain.engine import Engine
+
+
+class Evaluator:
+    """The first `num_batches` global batches of a held-out stream, or all of a smaller one."""
+
+    def __init__(self, stream: SampleStream, num_batches: int) -> None:
+        self.stream = stream
+        self.num_batches = min(num_batches, stream.steps_per_epoch)
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """held_out_loss (of the MLM), _mlm_accuracy, _pair_loss, _pair_accuracy; on every rank."""
+        engine.module.eval()
+        sums = torch.zeros(6, dtype=torch.float64, device=engine.device)
+        with torch.no_grad():
+            for step in range(self.num_batches):
+                batch = self.stream.batch(step, dist.rank(), dist.world_size())
+                for part in engine.parts(batch):
+                    output = engine.forward(**part)
+                    sums[0] += output.mlm_sum
+                    sums[1] += output.num_correct
+                    sums[2] += output.num_predicted
+                    if output.pair_sums is not None:
+                        sums[3:] += output.pair_sums
+        engine.module.train()
+        loss, correct, predicted, pair_loss, pairs_correct, num_pairs = dist.all_reduce(
+            sums.tolist()
+        )
+        line = {
+            "held_out_loss": loss / max(1.0, predicted),
+            "held_out_mlm_accuracy": correct / max(1.0, predicted),
+        }
+        if num_pairs:
+            line["held_out_pair_loss"] = pair_loss / num_pairs
+            line["held_out_pair_accuracy"] = pairs_correct / num_pairs
+        assert all(math.isfinite(value) for value in line.values()), line
+        return line
