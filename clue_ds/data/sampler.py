@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from numba.extending import intrinsic
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
 from clue_ds.data.masking import MaskTable, mask_rows
-from clue_ds.data.order import shuffled
+from clue_ds.data.mixture import Mixture, parts_of, shares_of
+from clue_ds.data.order import BLOCK_BYTES, order_table, places, samples_taken
 from clue_ds.data.shards import Corpus
 from clue_ds.data.tokenizer import continues_bit
 from clue_ds.data.vocab import SPECIAL_TOKENS, read_vocab
@@ -35,6 +37,8 @@ from clue_ds.errors import UserError
 
 # Tokens that no text contains: never put in place of another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
+ORDERS = ("auto", "shuffle", "lanes")
+LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
 _ORDER, _MASKS = np.uint64(0), np.uint64(1)  # what a key is used for
 
 
@@ -83,6 +87,14 @@ def gather(
         lengths[row] = length + 2
 
 
+def _uses_lanes(corpus: Corpus | Mixture, order: str) -> bool:
+    if order not in ORDERS:
+        raise UserError(f"order {order!r} is none of {', '.join(ORDERS)}")
+    # By the corpus alone: the machine's memory would make it another stream on another machine.
+    num_bytes = sum(part.num_bytes for part in parts_of(corpus))
+    return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
+
+
 class SampleStream:
     """Batches of masked sequences from a corpus, for any step, rank and world size.
 
@@ -93,13 +105,14 @@ class SampleStream:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         seq_length: int,
         global_batch_size: int,
         seed: int,
         whole_word: bool = True,
         mask_prob: float = 0.15,
         predictions_per_sequence: int | None = None,
+        order: str = "auto",
     ) -> None:
         if not 3 <= seq_length < 1 << 16:
             raise UserError(f"seq_length {seq_length} must be between 3 and 65,535")
@@ -123,7 +136,18 @@ class SampleStream:
         self.num_samples = int(self._first_samples[-1])
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
-        self._order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
+        self.part_samples = np.diff(self._first_samples[num_shards])
+        self.uses_lanes = _uses_lanes(corpus, order)
+        self.order = order_table(
+            num_samples=self.part_samples,
+            shares=shares_of(corpus),
+            global_batch_size=global_batch_size,
+            uses_lanes=self.uses_lanes,
+            block=max(1, BLOCK_BYTES // (window * self._dtype.itemsize)),
+            order_key=order_key,
+        )
         self._masks = self._mask_table(whole_word, mask_prob)
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
@@ -162,6 +186,22 @@ class SampleStream:
             )
         return self.global_batch_size // world_size
 
+    def samples_by_part(self, step: int) -> list[int]:
+        """Samples of each part of a mixture in the batches before `step`, exactly."""
+        return samples_taken(step, self.order).tolist()
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each."""
+        window = self.seq_length - 2
+        shard = int(np.searchsorted(self._first_samples, first_sample, side="right")) - 1
+        while first_sample < end_sample:
+            base, limit = self._first_samples[shard : shard + 2].tolist()
+            begin, end = first_sample - base, min(end_sample, limit) - base
+            if begin < end:
+                yield shard, begin * window, min(end * window, int(self._shard_tokens[shard]))
+            first_sample = base + end
+            shard += 1
+
     def _zero_types(self, size: int) -> torch.Tensor:
         """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
         if len(self._zeros) < size:
@@ -188,8 +228,7 @@ class SampleStream:
         rows = np.empty((size, self.seq_length - 2), dtype=self._dtype)
         lengths = batch["lengths"].numpy()
         epochs, samples = np.empty((2, size), dtype=np.uint64)
-        position = step * self.global_batch_size + rank * size
-        shuffled(position, self.num_samples, self._order_key, epochs, samples)
+        places(step, rank * size, self.order, epochs, samples)
         gather(
             samples,
             self._first_samples,
