@@ -82,12 +82,21 @@ def _layout(
     return HEADER_BYTES, sentences, documents, documents + 4 * num_documents
 
 
+def shard_header(
+    token_bytes: int, num_tokens: int, num_sentences: int, num_documents: int
+) -> tuple[bytes, int]:
+    """The first HEADER_BYTES of a shard with these counts, and the size of its file."""
+    header = _HEADER.pack(MAGIC, token_bytes, num_tokens, num_sentences, num_documents)
+    size = _layout(token_bytes, num_tokens, num_sentences, num_documents)[3]
+    return header.ljust(HEADER_BYTES, b"\0"), size
+
+
 def write_shard(path: Path, arrays: ShardArrays) -> ShardRecord:
     """Write a shard under a temporary name, sync it, and give it its name."""
     token_bytes = arrays.tokens.dtype.itemsize
     counts = (len(arrays.tokens), len(arrays.sentence_ends), len(arrays.document_ends))
     assert counts[0] < 1 << 32, "a shard holds fewer than 2^32 tokens"
-    header = _HEADER.pack(MAGIC, token_bytes, *counts).ljust(HEADER_BYTES, b"\0")
+    header, _ = shard_header(token_bytes, *counts)
     layout = _layout(token_bytes, *counts)
     sections = (
         (0, memoryview(header)),
