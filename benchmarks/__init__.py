@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import kernels, loader, pretrain
+from clue_ds.benchmarks import cold, kernels, loader, pretrain, scale
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
     "loader": loader.loader,
+    "cold": cold.cold,
+    "scale": scale.scale,
     "kernels": kernels.kernels,
 }

@@ -1,9 +1,10 @@
 """`clue-ds bench loader`: batches a second against Hugging Face `datasets` and its MLM collator.
 
 The peer is what the usual `run_mlm` script does: an Arrow data set of token rows of fixed length,
-shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Both
-sides get the same tokens, length and batch size, one thread each, and take turns batch by batch, so
-that what else the machine does hits both. Only making batches is timed, no training.
+shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Other
+peers are in loader_peers.py. All get the same tokens, length and batch size, one thread each, and
+take turns batch by batch, so that what else the machine does hits all. What is compared is CPU time
+of making batches, no training: wall time where nothing waits, and not sensitive to other load.
 
 The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
 makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.loader_peers import torch_peers, transformers4, version_of
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.vocab import learn, read_vocab
 from clue_ds.errors import UserError
@@ -39,8 +41,9 @@ def loader(
     batch_size: int = 256,
     batches: int = 60,
     seed: int = 0,
+    transformers4_python: Path | None = None,
 ) -> None:
-    """Compare SampleStream with datasets + DataCollatorForLanguageModeling, plain and whole-word.
+    """Compare SampleStream with other loaders, plain and whole-word: CPU time a batch on one core.
 
     Args:
         corpus: directory written by `clue-ds shard`
@@ -50,6 +53,7 @@ def loader(
         batch_size: sequences a batch
         batches: timed batches of each contender; they take turns
         seed: of order and masks
+        transformers4_python: interpreter with transformers 4.57, to compare its whole-word collator
     """
     if (corpus is None) == (text is None):
         raise UserError("give one of --corpus and --text")
@@ -57,7 +61,8 @@ def loader(
     torch.set_num_threads(1)
     try:
         with _corpus(corpus, text) as opened:
-            figures = _measure(opened, seq_length, batch_size, batches, seed)
+            sizes = (seq_length, batch_size, batches)
+            figures = _measure(opened, *sizes, seed, transformers4_python)
     finally:
         torch.set_num_threads(previous)
     _print(figures)
@@ -102,10 +107,12 @@ def _arrow_rows(corpus: Corpus, seq_length: int, with_offsets: bool, directory: 
         "special_tokens_mask": [1, *[0] * window, 1],
     }
 
+    shards = [shard.tokens for shard in corpus.shards]  # datasets hashes what the generator holds
+
     def rows() -> Iterator[dict[str, Any]]:
-        for shard in corpus.shards:
-            for begin in range(0, len(shard.tokens) - window + 1, window):
-                tokens = shard.tokens[begin : begin + window]
+        for shard in shards:
+            for begin in range(0, len(shard) - window + 1, window):
+                tokens = shard[begin : begin + window]
                 row = {"input_ids": [cls_id, *(tokens & (bit - 1)).tolist(), sep_id], **fixed}
                 if with_offsets:
                     row["offset_mapping"] = _offsets(tokens & bit != 0)
@@ -146,7 +153,12 @@ def _peers(corpus: Corpus, plain: Any, with_offsets: Any, batch_size: int) -> Co
 
 
 def _measure(
-    corpus: Corpus, seq_length: int, batch_size: int, num_batches: int, seed: int
+    corpus: Corpus,
+    seq_length: int,
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+    python4: Path | None,
 ) -> dict[str, Any]:
     """Seconds a batch of each contender: median, 20th and 80th percentile; and ratios."""
     with tempfile.TemporaryDirectory() as directory:
@@ -166,15 +178,12 @@ def _measure(
         contenders: Contenders = {
             "clue_ds": streams[False].batch,
             "clue_ds, whole word": streams[True].batch,
+            **torch_peers(corpus, seq_length, batch_size, directory),
             **_peers(corpus, rows, rows_with_offsets, batch_size),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for step in range(-2, num_batches):  # two turns to warm up
-            for name, make in contenders.items():
-                begin = time.perf_counter()
-                make(step + 2)
-                if step >= 0:
-                    seconds[name].append(time.perf_counter() - begin)
+        with transformers4(corpus, seq_length, batch_size, python4) as timed:
+            timed = {name: _timed(make) for name, make in contenders.items()} | timed
+            seconds = _take_turns(timed, num_batches)
     figures = {name: _summary(times, batch_size, seq_length) for name, times in seconds.items()}
     return {
         "benchmark": "loader",
@@ -183,11 +192,41 @@ def _measure(
         "batch_size": batch_size,
         "num_batches": num_batches,
         "contenders": figures,
-        "ratios": {
-            "plain": _ratio(figures, "clue_ds", "datasets + collator"),
-            "whole word": _ratio(figures, "clue_ds, whole word", "datasets + collator, whole word"),
-        },
+        "transformers4": version_of(python4, "transformers"),
+        "ratios": _ratios(figures),
     }
+
+
+def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How many times as fast as each peer our stream is, in the same kind of masking."""
+    ratios = {}
+    for name in figures:
+        if not name.startswith("clue_ds"):
+            ours = "clue_ds, whole word" if name.endswith(", whole word") else "clue_ds"
+            ratios[name] = _ratio(figures, ours, name)
+    return ratios
+
+
+def _timed(make: Callable[[int], Any]) -> Callable[[int], float]:
+    """A function that makes a batch and returns the CPU seconds that took."""
+
+    def run(step: int) -> float:
+        begin = time.process_time()
+        make(step)
+        return time.process_time() - begin
+
+    return run
+
+
+def _take_turns(timed: dict[str, Callable[[int], float]], num: int) -> dict[str, list[float]]:
+    """Seconds of `num` batches of each contender, after two to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for step in range(num + 2):
+        for name, run in timed.items():
+            took = run(step)
+            if step >= 2:
+                seconds[name].append(took)
+    return seconds
 
 
 def _summary(times: list[float], batch_size: int, seq_length: int) -> dict[str, float]:
@@ -203,7 +242,7 @@ def _summary(times: list[float], batch_size: int, seq_length: int) -> dict[str, 
 
 def _ratio(figures: dict[str, dict[str, float]], ours: str, theirs: str) -> float:
     key = "milliseconds_median"
-    return round(figures[theirs][key] / figures[ours][key], 1)
+    return float(f"{figures[theirs][key] / figures[ours][key]:.3g}")
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -211,7 +250,9 @@ def _print(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"batches of {figures['batch_size']} x {figures['seq_length']} tokens, one thread"
-    table = Table("contender", "ms a batch", "p20 to p80", "samples/s", "Mtokens/s", title=title)
+    table = Table(
+        "contender", "CPU ms a batch", "p20 to p80", "samples/s", "Mtokens/s", title=title
+    )
     for name, row in figures["contenders"].items():
         table.add_row(
             name,
@@ -222,5 +263,5 @@ def _print(figures: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    for kind, ratio in figures["ratios"].items():
-        console.print(f"clue_ds is {ratio:.0f} times as fast, {kind}")
+    for peer, ratio in figures["ratios"].items():
+        console.print(f"clue_ds is {ratio:g} times as fast as {peer}")

@@ -86,6 +86,14 @@ class DataSection(Section):
         description="corpus (for train.objective pair, a file of pairs) to evaluate on; default: "
         "CORPUS/held_out where there is one",
     )
+    mixture: dict[str, float] = Field(
+        {}, description="further corpora: directory -> share of the samples; corpus has the rest"
+    )
+    order: Literal["auto", "shuffle", "lanes"] = Field(
+        "auto",
+        description="of samples: shuffle (random reads), lanes (sequential reads, for a corpus "
+        "beyond memory), auto (lanes above 8 GiB)",
+    )
     seq_length: int = Field(128, ge=8, description="tokens a sequence, [CLS] and [SEP] included")
     whole_word: bool = Field(True, description="mask whole words (the marks are in the shards)")
     max_ngram: int = Field(

@@ -80,9 +80,9 @@ def test_benchmark_runs_from_a_text_file(tmp_path: Path, sample_text: str) -> No
     output = tmp_path / "results" / "loader.json"
     bench_loader(text=tmp_path / "text.txt", output=output, seq_length=32, batch_size=4, batches=2)
     figures = json.loads(output.read_text())
-    assert len(figures["contenders"]) == 4
+    assert len(figures["contenders"]) == 7
     assert all(row["samples_per_second"] > 0 for row in figures["contenders"].values())
-    assert set(figures["ratios"]) == {"plain", "whole word"}
+    assert len(figures["ratios"]) == 5
     version = figures["environment"]["versions"]["torch"]
     assert version.partition("+")[0] == torch.__version__.partition("+")[0]
     assert str(tmp_path) not in output.read_text()

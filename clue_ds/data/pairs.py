@@ -72,6 +72,7 @@ class LabelledPairs:
         self.labels = labels or _label_sets(by_file)
         self.targets = _targets(by_file, self.labels)
         self.num_documents = len(pairs)
+        self.num_bytes = 0  # to be read: order.py never needs lanes for them
         self._tokens, lengths = self._encode([s for pair in pairs for s in pair[:2]])
         self._ends = np.cumsum(lengths)
         self.num_tokens = int(self._ends[-1])
@@ -116,6 +117,7 @@ class PairSamples:
         frame: Frame,
     ) -> None:
         self.num_samples = len(targets)
+        self.part_samples = np.array([len(targets)])
         self._tokens, self._ends, self._targets = tokens, ends, targets
         self._seq_length, self._frame = seq_length, frame
 

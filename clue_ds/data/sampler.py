@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ import torch
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
 from clue_ds.data.masking import MaskTable, mask_rows, ngram_draws
-from clue_ds.data.order import shuffled
+from clue_ds.data.mixture import Mixture, parts_of, shares_of
+from clue_ds.data.order import BLOCK_BYTES, order_table, places, samples_taken
 from clue_ds.data.pairs import LabelledPairs, PairSamples
 from clue_ds.data.samples import Kind, Samples
 from clue_ds.data.shards import Corpus
@@ -37,6 +39,8 @@ MAX_NGRAM = 8
 # Tokens that no text contains: never put in place of another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
 _ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # what a key is used for
+ORDERS = ("auto", "shuffle", "lanes")
+LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
 
 
 @compiled
@@ -44,6 +48,14 @@ def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64]:
     """The keys of the sample order, of the masks, and of sentence pairs."""
     key = np.uint64(seed)
     return derive(key, _ORDER), derive(key, _MASKS), derive(key, _PAIRS)
+
+
+def _uses_lanes(corpus: Corpus | Mixture | LabelledPairs, order: str) -> bool:
+    if order not in ORDERS:
+        raise UserError(f"order {order!r} is none of {', '.join(ORDERS)}")
+    # By the corpus alone: the machine's memory would make it another stream on another machine.
+    num_bytes = sum(part.num_bytes for part in parts_of(corpus))
+    return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
 
 
 class SampleStream:
@@ -56,7 +68,7 @@ class SampleStream:
 
     def __init__(
         self,
-        corpus: Corpus | LabelledPairs,
+        corpus: Corpus | Mixture | LabelledPairs,
         seq_length: int,
         global_batch_size: int,
         seed: int,
@@ -65,6 +77,7 @@ class SampleStream:
         predictions_per_sequence: int | None = None,
         max_ngram: int = 1,
         samples: Kind = "windows",
+        order: str = "auto",
     ) -> None:
         if not 3 <= seq_length < 1 << 16:
             raise UserError(f"seq_length {seq_length} must be between 3 and 65,535")
@@ -96,7 +109,17 @@ class SampleStream:
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
         keys = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
-        self._order_key, self._mask_key, self._pair_key = keys
+        order_key, self._mask_key, self._pair_key = keys
+        self.part_samples = self._samples.part_samples
+        self.uses_lanes = _uses_lanes(corpus, order)
+        self.order = order_table(
+            num_samples=self.part_samples,
+            shares=shares_of(corpus),
+            global_batch_size=global_batch_size,
+            uses_lanes=self.uses_lanes,
+            block=max(1, BLOCK_BYTES // ((seq_length - 2) * corpus.token_dtype.itemsize)),
+            order_key=order_key,
+        )
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
     def _mask_table(
@@ -138,6 +161,15 @@ class SampleStream:
             )
         return self.global_batch_size // world_size
 
+    def samples_by_part(self, step: int) -> list[int]:
+        """Samples of each part of a mixture in the batches before `step`, exactly."""
+        return samples_taken(step, self.order).tolist()
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each."""
+        assert isinstance(self._samples, Samples), "labelled pairs are in memory"
+        return self._samples.token_runs(first_sample, end_sample)
+
     def _zero_types(self, size: int) -> torch.Tensor:
         """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
         if len(self._zeros) < size:
@@ -158,8 +190,7 @@ class SampleStream:
         assert 0 <= rank < world_size and step >= 0
         shape, slots = (size, self.seq_length), (size, self.num_predictions)
         epochs, samples = np.empty((2, size), dtype=np.uint64)
-        position = step * self.global_batch_size + rank * size
-        shuffled(position, self.num_samples, self._order_key, epochs, samples)
+        places(step, rank * size, self.order, epochs, samples)
         rows = self._samples.rows(samples, epochs, self._pair_key)
         batch = {
             "input_ids": torch.empty(shape, dtype=torch.int64),

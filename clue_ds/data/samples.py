@@ -22,11 +22,13 @@ row with half a short document (its context is what the kind is for).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from clue_ds.data import spans
+from clue_ds.data.mixture import Mixture, parts_of
 from clue_ds.data.shards import Corpus, ShardArrays
 
 Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
@@ -48,7 +50,7 @@ class Samples:
     """The samples of a corpus: `num_samples`, numbered along the text."""
 
     def __init__(
-        self, corpus: Corpus, kind: Kind, seq_length: int, cls_id: int, sep_id: int
+        self, corpus: Corpus | Mixture, kind: Kind, seq_length: int, cls_id: int, sep_id: int
     ) -> None:
         self.kind, self.seq_length = kind, seq_length
         self._shards = corpus.shards  # the maps must outlive the addresses
@@ -65,6 +67,8 @@ class Samples:
             self._index = self._make_index()
             self._firsts = self._index.first_samples
         self.num_samples = int(self._firsts[-1])
+        num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
+        self.part_samples = np.diff(self._firsts[num_shards])  # int64 [parts of a mixture]
 
     def _make_index(self) -> spans.Index:
         walks = {"sentences": spans.SENTENCES, "packed": spans.PACKED}
@@ -85,6 +89,30 @@ class Samples:
             _cumulative([len(marks) for _, marks in found])[:-1],
             np.concatenate([marks for _, marks in found]),
         )
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each run.
+
+        But for windows, from the last 64th sample before to the first one behind.
+        """
+        shard = int(np.searchsorted(self._firsts, first_sample, side="right")) - 1
+        while first_sample < end_sample:
+            base, limit = self._firsts[shard : shard + 2].tolist()
+            begin, end = first_sample - base, min(end_sample, limit) - base
+            if begin < end:
+                yield shard, self._token_at(shard, begin), self._token_at(shard, end, behind=True)
+            first_sample = base + end
+            shard += 1
+
+    def _token_at(self, shard: int, place: int, behind: bool = False) -> int:
+        """The token at which a shard's sample begins, or a known place before or behind that."""
+        num_tokens = int(self._source.num_tokens[shard])
+        if self.kind == "windows":
+            return min(place * (self.seq_length - 2), num_tokens)
+        mark = -(-place // spans.STRIDE) if behind else place // spans.STRIDE
+        if mark * spans.STRIDE >= self._firsts[shard + 1] - self._firsts[shard]:
+            return num_tokens
+        return int(self._index.marks[self._index.first_marks[shard] + mark, 0])
 
     def rows(self, samples: np.ndarray, epochs: np.ndarray, pair_key: np.uint64) -> Rows:
         """The rows of `samples` in `epochs`, uint64 [B]; the key decides on A and B."""

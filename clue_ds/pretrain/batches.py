@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.mixture import Mixture, open_corpus
 from clue_ds.data.pairs import LabelledPairs
 from clue_ds.data.samples import Kind
 from clue_ds.errors import UserError
@@ -21,16 +22,16 @@ from clue_ds.pretrain.resume import Source
 HELD_OUT = "held_out"
 
 
-def open_data(config: RunConfig) -> Corpus | LabelledPairs:
+def open_data(config: RunConfig) -> Corpus | Mixture | LabelledPairs:
     """The corpus of a run, or its labelled pairs."""
     if config.train.objective == "pair":
         return LabelledPairs(tuple(config.data.pairs), config.data.corpus)
-    return Corpus(config.data.corpus)
+    return open_corpus(config.data.corpus, config.data.mixture)
 
 
 def _open_held_out(
-    config: RunConfig, trained_on: Corpus | LabelledPairs
-) -> Corpus | LabelledPairs | None:
+    config: RunConfig, trained_on: Corpus | Mixture | LabelledPairs
+) -> Corpus | Mixture | LabelledPairs | None:
     where = config.data.held_out
     if isinstance(trained_on, LabelledPairs):
         if where is None:
@@ -50,7 +51,7 @@ def _open_held_out(
     return held_out
 
 
-def make_stream(config: RunConfig, corpus: Corpus | LabelledPairs) -> SampleStream:
+def make_stream(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> SampleStream:
     """The batches of `corpus` as this run wants them."""
     data, objective = config.data, config.train.objective
     kind: Kind = objective if objective in ("nsp", "sop") else data.samples  # type: ignore[assignment]
@@ -62,12 +63,15 @@ def make_stream(config: RunConfig, corpus: Corpus | LabelledPairs) -> SampleStre
         data.whole_word,
         data.mask_prob,
         data.num_predictions(),
-        data.max_ngram,
-        kind,
+        max_ngram=data.max_ngram,
+        samples=kind,
+        order="shuffle" if objective == "pair" else data.order,
     )
 
 
-def make_evaluator(config: RunConfig, trained_on: Corpus | LabelledPairs) -> Evaluator | None:
+def make_evaluator(
+    config: RunConfig, trained_on: Corpus | Mixture | LabelledPairs
+) -> Evaluator | None:
     """None where nothing is held out."""
     held_out = _open_held_out(config, trained_on)
     if held_out is None:
@@ -76,7 +80,7 @@ def make_evaluator(config: RunConfig, trained_on: Corpus | LabelledPairs) -> Eva
 
 
 def make_model(
-    source: Source, corpus: Corpus | LabelledPairs, padded_vocab_size: int
+    source: Source, corpus: Corpus | Mixture | LabelledPairs, padded_vocab_size: int
 ) -> BertForPreTraining:
     """The network of the run's objective."""
     attention = source.config.model.attention
@@ -89,7 +93,7 @@ def make_model(
     return model
 
 
-def describe(corpus: Corpus | LabelledPairs) -> list[str]:
+def describe(corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
     """What the user should know of labelled pairs."""
     if not isinstance(corpus, LabelledPairs):
         return []

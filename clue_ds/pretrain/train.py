@@ -23,6 +23,7 @@ from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
+from clue_ds.data.mixture import Mixture
 from clue_ds.data.pairs import LabelledPairs
 from clue_ds.errors import UserError, run_command
 from clue_ds.metrics import Meter, Writers
@@ -42,6 +43,7 @@ class Run:
     config: RunConfig
     source: resume.Source
     engine: Engine
+    stream: SampleStream
     loader: Loader
     meter: Meter
     writers: Writers
@@ -89,7 +91,9 @@ def train(run: Run) -> None:
             if evaluates and run.evaluator is not None:
                 with meter.paused():
                     line |= run.evaluator(engine)
-            run.writers.write({**line, "lr": lr, "samples": samples, "skipped_steps": skipped})
+            parts = mixture_samples(run.stream, done)
+            counts = {"samples": samples, **parts, "skipped_steps": skipped}
+            run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused():
                 directory = checkpoint.save(engine, run.source, done)
@@ -141,7 +145,7 @@ def build(config: RunConfig) -> Run:
         writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
     meter = Meter(model_config, device)
-    return Run(config, source, engine, loader, meter, writers, evaluator, start_step)
+    return Run(config, source, engine, stream, loader, meter, writers, evaluator, start_step)
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
@@ -158,7 +162,7 @@ def check(config: RunConfig, model: ModelConfig) -> None:
 
 
 def build_model(
-    source: resume.Source, choice: resume.Choice | None, corpus: Corpus | LabelledPairs
+    source: resume.Source, choice: resume.Choice | None, corpus: Corpus | Mixture | LabelledPairs
 ) -> tuple[BertForPreTraining, list[str]]:
     """The model on the CPU in fp32 with padded vocabulary rows, and what the user should know.
 
@@ -180,14 +184,23 @@ def build_model(
     return model, notes
 
 
+def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:
+    """Samples of each part of a mixture up to `step`, as log keys; none without a mixture."""
+    if not isinstance(stream.corpus, Mixture):
+        return {}
+    names = [f"samples_of/{name}" for name in stream.corpus.names()]
+    return dict(zip(names, stream.samples_by_part(step), strict=True))
+
+
 def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> str:
     config, corpus = source.config, stream.corpus
+    order = "lanes" if stream.uses_lanes else "shuffle"
     return (
         f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "
         f"{engine.stage}, {dist.world_size()} ranks x {engine.num_parts} parts x "
         f"{config.train.micro_batch_size} sequences of {config.data.seq_length}; "
         f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
-        f"{stream.steps_per_epoch:,} steps an epoch"
+        f"{stream.steps_per_epoch:,} steps an epoch; order {order}"
     )
 
 

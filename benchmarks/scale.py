@@ -1,0 +1,91 @@
+"""`clue-ds bench scale`: what a corpus of 100 GB costs to open, in seconds and in memory.
+
+Writes a sparse corpus of that many tokens (holes take no disk and read as zeros), and opens it in a
+fresh process for each order: time of `Corpus` and `SampleStream`, of the first batch and of those
+after it, and the process's memory. A first, small batch in another process has put the compiled
+code into numba's cache on disk, as any earlier run would have. What it can't show is the disk: see
+`clue-ds bench cold`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.synthetic import write_corpus
+
+
+def scale(
+    output: Path | None = None,
+    directory: Path | None = None,
+    gigatokens: float = 50.0,
+    shards: int = 2000,
+    seq_length: int = 128,
+    batch_size: int = 256,
+    rounds: int = 3,
+) -> None:
+    """Open a sparse corpus of 50 G tokens (100 GB) and make batches from its middle.
+
+    Args:
+        output: JSON file for the figures, with device, versions and command
+        directory: where the sparse files are made and deleted again
+        gigatokens: tokens of the corpus, in 10^9
+        shards: files they are in; 128 MB of text a shard make some 2,000 of 300 GB of text
+        seq_length: tokens a sequence
+        batch_size: sequences a batch
+        rounds: fresh processes for each order; the figures are their medians
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        place = Path(temporary) / "corpus"
+        num_tokens = int(gigatokens * 1e9)
+        write_corpus(place, num_tokens, shards, sparse=True)
+        rows: dict[str, list[dict[str, float]]] = {"shuffle": [], "lanes": []}
+        for _ in range(rounds):
+            for order, row in rows.items():
+                row.append(_fresh_process(place, order, seq_length, batch_size))
+    figures = {
+        "benchmark": "scale",
+        "num_tokens": num_tokens,
+        "num_shards": shards,
+        "seq_length": seq_length,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "orders": {
+            order: {key: round(statistics.median(r[key] for r in row), 4) for key in row[0]}
+            for order, row in rows.items()
+        },
+    }
+    _print(figures)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
+        print(f"written to {output}")
+
+
+def _fresh_process(
+    directory: Path, order: str, seq_length: int, batch_size: int
+) -> dict[str, float]:
+    """scale_probe.py in a process that has done nothing before."""
+    probe = Path(__file__).with_name("scale_probe.py")
+    arguments = [str(probe), str(directory), order, str(seq_length), str(batch_size)]
+    result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE)
+    row: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return row
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{figures['num_tokens']:,} tokens in {figures['num_shards']:,} shards"
+    table = Table("", *figures["orders"], title=title)
+    for key in next(iter(figures["orders"].values())):
+        values = (f"{row[key]:,.3f}" for row in figures["orders"].values())
+        table.add_row(key.replace("_", " "), *values)
+    Console().print(table)

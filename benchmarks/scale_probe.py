@@ -1,0 +1,51 @@
+"""What `clue-ds bench scale` runs in fresh processes, by its path: opens a corpus, makes batches.
+
+It imports nothing but what a loader needs, so that its memory is that of a loader.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from clue_ds.data.sampler import SampleStream
+from clue_ds.data.shards import Corpus
+
+
+def measure(directory: str, order: str, seq_length: int, batch_size: int) -> dict[str, float]:
+    """Seconds, milliseconds and megabytes of this process."""
+    imported = _memory()
+    begin = time.perf_counter()
+    stream = SampleStream(Corpus(directory), seq_length, batch_size, seed=0, order=order)
+    opened = time.perf_counter() - begin
+    step = stream.steps_per_epoch // 2
+    begin = time.perf_counter()
+    stream.batch(step)
+    first, after = time.perf_counter() - begin, _memory()
+    times = []
+    for later in range(step + 1, step + 201):
+        begin = time.perf_counter()
+        stream.batch(later)
+        times.append(time.perf_counter() - begin)
+    return {
+        "open_seconds": opened,
+        "first_batch_milliseconds": 1e3 * first,
+        "batch_milliseconds": 1e3 * statistics.median(times),
+        "megabytes_resident_with_first_batch": after["VmRSS"],
+        "megabytes_resident_after_import": imported["VmRSS"],
+        "megabytes_anonymous": after["RssAnon"],
+    }
+
+
+def _memory() -> dict[str, float]:
+    """Memory of this process in MB: VmRSS is all, RssAnon what no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = [line.split() for line in lines if line.startswith(("VmRSS", "RssAnon"))]
+    return {name.rstrip(":"): int(kilobytes) * 1024 / 1e6 for name, kilobytes, _ in fields}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))

@@ -1,0 +1,58 @@
+"""The benchmarks of large corpora, small: they open, are read cold, and leave no files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clue_ds.benchmarks.cold import cold
+from clue_ds.benchmarks.scale import scale
+from clue_ds.benchmarks.synthetic import write_corpus
+from clue_ds.data import Corpus, SampleStream
+from clue_ds.errors import UserError
+
+
+@pytest.mark.parametrize("order", ["shuffle", "lanes"])
+def test_a_sparse_corpus_of_100_gb_gives_batches(tmp_path: Path, order: str) -> None:
+    """50 G tokens: sample numbers, offsets and positions beyond 2^32 are where they should be."""
+    write_corpus(tmp_path / "corpus", 50_000_000_000, 40, sparse=True)
+    used = sum(path.stat().st_blocks for path in (tmp_path / "corpus").iterdir()) * 512
+    assert used < 10_000_000
+    corpus = Corpus(tmp_path / "corpus")
+    assert corpus.num_tokens == 50_000_000_000
+    last = corpus.shards[-1].tokens
+    assert len(last) == 1_250_000_000
+    stream = SampleStream(corpus, 128, 64, seed=0, order=order)
+    assert stream.num_samples == 40 * -(-1_250_000_000 // 126)
+    for step in (0, stream.steps_per_epoch - 2, 10**10):
+        batch = stream.batch(step)
+        # All tokens are 0, [PAD], which may be masked; but for few windows all are whole.
+        assert (batch["lengths"] == 128).sum() >= 63
+    assert SampleStream(corpus, 128, 64, seed=0).uses_lanes  # by its size
+
+
+def test_scale_benchmark(tmp_path: Path) -> None:
+    output = tmp_path / "scale.json"
+    scale(output, tmp_path, gigatokens=0.1, shards=3, batch_size=8, rounds=1)
+    figures = json.loads(output.read_text())
+    assert set(figures["orders"]) == {"shuffle", "lanes"}
+    assert figures["num_tokens"] == 100_000_000
+    assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
+
+
+def test_cold_benchmark(tmp_path: Path) -> None:
+    """Also that random ids are ordinary tokens, and that the corpus is deleted at the end."""
+    output = tmp_path / "cold.json"
+    cold(output, tmp_path, gigabytes=0.02, seconds=0.3, rounds=1, batch_size=64)
+    figures = json.loads(output.read_text())
+    assert len(figures["contenders"]) == 3
+    assert all(row["samples_per_second"] > 0 for row in figures["contenders"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["cold.json"]
+    with pytest.raises(UserError, match="GB free"):
+        cold(directory=tmp_path, gigabytes=10**9)
+    write_corpus(tmp_path / "corpus", 1000, 2, sparse=False)
+    tokens = np.concatenate([one.tokens for one in Corpus(tmp_path / "corpus").shards])
+    assert tokens.min() >= 5 and tokens.max() < 21_128
