@@ -232,3 +232,16 @@ def test_prediction_counts_are_fixed(corpus: Corpus, kind: str, seq_length: int,
         predicted = (batch["masked_labels"] >= 0).sum(1).numpy()
         assert predicted.tolist() == np.minimum.reduce([goal, maskable, [num] * 16]).tolist()
         assert not np.isin(batch["masked_labels"], [100, CLS, SEP]).any()
+
+
+@pytest.mark.parametrize("kind", ["windows", "documents", "packed", "sop"])
+def test_where_samples_lie_is_known_beforehand(corpus: Corpus, kind: str) -> None:
+    """What is read ahead for a range of samples holds their text, and little else."""
+    stream = SampleStream(corpus, 16, 1, 0, samples=kind)  # type: ignore[arg-type]
+    whole = list(stream.token_runs(0, stream.num_samples))
+    assert whole == [(i, 0, len(one.tokens)) for i, one in enumerate(corpus.shards)]
+    reach = 0 if kind == "windows" else 64
+    for first in range(0, stream.num_samples, 50):
+        last = min(first + 30, stream.num_samples)
+        num = sum(end - begin for _, begin, end in stream.token_runs(first, last))
+        assert 0 < num <= (last - first + 2 * reach) * 16 * (2 if kind == "packed" else 1)
