@@ -102,10 +102,12 @@ def _arrow_rows(corpus: Corpus, seq_length: int, with_offsets: bool, directory: 
         "special_tokens_mask": [1, *[0] * window, 1],
     }
 
+    shards = [shard.tokens for shard in corpus.shards]  # datasets hashes what the generator holds
+
     def rows() -> Iterator[dict[str, Any]]:
-        for shard in corpus.shards:
-            for begin in range(0, len(shard.tokens) - window + 1, window):
-                tokens = shard.tokens[begin : begin + window]
+        for shard in shards:
+            for begin in range(0, len(shard) - window + 1, window):
+                tokens = shard[begin : begin + window]
                 row = {"input_ids": [cls_id, *(tokens & (bit - 1)).tolist(), sep_id], **fixed}
                 if with_offsets:
                     row["offset_mapping"] = _offsets(tokens & bit != 0)

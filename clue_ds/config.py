@@ -69,6 +69,14 @@ class DataSection(Section):
     """What is read: a corpus made by `clue-ds shard`, and how it becomes samples."""
 
     corpus: str = Field(description="directory written by `clue-ds shard`")
+    mixture: dict[str, float] = Field(
+        {}, description="further corpora: directory -> share of the samples; corpus has the rest"
+    )
+    order: Literal["auto", "shuffle", "lanes"] = Field(
+        "auto",
+        description="of samples: shuffle (random reads), lanes (sequential reads, for a corpus "
+        "beyond memory), auto (lanes above 8 GiB)",
+    )
     seq_length: int = Field(128, ge=8, description="tokens a sequence, [CLS] and [SEP] included")
     whole_word: bool = Field(True, description="mask whole words (the marks are in the shards)")
     mask_prob: float = Field(0.15, gt=0, lt=1, description="share of tokens that are predicted")

@@ -16,7 +16,7 @@ from test_masking import plain_derive
 
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.build import shard
-from clue_ds.data.sampler import NUM_ROUNDS, permutation
+from clue_ds.data.order import NUM_ROUNDS, permutation
 from clue_ds.data.vocab import learn
 from clue_ds.errors import UserError
 

@@ -1,8 +1,9 @@
 """`Loader`: the batches of one rank, made ahead by one background thread.
 
 The stream's compiled calls release the GIL, so one thread is enough to hide a batch behind the step
-before it. Guarantees: batches come in order from start_step on; what goes wrong in the thread is
-raised by `next`; `close` (or leaving the `with` block) ends the thread. The whole state is one
+before it. Where the order is one of lanes, a second thread reads the corpus ahead of the first
+(readahead.py). Guarantees: batches come in order from start_step on; what goes wrong in a thread
+is raised by `next`; `close` (or leaving the `with` block) ends the threads. The whole state is one
 number: to resume, start at the step after the last one that was trained on.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from clue_ds.data.readahead import ReadAhead
 from clue_ds.data.sampler import SampleStream
 
 Batch = dict[str, torch.Tensor]
@@ -31,6 +33,7 @@ class Loader(Iterator[Batch]):
         self.next_step = start_step
         self._stream = stream
         self._rank, self._world_size = rank, world_size
+        self._read_ahead = ReadAhead(stream, rank, world_size) if stream.uses_lanes else None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(NUM_PREFETCHED)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -60,23 +63,27 @@ class Loader(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """End the thread; the iterator is then at its end."""
+        """End the threads; the iterator is then at its end."""
         self._stop.set()
         self._thread.join()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
 
     def _run(self, step: int) -> None:
         try:
-            while self._put(self._stream.batch(step, self._rank, self._world_size)):
+            while not self._stop.is_set():
+                if self._read_ahead is not None:
+                    self._read_ahead.wait(step)
+                self._put(self._stream.batch(step, self._rank, self._world_size))
                 step += 1
         except BaseException as error:  # the consumer raises it
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> bool:
-        """Whether the item was taken before the loader was closed."""
+    def _put(self, item: Batch | BaseException) -> None:
+        """Return when the item was taken, or the loader closed."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=_POLL_SECONDS)
             except queue.Full:
                 continue
-            return True
-        return False
+            return

@@ -5,20 +5,19 @@ last window of a shard is shorter. Windows run across sentences and documents (p
 RoBERTa found best), so nothing is padded or cut away: every token lies in exactly one sample.
 
 Guarantees: batch(step) depends on the corpus, seed, global batch size, length and masking options,
-never on ranks, workers or restarts. Stream position p is sample permute(p mod N) of epoch p div N:
-each sample exactly once an epoch, every batch full, any step found in constant time and memory.
-Two compiled calls make a batch (gather, mask) straight into the tensors' memory, without the GIL.
+never on ranks, workers or restarts. Each sample comes exactly once an epoch (order.py says when),
+every batch is full, any step is found in constant time and memory. Three compiled calls make a
+batch (order, gather, mask) straight into the tensors' memory, without the GIL.
 
-Rejected: a shuffled index list (8 bytes a sample a process, and minutes to make at a billion
-samples), DataLoader workers (they double the CPU time of a loader that is this cheap, and tie its
-state to their number), a balanced Feistel network (its domain is a power of four, so up to three
-of four indices are walked over; two radices near the root of N walk over almost none).
+Rejected: DataLoader workers (they double the CPU time of a loader that is this cheap, and tie its
+state to their number).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,18 +26,20 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from clue_ds.data.counter_rng import derive
-from clue_ds.data.jit import compiled, inlined
+from clue_ds.data.jit import compiled
 from clue_ds.data.masking import MaskTable, mask_rows
+from clue_ds.data.mixture import Mixture, parts_of, shares_of
+from clue_ds.data.order import BLOCK_BYTES, order_table, places, samples_taken
 from clue_ds.data.shards import Corpus
 from clue_ds.data.tokenizer import continues_bit
 from clue_ds.data.vocab import SPECIAL_TOKENS, read_vocab
 from clue_ds.errors import UserError
 
-NUM_ROUNDS = 6
 # Tokens that no text contains: never put in place of another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
+ORDERS = ("auto", "shuffle", "lanes")
+LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
 _ORDER, _MASKS = np.uint64(0), np.uint64(1)  # what a key is used for
-_HALF = np.uint64(32)
 
 
 @intrinsic
@@ -52,41 +53,6 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
     return pointer(address, like), generate
 
 
-@inlined
-def _offset(key: np.uint64, value: np.uint64, radix: np.uint64) -> np.uint64:
-    """A keyed pseudorandom function of `value`, below `radix` (which is below 2^32)."""
-    return ((derive(key, value) >> _HALF) * radix) >> _HALF
-
-
-@inlined
-def _permute(index: np.uint64, num: np.uint64, key: np.uint64) -> np.uint64:
-    """The place of `index` in a keyed permutation of range(num): a Feistel network, two radices."""
-    left_radix = np.uint64(math.ceil(math.sqrt(np.float64(num))))
-    right_radix = (num + left_radix - np.uint64(1)) // left_radix
-    while True:
-        left, right = index // right_radix, index % right_radix
-        for round_number in range(NUM_ROUNDS):
-            round_key = derive(key, np.uint64(round_number))
-            if round_number % 2 == 0:
-                left += _offset(round_key, right, left_radix)
-                left -= left_radix if left >= left_radix else np.uint64(0)
-            else:
-                right += _offset(round_key, left, right_radix)
-                right -= right_radix if right >= right_radix else np.uint64(0)
-        index = left * right_radix + right
-        if index < num:
-            return index
-
-
-@compiled
-def permutation(num: int, key: np.uint64) -> np.ndarray:
-    """All of the keyed permutation of range(num), int64 [num]: for tests, small `num`."""
-    result = np.empty(num, dtype=np.int64)
-    for index in range(num):
-        result[index] = _permute(np.uint64(index), np.uint64(num), np.uint64(key))
-    return result
-
-
 @compiled
 def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64]:
     """The keys of the sample order and of the masks."""
@@ -95,38 +61,38 @@ def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64]:
 
 @compiled
 def gather(
-    position: int,
-    order_key: np.uint64,
+    samples: np.ndarray,
     first_samples: np.ndarray,
     addresses: np.ndarray,
     shard_tokens: np.ndarray,
     rows: np.ndarray,
     lengths: np.ndarray,
-    epochs: np.ndarray,
-    samples: np.ndarray,
 ) -> None:
-    """Copy the windows at stream positions position .. position + B - 1 into rows [B, S - 2].
+    """Copy the windows `samples` uint64 [B] into rows [B, S - 2].
 
     first_samples int64 [shards + 1]: samples before each shard, and in all; addresses uint64
     [shards] and shard_tokens int64 [shards]: where the shards' tokens are mapped, and how many.
-    Fills lengths int64 [B] with the window's length + 2, and epochs, samples uint64 [B].
+    Fills lengths int64 [B] with the window's length + 2.
     """
-    num_samples = np.uint64(first_samples[-1])
     window = rows.shape[1]
     for row in range(rows.shape[0]):
-        place = np.uint64(position + row)
-        epoch = place // num_samples
-        sample = _permute(place % num_samples, num_samples, derive(order_key, epoch))
-        shard = np.searchsorted(first_samples, np.int64(sample), side="right") - 1
+        sample = np.int64(samples[row])
+        shard = np.searchsorted(first_samples, sample, side="right") - 1
         address = _pointer(addresses[shard], rows)  # type: ignore[call-arg, var-annotated]
         tokens = carray(address, (shard_tokens[shard],))
-        begin = (np.int64(sample) - first_samples[shard]) * window
+        begin = (sample - first_samples[shard]) * window
         length = min(window, shard_tokens[shard] - begin)
         for i in range(length):
             rows[row, i] = tokens[begin + i]
         lengths[row] = length + 2
-        epochs[row] = epoch
-        samples[row] = sample
+
+
+def _uses_lanes(corpus: Corpus | Mixture, order: str) -> bool:
+    if order not in ORDERS:
+        raise UserError(f"order {order!r} is none of {', '.join(ORDERS)}")
+    # By the corpus alone: the machine's memory would make it another stream on another machine.
+    num_bytes = sum(part.num_bytes for part in parts_of(corpus))
+    return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
 
 
 class SampleStream:
@@ -139,13 +105,14 @@ class SampleStream:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         seq_length: int,
         global_batch_size: int,
         seed: int,
         whole_word: bool = True,
         mask_prob: float = 0.15,
         predictions_per_sequence: int | None = None,
+        order: str = "auto",
     ) -> None:
         if not 3 <= seq_length < 1 << 16:
             raise UserError(f"seq_length {seq_length} must be between 3 and 65,535")
@@ -169,7 +136,18 @@ class SampleStream:
         self.num_samples = int(self._first_samples[-1])
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
-        self._order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
+        self.part_samples = np.diff(self._first_samples[num_shards])
+        self.uses_lanes = _uses_lanes(corpus, order)
+        self.order = order_table(
+            num_samples=self.part_samples,
+            shares=shares_of(corpus),
+            global_batch_size=global_batch_size,
+            uses_lanes=self.uses_lanes,
+            block=max(1, BLOCK_BYTES // (window * self._dtype.itemsize)),
+            order_key=order_key,
+        )
         self._masks = self._mask_table(whole_word, mask_prob)
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
@@ -208,6 +186,22 @@ class SampleStream:
             )
         return self.global_batch_size // world_size
 
+    def samples_by_part(self, step: int) -> list[int]:
+        """Samples of each part of a mixture in the batches before `step`, exactly."""
+        return samples_taken(step, self.order).tolist()
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each."""
+        window = self.seq_length - 2
+        shard = int(np.searchsorted(self._first_samples, first_sample, side="right")) - 1
+        while first_sample < end_sample:
+            base, limit = self._first_samples[shard : shard + 2].tolist()
+            begin, end = first_sample - base, min(end_sample, limit) - base
+            if begin < end:
+                yield shard, begin * window, min(end * window, int(self._shard_tokens[shard]))
+            first_sample = base + end
+            shard += 1
+
     def _zero_types(self, size: int) -> torch.Tensor:
         """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
         if len(self._zeros) < size:
@@ -234,16 +228,14 @@ class SampleStream:
         rows = np.empty((size, self.seq_length - 2), dtype=self._dtype)
         lengths = batch["lengths"].numpy()
         epochs, samples = np.empty((2, size), dtype=np.uint64)
+        places(step, rank * size, self.order, epochs, samples)
         gather(
-            step * self.global_batch_size + rank * size,
-            self._order_key,
+            samples,
             self._first_samples,
             self._addresses,
             self._shard_tokens,
             rows,
             lengths,
-            epochs,
-            samples,
         )
         mask_rows(
             rows,

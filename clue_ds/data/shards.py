@@ -45,6 +45,15 @@ class ShardArrays(NamedTuple):
     document_ends: np.ndarray  # uint32 [documents]: sentences before the end of each document
 
 
+class ShardFile(NamedTuple):
+    """A shard's file, mapped."""
+
+    path: Path
+    data: mmap.mmap
+    first_token: int  # byte offset of the tokens
+    arrays: ShardArrays
+
+
 class ShardRecord(NamedTuple):
     """What corpus.json says of a shard."""
 
@@ -147,10 +156,12 @@ class Corpus:
         self.lower_case: bool = self.options["lower_case"]
         self.records = [ShardRecord(**record) for record in self._manifest["shards"]]
         self._check_vocab()
+        self.num_bytes = sum(record.num_bytes for record in self.records)
         # Read-ahead makes random samples from a cold disk ten times slower (1,500/s, not 15,000).
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._exceeds_memory = sum(record.num_bytes for record in self.records) > memory // 2
-        self.shards = [self._open(record) for record in self.records]
+        self._exceeds_memory = self.num_bytes > memory // 2
+        self.files = [self._open(record) for record in self.records]
+        self.shards = [file.arrays for file in self.files]
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256; UserError naming all that differ."""
@@ -176,7 +187,7 @@ class Corpus:
                 "with; its ids would mean other tokens. Copy the corpus again, or make it anew"
             )
 
-    def _open(self, record: ShardRecord) -> ShardArrays:
+    def _open(self, record: ShardRecord) -> ShardFile:
         path = self.directory / record.file
         if not path.is_file():
             raise UserError(f"corpus {self.directory} lacks {record.file}; copy it again")
@@ -196,11 +207,12 @@ class Corpus:
         if self._exceeds_memory:
             data.madvise(mmap.MADV_RANDOM)
         tokens, sentences, documents, _ = _layout(token_bytes, *counts)
-        return ShardArrays(
+        arrays = ShardArrays(
             np.frombuffer(data, f"<u{token_bytes}", counts[0], tokens),
             np.frombuffer(data, "<u4", counts[1], sentences),
             np.frombuffer(data, "<u4", counts[2], documents),
         )
+        return ShardFile(path, data, tokens, arrays)
 
 
 def _file_sha256(file: Any) -> str:

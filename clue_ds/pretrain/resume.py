@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "run_dir",
     "deepspeed",  # compared as stage and offload
     "data.corpus",  # compared by its fingerprint
+    "data.mixture",  # in that fingerprint, with its shares
     "train.micro_batch_size",
     "model.attention",
     "model.kernels",
@@ -110,7 +111,7 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in MAY_CHANGE:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -22,7 +22,8 @@ from pathlib import Path
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
-from clue_ds.data import Corpus, Loader, SampleStream
+from clue_ds.data import Loader, SampleStream
+from clue_ds.data.mixture import Mixture, open_corpus
 from clue_ds.errors import UserError, run_command
 from clue_ds.metrics import Meter, Writers
 from clue_ds.model import ops
@@ -40,6 +41,7 @@ class Run:
     config: RunConfig
     source: resume.Source
     engine: Engine
+    stream: SampleStream
     loader: Loader
     meter: Meter
     writers: Writers
@@ -81,7 +83,9 @@ def train(run: Run) -> None:
             engine.check_finite(line["grad_norm"], done)
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
-            run.writers.write({**line, "lr": lr, "samples": samples, "skipped_steps": skipped})
+            parts = mixture_samples(run.stream, done)
+            counts = {"samples": samples, **parts, "skipped_steps": skipped}
+            run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused():
                 directory = checkpoint.save(engine, run.source, done)
@@ -102,7 +106,7 @@ def parse(argv: list[str]) -> RunConfig:
 
 def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start the ranks, the model, the data."""
-    corpus = Corpus(config.data.corpus)
+    corpus = open_corpus(config.data.corpus, config.data.mixture)
     model_config = config.model.resolve(corpus.vocab_size)
     check(config, model_config)
     stream = SampleStream(
@@ -113,6 +117,7 @@ def build(config: RunConfig) -> Run:
         config.data.whole_word,
         config.data.mask_prob,
         config.data.num_predictions(),
+        config.data.order,
     )
     source = resume.Source(
         config=config,
@@ -139,7 +144,9 @@ def build(config: RunConfig) -> Run:
     for note in notes:
         writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
-    return Run(config, source, engine, loader, Meter(model_config, device), writers, start_step)
+    return Run(
+        config, source, engine, stream, loader, Meter(model_config, device), writers, start_step
+    )
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
@@ -178,14 +185,23 @@ def build_model(
     return model, notes
 
 
+def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:
+    """Samples of each part of a mixture up to `step`, as log keys; none without a mixture."""
+    if not isinstance(stream.corpus, Mixture):
+        return {}
+    names = [f"samples_of/{name}" for name in stream.corpus.names()]
+    return dict(zip(names, stream.samples_by_part(step), strict=True))
+
+
 def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> str:
     config, corpus = source.config, stream.corpus
+    order = "lanes" if stream.uses_lanes else "shuffle"
     return (
         f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "
         f"{engine.stage}, {dist.world_size()} ranks x {engine.num_parts} parts x "
         f"{config.train.micro_batch_size} sequences of {config.data.seq_length}; "
         f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
-        f"{stream.steps_per_epoch:,} steps an epoch"
+        f"{stream.steps_per_epoch:,} steps an epoch; order {order}"
     )
 
 
