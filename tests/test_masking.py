@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_ds.data.counter_rng import derive
-from clue_ds.data.masking import IGNORED_LABEL, MaskTable, mask_rows
+from clue_ds.data.masking import IGNORED_LABEL, MaskTable, mask_rows, ngram_draws
 
 PAD, UNK, CLS, SEP, MASK = 0, 1, 2, 3, 4
 FIRST_ORDINARY, VOCAB_SIZE = 5, 105
@@ -18,12 +18,20 @@ BIT = 0x8000
 WORD64 = (1 << 64) - 1
 
 
-def table(whole_word: bool, mask_prob: float, width: int, slots: int | None = None) -> MaskTable:
+def table(
+    whole_word: bool,
+    mask_prob: float,
+    width: int,
+    slots: int | None = None,
+    max_ngram: int = 1,
+    inner: bool = False,
+) -> MaskTable:
     slots = slots or math.ceil(mask_prob * (width + 2))
     goals = [min(slots, math.ceil(mask_prob * n), max(0, n - 2)) for n in range(width + 3)]
     return MaskTable(
         continues=BIT,
         whole_word=whole_word,
+        ngram_draws=ngram_draws(max_ngram),
         goals=np.array(goals),
         ordinary_ids=np.arange(FIRST_ORDINARY, VOCAB_SIZE),
         pad_id=PAD,
@@ -31,6 +39,7 @@ def table(whole_word: bool, mask_prob: float, width: int, slots: int | None = No
         cls_id=CLS,
         sep_id=SEP,
         mask_id=MASK,
+        has_inner_specials=inner,
     )
 
 
@@ -51,7 +60,12 @@ def apply(
     positions, labels = np.full((2, size, slots), -1)
     epochs = np.full(size, epoch, dtype=np.uint64)
     samples = np.arange(first_sample, first_sample + size, dtype=np.uint64)
-    mask_rows(rows, lengths, epochs, samples, np.uint64(key), masks, ids, positions, labels)
+    framed = np.zeros((size, width + 2), rows.dtype)
+    framed[:, 1:-1] = rows
+    framed[:, 0] = CLS
+    framed[:, 1] &= masks.continues - 1
+    framed[np.arange(size), lengths - 1] = SEP
+    mask_rows(framed, lengths, epochs, samples, np.uint64(key), masks, ids, positions, labels)
     return ids, positions, labels
 
 
@@ -290,3 +304,66 @@ def test_large_token_ids() -> None:
     expected = apply(small, lengths, table(True, 0.15, 30))
     for ours, theirs in zip(apply(large, lengths, masks), expected, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_ngrams_have_their_lengths_and_the_budget_stays_exact() -> None:
+    """Runs of 1, 2, 3 words with P(k) proportional to 1/k; a single draw a row shows them whole."""
+    width, num = 40, 30_000
+    rows = random_rows(4, num, width, continuing=0.4, unknown=0.0)
+    # One n-gram fits, and its first word's hash decided on it: ask for so many tokens that most do.
+    masks = table(True, 0.15, width, slots=7, max_ngram=3)
+    _, positions, labels = apply(rows, np.full(num, width + 2), masks)
+    assert (labels != IGNORED_LABEL).all()  # 7 of 7, in each row
+    assert all(len(set(row)) == 7 for row in positions.tolist())
+    counts = np.zeros(4)
+    for b, row in enumerate(rows.tolist()):
+        key = plain_derive(plain_derive(7, 0), b)
+        words_left = 0
+        for place, token in enumerate(row[:-10]):  # the end cuts runs
+            if place == 0 or not token & BIT:
+                if words_left == 0:
+                    draw = plain_derive(key, place) & 0xFFFF
+                    words_left = 1 + int((draw >= ngram_draws(3)).sum())
+                    counts[words_left] += 1
+                words_left -= 1
+    shares = counts[1:] / counts.sum()
+    assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.003)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), max_ngram=st.integers(1, 4), whole_word=st.booleans())
+def test_only_one_run_is_cut_and_runs_are_those_of_the_draws(
+    seed: int, max_ngram: int, whole_word: bool
+) -> None:
+    width = 60
+    rows = random_rows(seed, 20, width, unknown=0.0)
+    masks = table(whole_word, 0.15, width, max_ngram=max_ngram)
+    _, positions, _ = apply(rows, np.full(20, width + 2), masks)
+    for b, (row, places) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        key = plain_derive(plain_derive(7, 0), b)
+        runs: list[list[int]] = []
+        words_left = 0
+        for place, token in enumerate(row):
+            if place == 0 or not (whole_word and token & BIT):
+                if words_left == 0:
+                    draw = plain_derive(key, place) & 0xFFFF
+                    words_left = 1 + int((draw >= ngram_draws(max_ngram)).sum())
+                    runs.append([])
+                words_left -= 1
+            runs[-1].append(place + 1)
+        hidden = [[place in places for place in run] for run in runs]
+        cut = [run for run in hidden if any(run) and not all(run)]
+        assert len(cut) <= 1
+        assert all(run == sorted(run, reverse=True) for run in cut)  # its leading tokens
+
+
+def test_no_run_crosses_a_special_token_and_none_is_hidden() -> None:
+    """[CLS] a a a [SEP] b b b [SEP]: the same choice in each half as it would get alone."""
+    rows = random_rows(9, 200, 40, unknown=0.1)
+    rows[:, 19], rows[:, 20] = SEP, CLS
+    rows[:, 21] &= BIT - 1
+    masks = table(True, 0.3, 40, max_ngram=3, inner=True)
+    ids, positions, labels = apply(rows, np.full(200, 42), masks)
+    assert (ids[:, 20] == SEP).all() and (ids[:, 21] == CLS).all()
+    assert not np.isin(positions, [0, 20, 21, 41])[labels != IGNORED_LABEL].any()
+    assert ((labels != IGNORED_LABEL).sum(1) == 13).all()

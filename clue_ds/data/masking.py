@@ -13,6 +13,9 @@ and at most one word is cut. The price, measured at length 128: a word of one to
 17 % of cases, one of four in 14 %. Cutting the first word that does not fit would treat all
 lengths alike, but would cut a word in four rows of ten.
 
+n-grams: the text is first cut into runs of 1 to `max_ngram` words (or tokens), a run of k with
+probability proportional to 1/k, and these are hidden as words are. No run crosses a [SEP].
+
 A chosen token becomes [MASK] in 80 % of cases, stays in 10 %, and becomes a uniformly drawn
 ordinary token (not special, not [unused]) in 10 %: each decided by itself, as in BERT.
 Rejected: independent draws with probability 0.15 (as the usual collator does), since the number of
@@ -31,7 +34,7 @@ from clue_ds.data.jit import compiled, inlined
 IGNORED_LABEL = -100
 NUM_BUCKETS = 256
 _BUCKET_SHIFT = np.uint64(56)
-_UNIT_MASK = np.uint64(0xFFFF)
+_UNIT_MASK = np.uint64(0xFFFF)  # a sort key's low bits number the unit; the hash's draw its length
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 # Counters of the second hash of a position lie behind those of the first.
@@ -45,6 +48,7 @@ class MaskTable(NamedTuple):
 
     continues: int  # bit of a token that continues its word
     whole_word: bool
+    ngram_draws: np.ndarray  # uint64 [max_ngram - 1]: draws of 16 bits from which a run is longer
     goals: np.ndarray  # int64 [S + 1]: predictions in a sequence of each length
     ordinary_ids: np.ndarray  # int64: what a token may be replaced by
     pad_id: int
@@ -52,6 +56,58 @@ class MaskTable(NamedTuple):
     cls_id: int
     sep_id: int
     mask_id: int
+    has_inner_specials: bool  # a row may hold several sequences, or two segments
+
+
+def ngram_draws(max_ngram: int) -> np.ndarray:
+    """MaskTable.ngram_draws: P(k words) proportional to 1/k for k = 1 to max_ngram."""
+    shares = 1 / np.arange(1, max_ngram + 1)
+    return np.ceil((1 << 16) * np.cumsum(shares)[:-1] / shares.sum()).astype(np.uint64)
+
+
+@inlined
+def _further_words(draw: np.uint64, ngram_draws: np.ndarray) -> int:
+    num = 0
+    while num < len(ngram_draws) and draw >= ngram_draws[num]:
+        num += 1
+    return num
+
+
+@inlined
+def _add_units(
+    row: np.ndarray,
+    first: int,
+    last: int,
+    row_key: np.uint64,
+    table: MaskTable,
+    begins: np.ndarray,
+    sizes: np.ndarray,
+    keys: np.ndarray,
+    num: int,
+) -> int:
+    """Add the units of positions first to last - 1, which hold text only; how many there are now.
+
+    A unit is a word (a token, an n-gram): where it begins, maskable tokens, sort key.
+    """
+    id_mask = table.continues - 1
+    draws = table.ngram_draws
+    has_ngrams = len(draws) > 0
+    words_left = 0  # further words that the unit at hand takes
+    for i in range(first, last):
+        if not (table.whole_word and row[i] & table.continues):
+            if words_left > 0:
+                words_left -= 1
+            else:
+                draw = derive(row_key, np.uint64(i - 1))
+                begins[num] = i
+                sizes[num] = 0
+                keys[num] = draw & ~_UNIT_MASK | np.uint64(num)
+                num += 1
+                if has_ngrams:
+                    words_left = _further_words(draw & _UNIT_MASK, draws)
+        if np.int64(row[i] & id_mask) != table.unk_id:
+            sizes[num - 1] += 1
+    return num
 
 
 @inlined
@@ -64,18 +120,18 @@ def _find_units(
     sizes: np.ndarray,
     keys: np.ndarray,
 ) -> int:
-    """Words (or tokens) of a row: where each begins, maskable tokens, sort key; how many."""
+    """Fill begins, sizes and keys with the units between a row's special tokens; how many."""
     num = 0
-    id_mask = table.continues - 1
-    for i in range(length):
-        if i == 0 or not (table.whole_word and row[i] & table.continues):
-            begins[num] = i
-            sizes[num] = 0
-            keys[num] = derive(row_key, np.uint64(i)) & ~_UNIT_MASK | np.uint64(num)
-            num += 1
-        if np.int64(row[i] & id_mask) != table.unk_id:
-            sizes[num - 1] += 1
-    begins[num] = length
+    if table.has_inner_specials:
+        first = 1
+        for i in range(1, length):
+            token = np.int64(row[i] & (table.continues - 1))
+            if token == table.sep_id or token == table.cls_id:
+                num = _add_units(row, first, i, row_key, table, begins, sizes, keys, num)
+                first = i + 1
+    else:
+        num = _add_units(row, 1, length - 1, row_key, table, begins, sizes, keys, num)
+    begins[num] = length - 1
     return num
 
 
@@ -109,7 +165,10 @@ def _choose(
     table: MaskTable,
     chosen: np.ndarray,
 ) -> int:
-    """Mark up to `limit` leading maskable tokens of a unit that aren't yet; return their number."""
+    """Mark up to `limit` leading maskable tokens of a unit that aren't yet; return their number.
+
+    The limit is at most the unit's size: what stands behind its last token may be special.
+    """
     taken = 0
     for i in range(begins[unit], begins[unit + 1]):
         if taken < limit and np.int64(row[i] & (table.continues - 1)) != table.unk_id:
@@ -135,7 +194,7 @@ def _choose_all(
         if left == 0:
             return
         if sizes[unit] <= left:
-            left -= _choose(row, unit, begins, left, table, chosen)
+            left -= _choose(row, unit, begins, sizes[unit], table, chosen)
             sizes[unit] = 0
     for i in range(num):
         if left == 0:
@@ -170,11 +229,12 @@ def mask_rows(
     masked_positions: np.ndarray,
     masked_labels: np.ndarray,
 ) -> None:
-    """Write masked sequences: [CLS] tokens [SEP] padding, with predictions in order of position.
+    """Write masked sequences and padding, with predictions in order of position.
 
-    rows uint16 or uint32 [B, S - 2]: marked tokens; lengths int64 [B]: with [CLS] and [SEP];
-    epochs, samples uint64 [B]: what the hashes depend on. Fills input_ids int64 [B, S],
-    masked_positions and masked_labels int64 [B, P].
+    rows uint16 or uint32 [B, S]: marked tokens from the first [CLS] to the last [SEP], and what
+    follows a special token has no mark; lengths int64 [B]: how many; epochs, samples uint64 [B]:
+    what the hashes depend on. Fills input_ids int64 [B, S], masked_positions and masked_labels
+    int64 [B, P].
     """
     width = rows.shape[1]
     begins, sizes = np.empty(width + 1, np.int64), np.empty(width, np.int64)
@@ -183,23 +243,21 @@ def mask_rows(
     chosen = np.empty(width, np.bool_)
     for b in range(rows.shape[0]):
         row = rows[b]
-        length = lengths[b] - 2
+        length = lengths[b]
         row_key = derive(derive(mask_key, epochs[b]), samples[b])
         num = _find_units(row, length, row_key, table, begins, sizes, keys)
         _sort(keys, num, ends, order)
         chosen[:] = False
-        _choose_all(row, table.goals[length + 2], order, num, begins, sizes, table, chosen)
-        input_ids[b, 0] = table.cls_id
+        _choose_all(row, table.goals[length], order, num, begins, sizes, table, chosen)
         slot = 0
         for i in range(length):
             token = np.int64(row[i] & (table.continues - 1))
             if chosen[i]:
-                masked_positions[b, slot] = i + 1
+                masked_positions[b, slot] = i
                 masked_labels[b, slot] = token
-                token = _outcome(row_key, i, token, table)
+                token = _outcome(row_key, i - 1, token, table)
                 slot += 1
-            input_ids[b, i + 1] = token
-        input_ids[b, length + 1] = table.sep_id
-        input_ids[b, length + 2 :] = table.pad_id
+            input_ids[b, i] = token
+        input_ids[b, length:] = table.pad_id
         masked_positions[b, slot:] = 0
         masked_labels[b, slot:] = IGNORED_LABEL

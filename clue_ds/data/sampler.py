@@ -1,13 +1,14 @@
 """`SampleStream`: batches as a pure function of the step.
 
-A sample is a window of seq_length - 2 consecutive tokens of one shard between [CLS] and [SEP]; the
-last window of a shard is shorter. Windows run across sentences and documents (packed text, as
-RoBERTa found best), so nothing is padded or cut away: every token lies in exactly one sample.
+What a sample is depends on its kind (samples.py). By default it is a window of seq_length - 2
+consecutive tokens of one shard between [CLS] and [SEP]; the last window of a shard is shorter.
+Windows run across sentences and documents (as RoBERTa found best), so nothing is padded
+or cut away: every token lies in exactly one sample.
 
 Guarantees: batch(step) depends on the corpus, seed, global batch size, length and masking options,
 never on ranks, workers or restarts. Each sample comes exactly once an epoch (order.py says when),
 every batch is full, any step is found in constant time and memory. Three compiled calls make a
-batch (order, gather, mask) straight into the tensors' memory, without the GIL.
+batch (order, rows, masks) straight into the tensors' memory, without the GIL.
 
 Rejected: DataLoader workers (they double the CPU time of a loader that is this cheap, and tie its
 state to their number).
@@ -18,73 +19,34 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, types
-from numba.extending import intrinsic
 
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
-from clue_ds.data.masking import MaskTable, mask_rows
+from clue_ds.data.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.mixture import Mixture, parts_of, shares_of
 from clue_ds.data.order import BLOCK_BYTES, order_table, places, samples_taken
+from clue_ds.data.samples import Kind, Samples
 from clue_ds.data.shards import Corpus
 from clue_ds.data.tokenizer import continues_bit
 from clue_ds.data.vocab import SPECIAL_TOKENS, read_vocab
 from clue_ds.errors import UserError
 
-# Tokens that no text contains: never put in place of another one.
-_NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
+MAX_NGRAM = 8
 ORDERS = ("auto", "shuffle", "lanes")
 LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
-_ORDER, _MASKS = np.uint64(0), np.uint64(1)  # what a key is used for
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to elements of the array `like`'s type."""
-    pointer = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(address, like), generate
+# Tokens that no text contains: never put in place of another one.
+_NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
+_ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # what a key is used for
 
 
 @compiled
-def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64]:
-    """The keys of the sample order and of the masks."""
-    return derive(np.uint64(seed), _ORDER), derive(np.uint64(seed), _MASKS)
-
-
-@compiled
-def gather(
-    samples: np.ndarray,
-    first_samples: np.ndarray,
-    addresses: np.ndarray,
-    shard_tokens: np.ndarray,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-) -> None:
-    """Copy the windows `samples` uint64 [B] into rows [B, S - 2].
-
-    first_samples int64 [shards + 1]: samples before each shard, and in all; addresses uint64
-    [shards] and shard_tokens int64 [shards]: where the shards' tokens are mapped, and how many.
-    Fills lengths int64 [B] with the window's length + 2.
-    """
-    window = rows.shape[1]
-    for row in range(rows.shape[0]):
-        sample = np.int64(samples[row])
-        shard = np.searchsorted(first_samples, sample, side="right") - 1
-        address = _pointer(addresses[shard], rows)  # type: ignore[call-arg, var-annotated]
-        tokens = carray(address, (shard_tokens[shard],))
-        begin = (sample - first_samples[shard]) * window
-        length = min(window, shard_tokens[shard] - begin)
-        for i in range(length):
-            rows[row, i] = tokens[begin + i]
-        lengths[row] = length + 2
+def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64]:
+    """The keys of the sample order, of the masks, and of sentence pairs."""
+    key = np.uint64(seed)
+    return derive(key, _ORDER), derive(key, _MASKS), derive(key, _PAIRS)
 
 
 def _uses_lanes(corpus: Corpus | Mixture, order: str) -> bool:
@@ -112,6 +74,8 @@ class SampleStream:
         whole_word: bool = True,
         mask_prob: float = 0.15,
         predictions_per_sequence: int | None = None,
+        max_ngram: int = 1,
+        samples: Kind = "windows",
         order: str = "auto",
     ) -> None:
         if not 3 <= seq_length < 1 << 16:
@@ -120,38 +84,39 @@ class SampleStream:
             raise UserError(f"global_batch_size {global_batch_size} must be at least 1")
         if not 0 < mask_prob < 1:
             raise UserError(f"mask_prob {mask_prob} must be between 0 and 1")
+        if not 1 <= max_ngram <= MAX_NGRAM:
+            raise UserError(f"max_ngram {max_ngram} must be between 1 and {MAX_NGRAM}")
         if predictions_per_sequence is not None and predictions_per_sequence < 1:
             raise UserError(f"predictions_per_sequence {predictions_per_sequence} must be positive")
         self.corpus = corpus
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
         self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
-        window = seq_length - 2
-        tokens = [shard.tokens for shard in corpus.shards]
-        self._dtype = tokens[0].dtype
-        self._shard_tokens = np.array([len(t) for t in tokens], dtype=np.int64)
-        self._addresses = np.array([t.ctypes.data for t in tokens], dtype=np.uint64)
-        counts = -(-self._shard_tokens // window)
-        self._first_samples = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.num_samples = int(self._first_samples[-1])
+        self._masks = self._mask_table(
+            whole_word, mask_prob, max_ngram, samples in ("packed", "nsp", "sop")
+        )
+        self._samples = Samples(corpus, samples, seq_length, self._masks.cls_id, self._masks.sep_id)
+        self.num_samples = self._samples.num_samples
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
-        order_key, self._mask_key = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        keys = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
+        order_key, self._mask_key, self._pair_key = keys
         num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
-        self.part_samples = np.diff(self._first_samples[num_shards])
+        self.part_samples = np.diff(self._samples.first_samples[num_shards])
         self.uses_lanes = _uses_lanes(corpus, order)
         self.order = order_table(
             num_samples=self.part_samples,
             shares=shares_of(corpus),
             global_batch_size=global_batch_size,
             uses_lanes=self.uses_lanes,
-            block=max(1, BLOCK_BYTES // (window * self._dtype.itemsize)),
+            block=max(1, BLOCK_BYTES // self._samples.mean_bytes),
             order_key=order_key,
         )
-        self._masks = self._mask_table(whole_word, mask_prob)
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
-    def _mask_table(self, whole_word: bool, mask_prob: float) -> MaskTable:
+    def _mask_table(
+        self, whole_word: bool, mask_prob: float, max_ngram: int, has_inner_specials: bool
+    ) -> MaskTable:
         vocab = read_vocab(self.corpus.vocab_file)
         pad, unk, cls, sep, mask = (vocab.index(token) for token in SPECIAL_TOKENS)
         ordinary = [
@@ -165,10 +130,11 @@ class SampleStream:
             min(self.num_predictions, math.ceil(mask_prob * length), max(0, length - 2))
             for length in range(self.seq_length + 1)
         ]
-        dtype = np.uint16 if self._dtype.itemsize == 2 else np.uint32
+        wide = self.corpus.shards[0].tokens.dtype.itemsize == 4
         return MaskTable(
-            continues=continues_bit(dtype),
+            continues=continues_bit(np.uint32 if wide else np.uint16),
             whole_word=whole_word,
+            ngram_draws=ngram_draws(max_ngram),
             goals=np.array(goals, dtype=np.int64),
             ordinary_ids=np.array(ordinary, dtype=np.int64),
             pad_id=pad,
@@ -176,6 +142,7 @@ class SampleStream:
             cls_id=cls,
             sep_id=sep,
             mask_id=mask,
+            has_inner_specials=has_inner_specials,
         )
 
     def batch_size(self, world_size: int) -> int:
@@ -192,15 +159,7 @@ class SampleStream:
 
     def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
         """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each."""
-        window = self.seq_length - 2
-        shard = int(np.searchsorted(self._first_samples, first_sample, side="right")) - 1
-        while first_sample < end_sample:
-            base, limit = self._first_samples[shard : shard + 2].tolist()
-            begin, end = first_sample - base, min(end_sample, limit) - base
-            if begin < end:
-                yield shard, begin * window, min(end * window, int(self._shard_tokens[shard]))
-            first_sample = base + end
-            shard += 1
+        return self._samples.token_runs(first_sample, end_sample)
 
     def _zero_types(self, size: int) -> torch.Tensor:
         """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
@@ -212,34 +171,29 @@ class SampleStream:
         """Rank `rank`'s rows of the global batch of `step`, int64.
 
         input_ids, token_type_ids [B, S]; lengths [B]; masked_positions, masked_labels [B, P], where
-        unused slots hold position 0 and label -100; B = global_batch_size // world_size.
-        All batches share the memory of token_type_ids, which is zero: don't write to it.
+        unused slots hold position 0 and label -100; B = global_batch_size // world_size. Beside
+        them, nsp and sop give next_sentence_label [B]: 0 when B follows A, 1 when it is another
+        text (nsp) or stood before A (sop), -100 when there is no B; packed gives cu_seqlens
+        [B, D + 1]: where the row's sequences begin, then its length up to the end.
+        But for nsp and sop, batches share the memory of token_type_ids, which is zero: don't write.
         """
         size = self.batch_size(world_size)
         assert 0 <= rank < world_size and step >= 0
         shape, slots = (size, self.seq_length), (size, self.num_predictions)
+        epochs, samples = np.empty((2, size), dtype=np.uint64)
+        places(step, rank * size, self.order, epochs, samples)
+        rows = self._samples.rows(samples, epochs, self._pair_key)
         batch = {
             "input_ids": torch.empty(shape, dtype=torch.int64),
             "token_type_ids": self._zero_types(size),
-            "lengths": torch.empty(size, dtype=torch.int64),
+            "lengths": torch.from_numpy(rows.lengths),
             "masked_positions": torch.empty(slots, dtype=torch.int64),
             "masked_labels": torch.empty(slots, dtype=torch.int64),
         }
-        rows = np.empty((size, self.seq_length - 2), dtype=self._dtype)
-        lengths = batch["lengths"].numpy()
-        epochs, samples = np.empty((2, size), dtype=np.uint64)
-        places(step, rank * size, self.order, epochs, samples)
-        gather(
-            samples,
-            self._first_samples,
-            self._addresses,
-            self._shard_tokens,
-            rows,
-            lengths,
-        )
+        batch |= {name: torch.from_numpy(values) for name, values in rows.extras.items()}
         mask_rows(
-            rows,
-            lengths,
+            rows.tokens,
+            rows.lengths,
             epochs,
             samples,
             self._mask_key,

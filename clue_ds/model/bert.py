@@ -37,6 +37,8 @@ class PreTrainingOutput(NamedTuple):
     num_predicted: Tensor | None
     prediction_logits: Tensor | None
     seq_relationship_logits: Tensor | None
+    mlm_sum: Tensor | None = None
+    pair_sums: Tensor | None = None
 
 
 class Embeddings(nn.Module):
@@ -52,7 +54,17 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.p = config.hidden_dropout_prob
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """ids [B, S] -> [B, S, H]; positions count from 0 in each row but for `position_ids`."""
+        if position_ids is not None:
+            assert token_type_ids is None, "rows of several sequences have one segment type"
+            summed = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+            summed = summed + self.token_type_embeddings.weight[0]
+            norm = self.LayerNorm
+            normalized = ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
+            return ops.dropout(normalized, self.p, self.training)
         return ops.embedding_layer_norm(
             input_ids,
             token_type_ids,
@@ -113,10 +125,13 @@ class BertModel(nn.Module):
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rows: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of ids [B, S]: [B, S, H], or [B, R, H] where `rows` [B, R] are wanted.
 
         What is padding: positions from `lengths` [B] on, or where `attention_mask` [B, S] is 0.
+        With `cu_seqlens` [B, D + 1] (see SampleStream.batch) each sequence of a row is computed as
+        if it were alone: positions begin at 0, attention stays inside; segment types are 0.
         """
         seq_length = input_ids.shape[1]
         if seq_length > self.config.max_position_embeddings:
@@ -125,6 +140,9 @@ class BertModel(nn.Module):
                 f"{self.config.max_position_embeddings} positions; shorten them, or train a model "
                 "with a larger max_position_embeddings"
             )
+        if cu_seqlens is not None:
+            position_ids, keep = split_rows(cu_seqlens, seq_length)
+            return self.encoder(self.embeddings(input_ids, None, position_ids), keep, rows)
         keep = key_mask(lengths, attention_mask, seq_length)
         return self.encoder(self.embeddings(input_ids, token_type_ids), keep, rows)
 
@@ -195,6 +213,7 @@ class BertForPreTraining(nn.Module):
         num_word_rows = padded_vocab_size or config.vocab_size
         assert num_word_rows >= config.vocab_size
         self.config = config
+        self.mlm_weight = 1.0  # of the MLM loss beside the loss of sentence pairs
         self.bert = BertModel(config, attention, padded_vocab_size)
         self.cls = PreTrainingHeads(config, num_word_rows)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
@@ -217,6 +236,8 @@ class BertForPreTraining(nn.Module):
         attention_mask: Tensor | None = None,
         masked_positions: Tensor | None = None,
         masked_labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
     ) -> PreTrainingOutput:
         """Logits, or the MLM loss, of int64 ids [B, S] (see BertModel for the other inputs).
 
@@ -224,18 +245,26 @@ class BertForPreTraining(nn.Module):
         [B, P], and seq_relationship_logits [B, 2]; the rest is None. With `masked_labels` [B, P]
         (-100 in slots that predict nothing): `loss`, the sum of the cross entropies / (B * P), a
         count that does not depend on how a batch is split over ranks; `num_correct` and
-        `num_predicted`, int64 scalars; no logits, and pooler and NSP head do not run.
+        `num_predicted`, int64 scalars; `mlm_sum`, the sum; no logits, and pooler and NSP head do
+        not run. With `next_sentence_label` [B] (-100: none) too, they do, and `loss` is mlm_weight
+        times the MLM's plus the sum of the pairs' cross entropies / B; `pair_sums` [3] are that
+        sum, the pairs that were right, and the pairs.
         """
         inputs = (input_ids, token_type_ids, lengths, attention_mask)
         if masked_labels is not None:
             assert masked_positions is not None, "labels belong to masked_positions"
-            hidden = self.bert(*inputs, rows=masked_positions)
-            return self._loss(self.cls.predictions(hidden), masked_labels)
-        if masked_positions is None:
-            hidden = predicted = self.bert(*inputs)
-        else:
+            if next_sentence_label is None:
+                hidden = self.bert(*inputs, rows=masked_positions, cu_seqlens=cu_seqlens)
+                return self._loss(self.cls.predictions(hidden), masked_labels)
             # The pooler wants [CLS] beside the predictions.
             hidden = self.bert(*inputs, rows=F.pad(masked_positions, (1, 0)))
+            mlm = self._loss(self.cls.predictions(hidden[:, 1:]), masked_labels)
+            return self._add_pairs(mlm, self.bert.pooler(hidden[:, 0]), next_sentence_label)
+        if masked_positions is None:
+            hidden = predicted = self.bert(*inputs, cu_seqlens=cu_seqlens)
+        else:
+            rows = F.pad(masked_positions, (1, 0))
+            hidden = self.bert(*inputs, rows=rows, cu_seqlens=cu_seqlens)
             predicted = hidden[:, 1:]
         logits = self.cls.predictions(predicted)[..., : self.config.vocab_size]
         relationship = self.cls.seq_relationship(self.bert.pooler(hidden[:, 0]))
@@ -250,7 +279,23 @@ class BertForPreTraining(nn.Module):
             num_correct = (flat.argmax(-1) == targets).sum()
             num_predicted = (targets != IGNORED).sum()
         loss = summed / labels.numel()
-        return PreTrainingOutput(loss, num_correct, num_predicted, None, None)
+        return PreTrainingOutput(loss, num_correct, num_predicted, None, None, summed.detach())
+
+    def pair_logits(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """pooled [B, H] -> logits [B, 2] of "B follows A" and of "it doesn't"."""
+        return self.cls.seq_relationship(pooled)
+
+    def _add_pairs(
+        self, mlm: PreTrainingOutput, pooled: Tensor, labels: Tensor
+    ) -> PreTrainingOutput:
+        logits = self.pair_logits(pooled, labels).float()
+        summed = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        with torch.no_grad():
+            counts = (logits.argmax(-1) == labels).sum(), (labels != IGNORED).sum()
+            sums = torch.stack([summed.detach(), *counts])
+        assert mlm.loss is not None
+        loss = self.mlm_weight * mlm.loss + summed / len(labels)
+        return mlm._replace(loss=loss, pair_sums=sums)
 
 
 def key_mask(
@@ -269,6 +314,18 @@ def key_mask(
     else:
         return None
     return keep[:, None, None, :]
+
+
+def split_rows(cu_seqlens: Tensor, seq_length: int) -> tuple[Tensor, Tensor]:
+    """Of rows that hold several sequences: position_ids [B, S], and who may attend to whom.
+
+    The mask is bool [B, 1, S, S], True inside a sequence. Padding counts as one more sequence: it
+    must attend to something, and nobody looks at it.
+    """
+    places = torch.arange(seq_length, device=cu_seqlens.device).expand(len(cu_seqlens), -1)
+    number = torch.searchsorted(cu_seqlens[:, 1:].contiguous(), places.contiguous(), right=True)
+    same = number[:, None, :, None] == number[:, None, None, :]
+    return places - cu_seqlens.gather(1, number), same
 
 
 def pad_vocab(config: ModelConfig) -> ModelConfig:

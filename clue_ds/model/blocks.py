@@ -101,7 +101,10 @@ class Attention(nn.Module):
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None) -> Tensor:
-        """hidden [B, S, H], keep [B, 1, 1, S] -> [B, S, H]; with rows [B, R] -> [B, R, H]."""
+        """hidden [B, S, H] -> [B, S, H]; with rows [B, R] -> [B, R, H].
+
+        keep [B, 1, 1, S], or [B, 1, S, S] where queries differ in the keys that they may see.
+        """
         here = self.self
         if rows is None:
             residual = hidden
@@ -110,6 +113,8 @@ class Attention(nn.Module):
             residual = take_rows(hidden, rows)
             (query,) = self._project(residual, here.query)
             key, value = self._project(hidden, here.key, here.value)
+            if keep is not None and keep.shape[2] > 1:
+                keep = take_rows(keep.squeeze(1), rows)[:, None]
         context = ops.attention(query, key, value, keep, self.p, self.training, self.backend)
         return self.output(context.transpose(1, 2).flatten(2), residual)
 

@@ -75,8 +75,8 @@ def attention(
 ) -> Tensor:
     """dropout(softmax(q k^T / sqrt(D))) v: query [B, N, Q, D], key, value [B, N, K, D] -> query's.
 
-    `keep` is bool [B, 1, 1, K], True where a key may be attended to; None keeps all. A sequence
-    must keep at least one key.
+    `keep` is bool [B, 1, 1 or Q, K], True where a key may be attended to; None keeps all. A
+    query must keep at least one key.
     """
     p = p if training else 0.0
     if backend == "sdpa" and (p == 0.0 or query.device.type != "cpu"):

@@ -1,0 +1,169 @@
+"""`Samples`: what sample i of a corpus is. Each kind holds every token of the corpus exactly once.
+
+    windows    S - 2 consecutive tokens, across sentences and documents; no padding
+    sentences  as many whole consecutive sentences as fit, across documents
+    documents  the same, but never across the end of a document: a long one gives several samples
+    packed     several documents in a row, each a [CLS] ... [SEP] of its own (cu_seqlens); one
+               that fits into a row stays whole, a longer one is cut at sentence ends
+    nsp, sop   a sample of `documents`, split in two at a sentence end, A and B. nsp, as in BERT: B
+               is another document's text in half of the cases; sop, as in ALBERT: A and B are
+               swapped in half of the cases
+
+A sentence is cut only where it is longer than a row. No sample crosses a shard. All but windows
+walk once over the tables of sentences and documents at start, and keep 12 bytes for 64 samples.
+
+Exactly once, with one exception: the text that nsp puts in place of a B is not the B that it
+replaces. It comes from the same 4,096 samples of the shard, so it is near on disk, and a shard with
+one document only has true pairs only. A piece of a single word has no B and no label (-100).
+
+Rejected: BERT's 10% of shorter samples (a fixed share of the work for padding), filling a packed
+row with half a short document (its context is what the kind is for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from clue_ds.data import spans
+from clue_ds.data.mixture import Mixture
+from clue_ds.data.shards import Corpus, ShardArrays
+
+Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# Of a packed row: a document of fewer tokens than that on average is rare, and cu_seqlens is dense.
+POSITIONS_A_SEQUENCE = 8
+
+
+class Rows(NamedTuple):
+    """Unmasked rows of a batch, and what else a kind says about them."""
+
+    tokens: np.ndarray  # uint16 or uint32 [B, S]: marked tokens, [CLS] and [SEP]; not padded
+    lengths: np.ndarray  # int64 [B]
+    extras: dict[str, np.ndarray]  # further entries of the batch, see SampleStream.batch
+
+
+class Samples:
+    """The samples of a corpus: `num_samples`, numbered along the text.
+
+    `first_samples` int64 [shards + 1]: samples before each shard, and in all; `mean_bytes`: of the
+    tokens of a sample.
+    """
+
+    def __init__(
+        self, corpus: Corpus | Mixture, kind: Kind, seq_length: int, cls_id: int, sep_id: int
+    ) -> None:
+        self.kind, self.seq_length = kind, seq_length
+        self._shards = corpus.shards  # the maps must outlive the addresses
+        self._dtype = corpus.shards[0].tokens.dtype
+        self._source = _source(corpus.shards)
+        id_mask = (1 << (8 * self._dtype.itemsize - 1)) - 1
+        self._frame = spans.Frame(cls_id, sep_id, id_mask)
+        self._num_sequences = 1
+        if kind == "windows":
+            self.first_samples = _cumulative(-(-self._source.num_tokens // (seq_length - 2)))
+        else:
+            if kind == "packed":
+                self._num_sequences = max(1, seq_length // POSITIONS_A_SEQUENCE)
+            self._index = self._make_index()
+            self.first_samples = self._index.first_samples
+        self.num_samples = int(self.first_samples[-1])
+        if kind == "windows":
+            mean_tokens = seq_length - 2
+        else:
+            mean_tokens = int(self._source.num_tokens.sum()) // max(1, self.num_samples)
+        self.mean_bytes = max(1, mean_tokens) * self._dtype.itemsize
+
+    def _make_index(self) -> spans.Index:
+        walks = {"sentences": spans.SENTENCES, "packed": spans.PACKED}
+        self._walk = walks.get(self.kind, spans.DOCUMENTS)
+        specials = {"packed": 0, "nsp": 3, "sop": 3}.get(self.kind, 2)
+        found = [
+            spans.index_shard(
+                self._walk,
+                self.seq_length - specials,
+                self._num_sequences,
+                shard.sentence_ends,
+                shard.document_ends,
+            )
+            for shard in self._shards
+        ]
+        return spans.Index(
+            _cumulative([num for num, _ in found]),
+            _cumulative([len(marks) for _, marks in found])[:-1],
+            np.concatenate([marks for _, marks in found]),
+        )
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each.
+
+        But for windows, to the next place that the index knows: up to 63 samples more on each side.
+        """
+        shard = int(np.searchsorted(self.first_samples, first_sample, side="right")) - 1
+        while first_sample < end_sample:
+            base, limit = self.first_samples[shard : shard + 2].tolist()
+            begin, end = first_sample - base, min(end_sample, limit) - base
+            if begin < end:
+                yield shard, *self._tokens_of(shard, begin, end)
+            first_sample = base + end
+            shard += 1
+
+    def _tokens_of(self, shard: int, begin: int, end: int) -> tuple[int, int]:
+        num_tokens = int(self._source.num_tokens[shard])
+        if self.kind == "windows":
+            window = self.seq_length - 2
+            return begin * window, min(end * window, num_tokens)
+        first = int(self._index.first_marks[shard])
+        num_marks = -(-int(np.diff(self.first_samples)[shard]) // spans.STRIDE)
+        marks = self._index.marks[first : first + num_marks, 0]
+        after = -(-end // spans.STRIDE)
+        end_token = int(marks[after]) if after < num_marks else num_tokens
+        return int(marks[begin // spans.STRIDE]), end_token
+
+    def rows(self, samples: np.ndarray, epochs: np.ndarray, pair_key: np.uint64) -> Rows:
+        """The rows of `samples` in `epochs`, uint64 [B]; the key decides on A and B."""
+        shape = (len(samples), self.seq_length)
+        tokens = np.empty(shape, self._dtype)
+        lengths = np.empty(len(samples), np.int64)
+        extras: dict[str, Any] = {}
+        to = (self._frame, tokens, lengths)
+        if self.kind == "windows":
+            spans.fill_windows(samples, self._source, self.first_samples, *to)
+        elif self.kind in ("nsp", "sop"):
+            extras["token_type_ids"] = np.empty(shape, np.int64)
+            extras["next_sentence_label"] = np.empty(len(samples), np.int64)
+            spans.fill_pairs(
+                samples,
+                epochs,
+                pair_key,
+                self.kind == "sop",
+                self._source,
+                self._index,
+                *to,
+                *extras.values(),
+            )
+        else:
+            cu_seqlens = np.empty((len(samples), self._num_sequences + 1), np.int64)
+            spans.fill_sequences(self._walk, samples, self._source, self._index, *to, cu_seqlens)
+            if self.kind == "packed":
+                extras["cu_seqlens"] = cu_seqlens
+        return Rows(tokens, lengths, extras)
+
+
+def _cumulative(counts: Any) -> np.ndarray:
+    """[0, counts[0], counts[0] + counts[1], ...], int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _source(shards: list[ShardArrays]) -> spans.Source:
+    def addresses(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
+
+    def lengths(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.array([len(array) for array in arrays], dtype=np.int64)
+
+    sections = [list(section) for section in zip(*shards, strict=True)]
+    return spans.Source(*map(addresses, sections), *map(lengths, sections))
