@@ -77,6 +77,7 @@ def check_progress(run_dir: str | Path, step: int) -> None:
         path = Path(run_dir) / RESTARTS_FILE
         before = json.loads(path.read_text()) if path.is_file() else {"step": -1, "restarts": 0}
         restarts = before["restarts"] + 1 if before["step"] == step else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         manifest.replace_text(path, json.dumps({"step": step, "restarts": restarts}) + "\n")
         if restarts > int(limit):
             message = (
