@@ -78,14 +78,18 @@ def all_reduce(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks; small Python objects."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def agree(error: str | None) -> None:
     """Raise the UserError of the lowest rank that has one, on every rank, so that none waits."""
-    if not torch.distributed.is_initialized():
-        errors = [error]
-    else:
-        errors = [None] * world_size()
-        torch.distributed.all_gather_object(errors, error)
-    for number, message in enumerate(errors):
+    for number, message in enumerate(all_gather(error)):
         if message is not None:
             raise UserError(message if number == 0 else f"rank {number}: {message}")
 

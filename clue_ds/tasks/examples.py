@@ -53,7 +53,11 @@ def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
     path = existing_file(path, f"{task.name} file")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
-    data = path.read_bytes()
+    return parse(task, path, path.read_bytes(), labelled)
+
+
+def parse(task: Task, path: Path, data: bytes, labelled: bool) -> Examples:
+    """The examples in a file's content; `path` says its format, and its name in messages."""
     examples = Examples()
     examples.path, examples.sha256 = path, hashlib.sha256(data).hexdigest()
     examples.names = {}
