@@ -28,6 +28,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
+    "finetune": Verb("clue_ds.tasks.grid:finetune", "train a model for tasks of CLUE or your own"),
     "predict": Verb("clue_ds.tasks.predict:predict", "fill masks with a trained model"),
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),

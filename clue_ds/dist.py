@@ -86,18 +86,18 @@ def all_reduce(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every rank's `value`, in the order of ranks, on every rank; small Python objects."""
     if not torch.distributed.is_initialized():
         return [value]
-    values = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def agree(error: str | None) -> None:
     """Raise the UserError of the lowest rank that has one, on every rank, so that none waits."""
-    for number, message in enumerate(gather(error)):
+    for number, message in enumerate(all_gather(error)):
         if message is not None:
             raise UserError(message if number == 0 else f"rank {number}: {message}")
 

@@ -55,6 +55,8 @@ LAW: dict[str, set[str]] = {
         "clue_ds.data",
         "clue_ds.export",
         "clue_ds.metrics",
+        "clue_ds.dist",
+        "clue_ds.config",
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule", "checkpoint")),
     },
     "clue_ds.benchmarks": {

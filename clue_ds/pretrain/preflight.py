@@ -88,7 +88,7 @@ def check(watch: Watchdog, config: RunConfig, corpus_fingerprint: str, device: t
     """Compare all ranks; returns the line that says what they are. UserError when they differ."""
     with watch.section("the pre-flight all-reduce", ALL_REDUCE_SECONDS):
         (total,) = dist.all_reduce([1.0])
-        reports = dist.gather(report(config, corpus_fingerprint, device))
+        reports = dist.all_gather(report(config, corpus_fingerprint, device))
     assert total == dist.world_size()
     if lines := differences(reports):
         raise UserError(
