@@ -28,7 +28,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
-    "predict": Verb("clue_ds.tasks.predict:predict", "fill masks with a trained model"),
+    "predict": Verb("clue_ds.tasks.predict_files:predict", "classify, fill masks, embed, compare"),
     "launch": Verb("clue_ds.launcher.local:main", "run a verb on several ranks", True),
     "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),
     "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),
