@@ -205,10 +205,20 @@ def text_of(task: Task, row: Row, where: str) -> Text:
     except (KeyError, TypeError, ValueError) as error:
         fields = " and ".join(task.fields)
         raise UserError(f"{where}: {fields} can't be read for {task.name}: {error!r}") from None
+    return checked(text, where)
+
+
+def checked(text: Text, where: str) -> Text:
+    """`text` itself; UserError beginning with `where` when it is empty or no text at all."""
     parts = text if isinstance(text, tuple) else (text,)
     for part in parts:
         if not isinstance(part, str):
             raise UserError(f"{where}: {part!r} is not text")
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            char = ascii(part[error.start])
+            raise UserError(f"{where}: {char} is half a character (a lone surrogate)") from None
     if not any(part.strip() for part in parts):
         raise UserError(f"{where}: the text is empty")
     return text

@@ -66,6 +66,7 @@ class Predictor:
         self.labels: list[str] = []
         self.classifier: BertForSequenceClassification | None = None
         self.pretrained: BertForPreTraining | None = None
+        self.can_fill_mask = False
         if huggingface.CLASSIFIER_WEIGHT in source.state_dict:
             self._open_classifier(source, task)
         elif task is not None:
@@ -117,7 +118,7 @@ class Predictor:
             )
 
     def _open_pretrained(self, source: Source) -> None:
-        self.has_mlm_head = PREDICTION_BIAS in source.state_dict
+        self.can_fill_mask = PREDICTION_BIAS in source.state_dict
         self.pretrained = BertForPreTraining(source.config)
         load_into(self.pretrained, source.config, source.state_dict, self.directory)
         self.pretrained.eval().to(self.device)
@@ -126,7 +127,7 @@ class Predictor:
     @torch.inference_mode()
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
         """For every [MASK] in `text`, its `top_k` likeliest tokens with their probabilities."""
-        if self.pretrained is None or not self.has_mlm_head:
+        if not self.can_fill_mask:
             raise UserError(
                 f"{self.directory} has no masked-language-model head, so it can't fill masks; "
                 "give a pretrained model, not a fine-tuned one or an encoder alone"

@@ -106,7 +106,10 @@ def _given(predictor: Predictor, texts: tuple[str, ...]) -> list[Example]:
                 "give first and second text in turn"
             )
         parts = list(zip(texts[::2], texts[1::2], strict=True))
-    return [Example(number, part, None) for number, part in enumerate(parts)]
+    return [
+        Example(number, examples.checked(part, f"--text {number + 1}"), None)
+        for number, part in enumerate(parts)
+    ]
 
 
 def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
@@ -127,12 +130,7 @@ def text_of_row(predictor: Predictor, row: Row, where: str) -> Text:
     for fields in FIELDS_WITHOUT_TASK:
         if all(name in row for name in fields):
             parts = [row[name] for name in fields]
-            for name, part in zip(fields, parts, strict=True):
-                if not isinstance(part, str):
-                    raise UserError(f"{where}: {name} {part!r} is not text")
-            if not any(part.strip() for part in parts):
-                raise UserError(f"{where}: the text is empty")
-            return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+            return examples.checked(parts[0] if len(parts) == 1 else (parts[0], parts[1]), where)
     raise UserError(
         f"{where}: no field 'sentence' or 'text', nor 'sentence1' and 'sentence2' "
         f"(has {', '.join(row) or 'none'})"
