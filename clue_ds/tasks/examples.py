@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,26 +50,26 @@ def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
     the task has not; naming the file: it is missing, empty, or of another format.
     """
     path = existing_file(path, f"{task.name} file")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
-    return parse(task, path, path.read_bytes(), labelled)
+    examples = collect(task, path, rows(path), labelled)
+    examples.sha256 = file_sha256(path)
+    return examples
 
 
-def parse(task: Task, path: Path, data: bytes, labelled: bool) -> Examples:
-    """The examples in a file's content; `path` says its format, and its name in messages."""
+def collect(
+    task: Task, path: Path, numbered_rows: Iterable[tuple[int, Row]], labelled: bool
+) -> Examples:
+    """The examples that rows make, numbered by their lines; `path` names them in messages."""
     examples = Examples()
-    examples.path, examples.sha256 = path, hashlib.sha256(data).hexdigest()
-    examples.names = {}
-    for line, row in _rows(path, data):
+    examples.path, examples.names = path, {}
+    for line, row in numbered_rows:
         where = f"{path}:{line}"
         label = _label(task, row, where) if labelled else None
         if label in task.skipped_labels:
             examples.num_skipped += 1
             continue
-        text = _text(task, row, where)
+        text = text_of(task, row, where)
         number = len(examples) + examples.num_skipped
-        name = next((row[f] for f in ID_FIELDS if isinstance(row.get(f), int | str)), number)
-        examples.append(Example(name, text, label))
+        examples.append(Example(id_of(row, number), text, label))
         if label is not None and task.name_field is not None and row.get(task.name_field):
             examples.names[label] = str(row[task.name_field])
     if not examples:
@@ -112,24 +111,42 @@ def version_of(task: Task, path: str | Path) -> str:
     if len(task.test_stems) == 1:
         return next(iter(task.test_stems))
     path = existing_file(path, f"{task.name} file")
-    return "1.0" if any(row.get("keywords") for _, row in _rows(path, path.read_bytes())) else "1.1"
+    return "1.0" if any(row.get("keywords") for _, row in rows(path)) else "1.1"
 
 
-def _rows(path: Path, data: bytes) -> Iterator[tuple[int, Row]]:
-    """(line number from 1, fields) of every line that is not blank."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert it first") from None
-    if path.suffix in (".csv", ".tsv"):
-        yield from _table_rows(path, text)
-    else:
-        yield from _json_rows(path, text)
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
-    for line, content in enumerate(text.split("\n"), start=1):
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number from 1, fields) of every line that is not blank; holds one line at a time.
+
+    UserError naming file and line: not UTF-8, wrong JSON, a line with another number of columns.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
+    yield from (_table_rows if path.suffix in (".csv", ".tsv") else _json_rows)(path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines with their line feeds, without a byte order mark."""
+    with path.open("rb") as stream:
+        for line, data in enumerate(stream, start=1):
+            try:
+                yield data.decode("utf-8-sig" if line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{line}: not UTF-8 ({error.reason}); convert it first"
+                ) from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    for line, content in enumerate(_lines(path), start=1):
         if not content.strip():
             continue
         try:
@@ -137,15 +154,17 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
         except ValueError as error:
             raise UserError(f"{path}:{line}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: a line must be a JSON object, not {content[:40]!r}")
+            raise UserError(
+                f"{path}:{line}: a line must be a JSON object, not {content.strip()[:40]!r}"
+            )
         yield line, row
 
 
-def _table_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
+def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """CSV as spreadsheets write it; TSV has no quoting. The first line names the columns."""
     csv.field_size_limit(1 << 30)  # the default refuses texts beyond 131,072 characters
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    reader = csv.reader(_lines(path), strict=True, **options)
     columns: list[str] | None = None
     begin = 1
     try:
@@ -179,7 +198,13 @@ def _label(task: Task, row: Row, where: str) -> str:
     return label
 
 
-def _text(task: Task, row: Row, where: str) -> Text:
+def id_of(row: Row, number: int) -> int | str:
+    """The row's own id, else the number of its line from 0."""
+    return next((row[f] for f in ID_FIELDS if isinstance(row.get(f), int | str)), number)
+
+
+def text_of(task: Task, row: Row, where: str) -> Text:
+    """What the model reads of a row; UserError beginning with `where` when fields are missing."""
     for name in task.fields:
         if name not in row:
             raise UserError(f"{where}: no field {name!r} (has {', '.join(row)})")
@@ -188,10 +213,20 @@ def _text(task: Task, row: Row, where: str) -> Text:
     except (KeyError, TypeError, ValueError) as error:
         fields = " and ".join(task.fields)
         raise UserError(f"{where}: {fields} can't be read for {task.name}: {error!r}") from None
+    return checked(text, where)
+
+
+def checked(text: Text, where: str) -> Text:
+    """`text` itself; UserError beginning with `where` when it is empty or no text at all."""
     parts = text if isinstance(text, tuple) else (text,)
     for part in parts:
         if not isinstance(part, str):
             raise UserError(f"{where}: {part!r} is not text")
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            char = ascii(part[error.start])
+            raise UserError(f"{where}: {char} is half a character (a lone surrogate)") from None
     if not any(part.strip() for part in parts):
         raise UserError(f"{where}: the text is empty")
     return text

@@ -35,11 +35,11 @@ def read(task: Task, split: Split) -> Examples:
             "files elsewhere and give their directory with --data"
         ) from error
     names = rows.features[task.label_field].names
-    lines = [json.dumps(_with_label(task, row, names), ensure_ascii=False) for row in rows]
-    data = "\n".join(lines).encode()
+    named = [_with_label(task, row, names) for row in rows]
     path = Path(f"{REPOSITORY}/{task.name}/{SPLITS[split]}.jsonl")
-    found = examples.parse(task, path, data, labelled=split != "test")
-    found.sha256 = hashlib.sha256(data).hexdigest()
+    found = examples.collect(task, path, enumerate(named, start=1), labelled=split != "test")
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in named)
+    found.sha256 = hashlib.sha256(lines.encode()).hexdigest()
     return found
 
 
