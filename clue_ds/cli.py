@@ -31,6 +31,7 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb("clue_ds.tasks.grid:finetune", "train a model for tasks of CLUE or your own"),
     "predict": Verb("clue_ds.tasks.predict_files:predict", "classify, fill masks, embed, compare"),
     "serve": Verb("clue_ds.tasks.serve:serve", "answer over HTTP, with a page to try it"),
+    "submit": Verb("clue_ds.tasks.submit:submit", "write and check the zip for CLUE's leaderboard"),
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),
     "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),

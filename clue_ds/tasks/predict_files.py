@@ -146,7 +146,7 @@ def predict_file(
     if out is None:
         write_answers(predictor, rows, sys.stdout, embed)
         return
-    with _appearing(out, force) as stream:
+    with appearing(out, force) as stream:
         if embed and out.suffix == ".npy":
             num_texts, num_cut = write_array(predictor, rows, stream)
         else:
@@ -158,12 +158,12 @@ def predict_file(
 
 
 @contextlib.contextmanager
-def _appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
+def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
     """A file that takes its name only when it is complete."""
     if out.is_dir():
         raise UserError(f"{out} is a directory; give the path of a file for the answers")
     if out.exists() and not force:
-        raise UserError(f"{out} exists; give --force to replace it, or another --out")
+        raise UserError(f"{out} exists; give --force to replace it, or another path")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
