@@ -134,7 +134,7 @@ def build(config: RunConfig) -> Run:
         config.data.whole_word,
         config.data.mask_prob,
         config.data.num_predictions(),
-        config.data.order,
+        order=config.data.order,
     )
     source = resume.Source(
         config=config,
