@@ -121,10 +121,9 @@ def serve_contender(model: str, kind: str) -> None:
 
     from clue_ds.tasks import Predictor
     from clue_ds.tasks.batching import Batcher
-    from clue_ds.tasks.serve import bind, leave_a_core
+    from clue_ds.tasks.serve import bind
     from clue_ds.tasks.service import compute, create_app
 
-    leave_a_core()
     predictor = Predictor(model)
     waiting: Batcher | PipelineQueue
     if kind == "batcher":
