@@ -1,19 +1,17 @@
 """`clue-ds serve`: a model behind HTTP, on this machine only unless told otherwise.
 
 Guarantees: the address is printed when requests are taken; TERM and INT stop taking connections,
-answer everything in flight and end; torch leaves a core to the event loop.
+answer everything in flight and end. torch takes the cores that it would take alone
+(OMP_NUM_THREADS): the event loop computes nothing and needs little of one.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import os
 import socket
 import sys
 from pathlib import Path
-
-import torch
 
 from clue_ds.errors import UserError
 from clue_ds.tasks.predict import Predictor
@@ -67,7 +65,6 @@ def serve(
     if max_wait_ms < 0:
         raise UserError(f"--max-wait-ms {max_wait_ms} must not be negative")
     with bind(host, port) as listener:
-        leave_a_core()
         predictor = Predictor(model, task, max_batch, max_length)
         batcher = Batcher(compute(predictor), max_batch, max_wait_ms / 1000, max_waiting)
         app = create_app(predictor, batcher, limits)
@@ -89,12 +86,6 @@ def check_installed() -> None:
         raise UserError(
             f"serving needs {' and '.join(missing)}; install with: pip install 'clue_ds[serve]'"
         )
-
-
-def leave_a_core() -> None:
-    """Let torch use all cores but one, so that requests are read and answered while it computes."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
 
 
 def bind(host: str, port: int) -> socket.socket:
