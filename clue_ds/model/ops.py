@@ -1,10 +1,10 @@
 """The seam between the model and `clue_ds.kernels`: which implementation runs is decided here.
 
 The model calls nothing else for its heavy work, and which implementation ran never shows in the
-weights. It is torch until `choose_kernels` (from `model.kernels` of a run) says otherwise; importing
-this module leaves the default of `clue_ds.kernels` alone. With torch the GEMM adds the bias, one
-pass over memory less; a fused kernel takes it for itself, and its gradient comes out of the
-backward pass that it does anyway.
+weights. It is torch until `choose_kernels` (a run's `model.kernels`) says otherwise; importing this
+module leaves the default of `clue_ds.kernels` alone. With torch the GEMM adds the bias, one pass
+over memory less; a fused kernel takes it for itself, and its gradient comes out of the backward
+pass that it does anyway.
 
 B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidden size
 """
@@ -22,7 +22,7 @@ from clue_ds.errors import UserError
 
 Attention = Literal["sdpa", "masked_softmax"]
 
-# `kernels`, or their twins: until the kernels have run on a GPU, a model takes them only on request.
+# `kernels` or their twins. Until the kernels have run on a GPU, a model takes them on request only.
 _operations: Any = kernels.reference
 
 dropout = kernels.reference.dropout
