@@ -60,17 +60,20 @@ clean:  ## the environment and build products
 
 # torch comes first, because anything else that needs it would choose a build for us. Without a GPU we
 # ask for the CPU build by its label and take the registry's default where it has no build so labelled.
-# A CUDA build brings the triton it was made with, so our pin of triton is for machines without a GPU.
+# A CUDA build asks for the triton it was made with: our pin is for builds that bring none.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		echo "installing $(TORCH) (a GPU is present: the CUDA build)"; \
-		$(PIP) install --quiet $(TORCH) && \
-		grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt; \
+		$(PIP) install --quiet $(TORCH); \
 	else \
 		echo "installing $(TORCH) (no GPU: the CPU build where the registry has one)"; \
-		{ $(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null || $(PIP) install --quiet $(TORCH); } && \
+		$(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null || $(PIP) install --quiet $(TORCH); \
+	fi
+	@if $(PIP) show torch | grep -q '^Requires:.*triton'; then \
+		grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
 		cp constraints.txt $(VENV)/constraints.txt; \
 	fi
 	touch $@

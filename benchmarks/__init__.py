@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+<<<<<<< HEAD
 from clue_ds.benchmarks import cold, kernels, loader, pretrain, scale
+=======
+from clue_ds.benchmarks import kernels, loader, pretrain, serve
+>>>>>>> main
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
@@ -12,4 +16,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cold": cold.cold,
     "scale": scale.scale,
     "kernels": kernels.kernels,
+    "serve": serve.serve,
 }

@@ -7,9 +7,9 @@ instructions an element.
 
 from __future__ import annotations
 
-import csv
+from csv import writer as csv_writer
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -20,24 +20,25 @@ from clue_ds.kernels import backend, bench
 if TYPE_CHECKING:
     from clue_ds.kernels.bench import Row
 
-Op = Literal["layer_norm", "bias_dropout_add_layer_norm", "masked_softmax", "bias_gelu"]
+Op = Literal[
+    "layer_norm",
+    "bias_dropout_add_layer_norm",
+    "masked_softmax",
+    "bias_gelu",
+    "embedding_layer_norm",
+]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def kernels(
-    op: tuple[Op, ...] = (
-        "layer_norm",
-        "bias_dropout_add_layer_norm",
-        "masked_softmax",
-        "bias_gelu",
-    ),
+    op: tuple[Op, ...] = get_args(Op),
     hidden: tuple[int, ...] = (312, 768, 1024),
     rows: tuple[int, ...] = (32_768,),
     dtype: Literal["fp32", "fp16", "bf16"] = "bf16",
     mode: tuple[Literal["fwd", "bwd", "full"], ...] = ("fwd", "bwd", "full"),
     dropout: tuple[float, ...] = (0.0, 0.1),
     device: Literal["cuda", "cpu"] = "cuda",
-    csv_file: Path | None = None,
+    csv: Path | None = None,
     plot: Path | None = None,
     aot: bool = False,
 ) -> None:
@@ -51,7 +52,7 @@ def kernels(
         mode: forward, backward, both in one
         dropout: probabilities, where the operation has dropout
         device: cpu only proves that the benchmark itself works
-        csv_file: write the figures here
+        csv: write the figures here
         plot: write a picture here: bandwidth against hidden size, a line a provider
         aot: instead of measuring, compile without a GPU, print the table and check its limits
     """
@@ -69,8 +70,8 @@ def kernels(
         new = bench.measure(case, list(mode), torch.device(device))
         _print_rows(new)
         measured += new
-    if csv_file is not None:
-        _write_csv(measured, csv_file)
+    if csv is not None:
+        _write_csv(measured, csv)
     if plot is not None:
         _write_plot(measured, plot)
 
@@ -82,7 +83,7 @@ def _cases(
     dtype: torch.dtype,
     dropout: tuple[float, ...],
 ) -> list[bench.Case]:
-    has_dropout = {"bias_dropout_add_layer_norm", "masked_softmax"}
+    has_dropout = {"bias_dropout_add_layer_norm", "masked_softmax", "embedding_layer_norm"}
     return [
         bench.Case(op, num_rows, width, dtype, p)
         for op in ops
@@ -99,7 +100,7 @@ def _compile_all() -> None:
     from clue_ds.kernels import aot, variants
 
     all_variants = variants.everything()
-    pairs = [(v, aot.compile_variant(v, target)) for v in all_variants for target in aot.TARGETS]
+    pairs = [(v, aot.compile_variant(v, target)) for v in all_variants for target in v.targets]
     print(f"# triton {aot.VERSION}; made by: clue-ds bench kernels --aot")
     print(aot.table([report for _, report in pairs]), end="")
     broken = [line for variant, report in pairs for line in report.violations(variant)]
@@ -130,7 +131,7 @@ def _print_rows(measured: list[Row]) -> None:
 def _write_csv(measured: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv_writer(file)
         writer.writerow(bench.Row._fields)
         writer.writerows(measured)
     print(f"written to {path}")

@@ -28,8 +28,11 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
-    "predict": Verb("clue_ds.tasks.predict:predict", "fill masks with a trained model"),
-    "launch": Verb("clue_ds.launcher.local:main", "run a verb on several ranks", True),
+    "finetune": Verb("clue_ds.tasks.grid:finetune", "train a model for tasks of CLUE or your own"),
+    "predict": Verb("clue_ds.tasks.predict_files:predict", "classify, fill masks, embed, compare"),
+    "serve": Verb("clue_ds.tasks.serve:serve", "answer over HTTP, with a page to try it"),
+    "submit": Verb("clue_ds.tasks.submit:submit", "write and check the zip for CLUE's leaderboard"),
+    "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),
     "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),
 }

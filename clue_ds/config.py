@@ -187,6 +187,20 @@ class LogSection(Section):
     tensorboard: bool = Field(True, description="write RUN/tensorboard")
 
 
+class HealthSection(Section):
+    """How long ranks wait for each other before the job ends with a message."""
+
+    start_seconds: float = Field(60, gt=0, description="until every rank has answered at start")
+    beat_seconds: float = Field(60, ge=10, description="until a rank that says nothing is given up")
+    step_seconds: float = Field(100, gt=0, description="until a step that doesn't end is a hang")
+    setup_seconds: float = Field(
+        900, gt=0, description="the same for loading, building, and the first step (it compiles)"
+    )
+    save_seconds: float = Field(
+        900, gt=0, description="the same for a checkpoint and for an evaluation"
+    )
+
+
 class RunConfig(Section):
     """Pretrain an encoder on a corpus: everything that one run needs to know."""
 
@@ -201,6 +215,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    health: HealthSection = HealthSection()
 
     @model_validator(mode="after")
     def _check_objective(self) -> RunConfig:

@@ -24,32 +24,40 @@ from clue_ds.errors import UserError
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+# srun. The first of them says that this is a task of a step: a batch script has a SLURM_PROCID too.
+SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 # `clue-ds launch` names a directory here; a rank that ends well leaves a file in it, because
 # DeepSpeed's runner returns 0 when its child dies of a signal, and MPICH swallows exit codes.
-FINISHED_DIR_VARIABLE = "CLUE_DS_FINISHED_DIR"
+JOB_DIR_VARIABLE = "CLUE_DS_JOB_DIR"
+HOSTS_VARIABLE = "CLUE_DS_HOSTS"  # host:ranks,host:ranks in the order of ranks
+MAX_RESTARTS_VARIABLE = "CLUE_DS_MAX_RESTARTS"
+# Exit status of a rank that saved and stopped on request.
+STATUS_STOPPED = 75
 
 # Longer than ranks of one job drift apart at start, shorter than anybody's patience.
 SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
 
 
-def _from_environment(names: tuple[str, ...], default: int) -> int:
+def _from_environment(names: tuple[str, ...], slurm: str, default: int) -> int:
+    if SLURM_VARIABLES[0] in os.environ:
+        names = (*names, slurm)
     return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def rank() -> int:
     """This process' number among all ranks, from 0."""
-    return _from_environment(RANK_VARIABLES, 0)
+    return _from_environment(RANK_VARIABLES, SLURM_VARIABLES[1], 0)
 
 
 def world_size() -> int:
     """Number of ranks."""
-    return _from_environment(WORLD_SIZE_VARIABLES, 1)
+    return _from_environment(WORLD_SIZE_VARIABLES, SLURM_VARIABLES[0], 1)
 
 
 def local_rank() -> int:
     """This process' number on its machine, from 0."""
-    return _from_environment(LOCAL_RANK_VARIABLES, 0)
+    return _from_environment(LOCAL_RANK_VARIABLES, SLURM_VARIABLES[2], 0)
 
 
 def barrier() -> None:
@@ -78,14 +86,18 @@ def all_reduce(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on every rank; small Python objects."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def agree(error: str | None) -> None:
     """Raise the UserError of the lowest rank that has one, on every rank, so that none waits."""
-    if not torch.distributed.is_initialized():
-        errors = [error]
-    else:
-        errors = [None] * world_size()
-        torch.distributed.all_gather_object(errors, error)
-    for number, message in enumerate(errors):
+    for number, message in enumerate(all_gather(error)):
         if message is not None:
             raise UserError(message if number == 0 else f"rank {number}: {message}")
 
@@ -111,8 +123,25 @@ def one_voice() -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from None
 
 
-def report_finished() -> None:
-    """Tell `clue-ds launch` that this rank did everything it had to."""
-    directory = os.environ.get(FINISHED_DIR_VARIABLE)
-    if directory:
-        Path(directory, f"rank-{rank()}").touch()
+def term_means_stop() -> bool:
+    """Whether TERM warns of pre-emption: it does when srun started this rank itself."""
+    return SLURM_VARIABLES[0] in os.environ and "CROSS_RANK" not in os.environ
+
+
+def job_dir() -> Path | None:
+    """Where this rank and `clue-ds launch` leave each other files; None without that launcher."""
+    directory = os.environ.get(JOB_DIR_VARIABLE)
+    return Path(directory) if directory and Path(directory).is_dir() else None
+
+
+def report_end(stopped: bool) -> None:
+    """Tell the launcher that this rank did all it had to, or saved and stopped on request.
+
+    Stopped without `clue-ds launch`, leave with STATUS_STOPPED. With it every rank leaves with 0,
+    or srun would end the others.
+    """
+    directory = job_dir()
+    if directory is not None:
+        (directory / f"{'stopped' if stopped else 'finished'}-{rank()}").touch()
+    elif stopped:
+        raise SystemExit(STATUS_STOPPED)

@@ -45,8 +45,9 @@ class Variant:
     num_warps: int
     elements: int  # real elements of a tile
     max_registers: int
-    max_instructions: float | None  # an element, on NVIDIA
+    max_instructions: float  # an element, on NVIDIA
     loops: bool  # a persistent kernel
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 class Report(NamedTuple):
@@ -69,11 +70,7 @@ class Report(NamedTuple):
             found.append(f"{self.registers} registers > {limits.max_registers}")
         if self.narrowest_bulk < 64:
             found.append(f"bulk accesses of {self.narrowest_bulk} bits < 64")
-        if (
-            self.target != "gfx942"
-            and limits.max_instructions is not None
-            and self.instructions > limits.max_instructions
-        ):
+        if self.target != "gfx942" and self.instructions > limits.max_instructions:
             found.append(f"{self.instructions:.1f} instructions > {limits.max_instructions:g}")
         return [f"{self.variant} on {self.target}: {what}" for what in found]
 

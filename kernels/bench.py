@@ -6,10 +6,14 @@ M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores
 fused operation must move (BYTES), whoever is measured, so that a provider that moves more shows a
 lower rate. Before a provider is timed, its result and gradients must agree with fp32 torch.
 
-Two clocks on CUDA: `graph` replays a captured CUDA graph (kernels alone, what a training step under
-graphs or torch.compile sees), `eager` calls from Python one after another (host cost included).
-Between replays more memory is written than the L2 cache holds. A CPU has `eager` only: it proves
-that this file works, not that anything is fast.
+Clocks: `graph` replays a captured CUDA graph (kernels alone, what a training step under graphs or
+torch.compile sees); `eager` calls from Python one after another; `host` is the time until a call on
+8 rows returns, waiting for no kernel, and has no bandwidth. Between replays more memory is written
+than the L2 cache holds.
+
+On a CPU `eager` proves that this file works, not that anything is fast (`ours` is the twin).
+`host` has 0 rows there: all of a call but Triton's launch, and for `ours` only where kernels can
+run, which is in the interpreter (TRITON_INTERPRET=1); with 0 rows it interprets nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ import torch
 from torch import Tensor
 
 from . import functional, reference
-from .backend import get_backend, set_backend
+from .backend import available, get_backend, set_backend
 
 Mode = Literal["fwd", "bwd", "full"]
 EPS = 1e-12
 REPEATS = {"cuda": 50, "cpu": 3}
 WARMUP = 5
+HOST_REPEATS = 200
+HOST_ROWS = {"cuda": 8, "cpu": 0}
+SEQ_LENGTH, NUM_WORDS = 128, 8_064  # of embedding_layer_norm
 CACHE_BYTES = 256 << 20  # more than any L2 of today
 # Largest difference from fp32 torch on inputs N(0, 1); a result of size 5 in bf16 is off by 2^-6.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -41,6 +48,8 @@ TRAFFIC = {
     "bias_dropout_add_layer_norm": ((4, 3), (4, 4)),
     "masked_softmax": ((2, 3), (3, 3)),
     "bias_gelu": ((2, 3), (2, 3)),
+    # The rows of its small tables stay in cache; the scatter into the tables is not counted.
+    "embedding_layer_norm": ((2, 3), (2, 3)),
 }
 OPS = tuple(TRAFFIC)
 
@@ -96,10 +105,26 @@ def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
         return [leaf(*shape), leaf(case.hidden)]
     if case.op == "layer_norm":
         return [leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
+    if case.op == "embedding_layer_norm":
+        tables = [leaf(n, case.hidden) for n in (NUM_WORDS, _seq_length(case.rows), 2)]
+        return [*tables, leaf(case.hidden), leaf(case.hidden)]
     return [leaf(*shape), leaf(case.hidden), leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
 
 
-def _chain(room: Any, case: Case) -> Forward:
+def _seq_length(num_rows: int) -> int:
+    """128, or all rows as one sequence where they are no multiple of it."""
+    return num_rows if num_rows % SEQ_LENGTH else SEQ_LENGTH
+
+
+def _ids(case: Case, device: torch.device) -> Tensor:
+    """int64 [sequences, length]."""
+    length = _seq_length(case.rows)
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(NUM_WORDS, (case.rows // length, length), generator=draws)
+    return ids.to(device)
+
+
+def _chain(room: Any, case: Case, device: torch.device) -> Forward:
     """The operation of `functional` or `reference` at this case's options."""
     if case.op == "layer_norm":
         return lambda x, w, b: room.layer_norm(x, w, b, EPS)
@@ -107,6 +132,9 @@ def _chain(room: Any, case: Case) -> Forward:
         return lambda x, b: room.bias_gelu(x, b)
     if case.op == "masked_softmax":
         return lambda s: room.masked_softmax(s, scale=0.125, dropout_p=case.p)
+    if case.op == "embedding_layer_norm":
+        ids = _ids(case, device)
+        return lambda *t: room.embedding_layer_norm(ids, ids % 2, *t, case.p, EPS, case.p > 0)
     return lambda x, b, r, w, lb: room.bias_dropout_add_layer_norm(
         x, b, r, w, lb, case.p, EPS, case.p > 0
     )
@@ -114,10 +142,10 @@ def _chain(room: Any, case: Case) -> Forward:
 
 def providers(case: Case, device: torch.device) -> dict[str, Forward]:
     """Who can compute this case here: torch, torch.compile, ours, and peers that are installed."""
-    found = {"torch": _chain(reference, case), "ours": _chain(functional, case)}
+    found = {"torch": _chain(reference, case, device), "ours": _chain(functional, case, device)}
     if device.type != "cuda":
         return found
-    found["compile"] = torch.compile(_chain(reference, case))
+    found["compile"] = torch.compile(_chain(reference, case, device))
     with contextlib.suppress(ImportError):
         found |= _flash_attn(case)
     with contextlib.suppress(ImportError):
@@ -181,7 +209,7 @@ def check(case: Case, device: torch.device) -> None:
         out = forward(*tensors)
         return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out) / quiet.rows**0.5)]
 
-    expected = run(_chain(reference, quiet), wide)
+    expected = run(_chain(reference, quiet, device), wide)
     for name, forward in providers(quiet, device).items():
         for mine, exact in zip(run(forward, leaves), expected, strict=True):
             error = (mine.float() - exact).abs().max().item()
@@ -209,7 +237,28 @@ def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
                     job = _job(forward, inputs_of(case, device), mode)
                     times = sorted(_times(job, clock, device))
                     rows.append(_row(case, mode, clock, name, times, copy))
+            rows += _host_rows(case, mode, device)
     return rows
+
+
+def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
+    """How long a call keeps Python busy; no bandwidth."""
+    small = case._replace(rows=HOST_ROWS[device.type])
+    found = []
+    with _backend("triton" if available() else "auto"):
+        for name, forward in providers(small, device).items():
+            if name == "ours" and not available():
+                continue
+            job, times = _job(forward, inputs_of(small, device), mode), []
+            for i in range(WARMUP + HOST_REPEATS):
+                if i % 8 == 0 and device.type == "cuda":
+                    torch.cuda.synchronize(device)  # a full queue would make calls wait
+                start = time.perf_counter()
+                job()
+                times.append(1e6 * (time.perf_counter() - start))
+            times = sorted(times[WARMUP:])
+            found.append(_row(small, mode, "host", name, times, float("nan")))
+    return found
 
 
 def _row(case: Case, mode: Mode, clock: str, provider: str, times: list[float], copy: float) -> Row:
@@ -218,7 +267,7 @@ def _row(case: Case, mode: Mode, clock: str, provider: str, times: list[float], 
     low, high = (times[round(q * (len(times) - 1))] for q in (0.2, 0.8))
     dtype = str(case.dtype).removeprefix("torch.")
     key = (case.op, case.rows, case.hidden, dtype, case.p, mode, clock, provider)
-    gb_per_s = case.num_bytes(mode) / median / 1e3
+    gb_per_s = case.num_bytes(mode) / median / 1e3 if clock != "host" else float("nan")
     return Row(*key, median, low, high, gb_per_s, 100 * copy / median)
 
 

@@ -43,34 +43,37 @@ def forward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < H)
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    z = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-        z = tl.where(keep, z * KEEP_SCALE, 0.0)
-        if mask_ptr is not None:
-            tl.store(mask_ptr + first * H + local, keep, mask=inside)
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-    # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
-    # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
-    kept = z.to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + first * H + local, kept, mask=inside)
-    z = kept.to(ACC)
-    mean, rstd, y = tiles.normalize(z, inside, EPS, H)
-    y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    y += tl.load(ln_bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    tl.store(y_ptr + first * H + local, y, mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    z = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        inside = (rows < num_rows)[:, None] & (cols < H)
+        local = tl.arange(0, ROWS)[:, None] * H + cols
+        value = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+        if NUM_DROPPED > 0:
+            keep = tiles.keep_tile(
+                seed_ptr, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
+            )
+            value = tl.where(keep, value * KEEP_SCALE, 0.0)
+            if mask_ptr is not None:
+                tl.store(mask_ptr + first * H + local, keep, mask=inside)
+        if residual_ptr is not None:
+            value += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
+        # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
+        kept = value.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + first * H + local, kept, mask=inside)
+        z += (kept.to(ACC),)
+    tiles.store_layer_norm(
+        z, weight_ptr, ln_bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+        EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -154,14 +157,14 @@ def forward(
     if wants_mask and not num_dropped:
         mask.fill_(True)
     if num_rows:
-        tile = tiles.for_device(tiles.forward_tile(width), x, num_rows)
+        tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
         with torch.cuda.device_of(x):
             forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
                 rows, bias, None if residual is None else registered.rows_of(residual), weight,
                 ln_bias, seed, y, total, mask if wants_mask else None, statistics[0],
                 statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
-                H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x.dtype),
-                num_warps=tile.num_warps,
+                H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
+                ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
             )  # fmt: skip
     return outputs
 

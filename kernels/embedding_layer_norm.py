@@ -79,26 +79,24 @@ def forward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < H)
-    z = gather(
-        ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
-        V, T, S, H, ACC,
+    z = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        z += (
+            gather(
+                ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
+                V, T, S, H, ACC,
+            ),
+        )  # fmt: skip
+    tiles.store_layer_norm(
+        z, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+        EPS, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
-    mean, rstd, y = tiles.normalize(z, inside, EPS, H)
-    y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    y += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-        y = tl.where(keep, y * KEEP_SCALE, 0.0)
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    tl.store(y_ptr + first * H + local, y, mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
 @triton.jit
@@ -178,15 +176,15 @@ def forward(
     num_rows, width = input_ids.numel(), word.shape[1]
     num_dropped, scale = reference.dropout_threshold(p)
     if num_rows:
-        tile = tiles.for_device(tiles.forward_tile(width), word, num_rows)
+        tile = tiles.for_device(tiles.row_tile(width), word, num_rows)
         types = None if token_type_ids is None else token_type_ids.contiguous()
         with torch.cuda.device_of(word):
             forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
                 input_ids.contiguous(), types, word, position, token_type, weight, bias, seed, y,
                 statistics[0], statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped,
                 KEEP_SCALE=scale, V=word.shape[0], T=token_type.shape[0], S=input_ids.shape[-1],
-                H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(word.dtype),
-                num_warps=tile.num_warps,
+                H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
+                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
             )  # fmt: skip
     return y, statistics
 

@@ -33,23 +33,22 @@ def forward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
     # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < H)
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    x = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-    mean, rstd, y = tiles.normalize(x, inside, EPS, H)
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    tl.store(y_ptr + first * H + local, y, mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    x = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        inside = (rows < num_rows)[:, None] & (cols < H)
+        local = tl.arange(0, ROWS)[:, None] * H + cols
+        x += (tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC),)
+    tiles.store_layer_norm(
+        x, weight_ptr, bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+        EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -105,11 +104,11 @@ def forward(
     rows = registered.rows_of(x)
     num_rows, width = rows.shape
     if num_rows:
-        tile = tiles.for_device(tiles.forward_tile(width), x, num_rows)
+        tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
         with torch.cuda.device_of(x):
             forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
                 rows, weight, bias, y, statistics[0], statistics[1], num_rows,
-                EPS=eps, H=width, ROWS=tile.rows, BLOCK=tile.block,
+                EPS=eps, H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
                 ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
             )  # fmt: skip
     return y, statistics

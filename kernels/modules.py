@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
@@ -33,43 +34,89 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedScaleMaskSoftmax(nn.Module):
-    """Megatron's FusedScaleMaskSoftmax, without its limits on length, for padding masks.
+    """Megatron's FusedScaleMaskSoftmax: same constructor and call, without its limits on length.
 
-    Args (Megatron's):
-        input_in_fp16, input_in_bf16: what scores must be; none of them: any dtype
-        scaled_masked_softmax_fusion: False computes with torch
-        mask_func: called as mask_func(scores, mask) instead of masking in the kernel
-        scale: of the scores, before masking
+    Args (Megatron's, in its order; it has no defaults but the last):
+        input_in_fp16, input_in_bf16: what the probabilities are then returned in
+        attn_mask_type: Megatron's AttnMaskType or its name; "causal" masks later keys, "padding"
+            and all others only what `mask` says
+        scaled_masked_softmax_fusion: True masks in the kernel, where `mask_func` has no part, as in
+            Megatron's; False computes with torch, through `mask_func`
+        mask_func: mask_func(scores, mask) -> masked scores; None masks as the kernel does
+        softmax_in_fp32: must be True where there is a scale; ours is fp32 always
+        scale: of the scores, before masking; None is 1
+        window_size: (left, right) keys around its own that a query sees; -1: no limit
 
-    Masked keys get probability 0, where Megatron's -10000 leaves e^-10000; a row without keys is
-    zeros, where Megatron's is uniform.
+    Masked keys get probability 0, where -10000 leaves e^-10000; a row without keys is zeros. A mask
+    that comes with "causal" or a window adds to it, where Megatron's two paths each drop one.
     """
 
     def __init__(
         self,
         input_in_fp16: bool = False,
         input_in_bf16: bool = False,
+        attn_mask_type: Enum | str = "padding",
         scaled_masked_softmax_fusion: bool = True,
         mask_func: Callable[[Tensor, Tensor], Tensor] | None = None,
+        softmax_in_fp32: bool = True,
         scale: float | None = None,
+        window_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if input_in_fp16 and input_in_bf16:
             raise ValueError("scores can't be both fp16 and bf16")
+        if scale is not None and not softmax_in_fp32:
+            raise ValueError("softmax_in_fp32 must be True where scores are scaled")
         wanted = {torch.float16: input_in_fp16, torch.bfloat16: input_in_bf16}
         self.dtype = next((dtype for dtype, is_wanted in wanted.items() if is_wanted), None)
+        name = attn_mask_type.name if isinstance(attn_mask_type, Enum) else attn_mask_type
+        self.is_causal = name == "causal"
         self.fused = scaled_masked_softmax_fusion
         self.mask_func = mask_func
         self.scale = 1.0 if scale is None else scale
+        self.window_size = window_size
 
-    def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """scores [B, N, Q, K], mask that broadcasts to it, True where masked -> like scores."""
-        if self.dtype not in (None, scores.dtype):
-            raise ValueError(f"scores are {scores.dtype}, the module was made for {self.dtype}")
-        softmax = masked_softmax if self.fused else reference.masked_softmax
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, softmax_offset: Tensor | None = None
+    ) -> Tensor:
+        """input [B, N, Q, K], bool mask that broadcasts to it, True where MASKED -> like input.
+
+        `softmax_offset` [N] is the score of one more key a head, which takes its share of the sum
+        and is left out of the result; computed with torch.
+        """
+        hidden = self._hidden(input)
+        if hidden is not None:
+            mask = hidden if mask is None else mask | hidden
+        if self.fused and softmax_offset is None:
+            probabilities = masked_softmax(input, mask, scale=self.scale)
+        else:
+            probabilities = self._in_torch(input.float() * self.scale, mask, softmax_offset)
+        return probabilities.to(self.dtype or input.dtype)
+
+    def _hidden(self, scores: Tensor) -> Tensor | None:
+        """bool [Q, K], True where position alone forbids; None where it never does."""
+        num_queries, num_keys = scores.shape[-2:]
+        if self.window_size is not None:
+            behind, ahead = (num_keys if size < 0 else size for size in self.window_size)
+        elif self.is_causal and num_queries > 1:  # a single query comes after all its keys
+            behind, ahead = num_keys, 0
+            if num_queries != num_keys:
+                raise ValueError(f"causal: {num_queries} queries don't pair with {num_keys} keys")
+        else:
+            return None
+        positions = torch.arange(num_keys, device=scores.device)
+        distance = positions - positions[num_keys - num_queries :, None]
+        return (distance > ahead) | (distance < -behind)
+
+    def _in_torch(self, scores: Tensor, mask: Tensor | None, offset: Tensor | None) -> Tensor:
         if mask is not None and self.mask_func is not None:
-            return softmax(self.mask_func(scores * self.scale, mask))
-        return softmax(scores, mask, scale=self.scale)
+            scores, mask = self.mask_func(scores, mask), None
+        if offset is None:
+            return reference.masked_softmax(scores, mask)
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        sink = offset.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
 
 
 class _FusedAddNorm:

@@ -54,6 +54,14 @@ def test_without_gpu_and_interpreter_kernels_are_a_users_mistake() -> None:
     assert "UserError: model.kernels: kernels 'triton' need" in done.stderr
 
 
+def test_importing_the_model_leaves_the_kernels_alone() -> None:
+    script = "from clue_ds.model import ops; print(ops.kernels.get_backend())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "auto\n", done.stderr
+
+
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="'cuda' is none of auto, triton, torch"):
         kernels.set_backend("cuda")
@@ -96,6 +104,8 @@ def test_our_model_computes_the_same_with_kernels(
         )
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    # Other backward formulas leave other last bits: the kernels did run.
+    assert any(not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_bad_name_in_the_config_is_a_users_mistake() -> None:

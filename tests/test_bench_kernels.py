@@ -13,7 +13,7 @@ import torch
 
 from clue_ds.benchmarks.kernels import kernels
 from clue_ds.errors import UserError
-from clue_ds.kernels import bench
+from clue_ds.kernels import backend, bench
 
 # Remade by: clue-ds bench kernels --aot > tests/aot_kernels.txt
 GOLDEN = Path(__file__).with_name("aot_kernels.txt")
@@ -55,15 +55,19 @@ def test_every_operation_is_checked_timed_written_and_drawn(
 ) -> None:
     pytest.importorskip("matplotlib")
     table, picture = tmp_path / "figures.csv", tmp_path / "figures.png"
-    kernels(hidden=(8, 16), rows=(4,), dtype="fp32", device="cpu", csv_file=table, plot=picture)
+    kernels(hidden=(8, 16), rows=(4,), dtype="fp32", device="cpu", csv=table, plot=picture)
     with table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Four operations, two of them also with dropout; two widths, three modes, two providers.
-    assert len(rows) == (4 + 2) * 2 * 3 * 2
-    assert {row["op"] for row in rows} == set(bench.OPS)
+    # Five operations, three of them also with dropout; two widths, three modes, two providers.
+    host = [row for row in rows if row["clock"] == "host"]
+    assert len(rows) - len(host) == (5 + 3) * 2 * 3 * 2
+    assert {row["op"] for row in rows} == {row["op"] for row in host} == set(bench.OPS)
+    assert {row["rows"] for row in host} == {"0"}  # nothing to launch on a CPU
+    assert any(row["provider"] == "ours" for row in host) == backend.available()
     for row in rows:
-        assert float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
-        assert float(row["gb_per_s"]) > 0 and float(row["percent_of_copy"]) > 0
+        assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
+        if row["clock"] != "host":
+            assert float(row["gb_per_s"]) > 0 and float(row["percent_of_copy"]) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 + len(rows) + 2 and "clue_ds" not in printed[2]

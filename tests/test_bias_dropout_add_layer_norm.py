@@ -36,6 +36,13 @@ def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
         compare(fused, twin, inputs, {"p": p, "seed": SEED}, f"{rows} x {width}, p={p}")
 
 
+def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    inputs = make(33, 312, torch.float32, kernel_device)
+    inputs[2] += 1e3
+    compare(fused, twin, inputs, {"p": 0.1, "seed": SEED}, "residual at 1e3")
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 def test_mask_sum_and_gradients_are_the_twins(p: float, kernel_device: torch.device) -> None:
     torch.manual_seed(0)

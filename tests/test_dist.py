@@ -22,6 +22,11 @@ LAUNCHERS = {
         },
         (3, 8, 1),
     ),
+    "srun": (
+        {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
+        (3, 8, 1),
+    ),
+    "a batch script of Slurm's": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),
     "mpich": ({"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}, (3, 8, 1)),
 }
 

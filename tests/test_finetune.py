@@ -15,7 +15,8 @@ from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.presets import ModelConfig
 from clue_ds.tasks import Predictor, features
-from clue_ds.tasks.finetune import Recipe, _epoch, finetune
+from clue_ds.tasks.finetune import Recipe, finetune
+from clue_ds.tasks.training import _epoch
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一二三四五六七八九十好坏"]
 CONFIG = ModelConfig(

@@ -55,6 +55,8 @@ LAW: dict[str, set[str]] = {
         "clue_ds.data",
         "clue_ds.export",
         "clue_ds.metrics",
+        "clue_ds.dist",
+        "clue_ds.config",
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule", "checkpoint")),
     },
     "clue_ds.benchmarks": {
@@ -63,6 +65,7 @@ LAW: dict[str, set[str]] = {
         "clue_ds.metrics",
         "clue_ds.pretrain",
         "clue_ds.kernels",
+        "clue_ds.tasks",
     },
     "clue_ds.demo": {"clue_ds.tasks", "clue_ds.data"},
     "clue_ds.cli": set(),

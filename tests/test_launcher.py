@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,10 @@ from ranks import make_corpus, read_log, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import dist
-from clue_ds.launcher import local
+from clue_ds.launcher import commands, environment, hosts, launch, processes, sweep
+from clue_ds.launcher.errors import LaunchError
+from clue_ds.pretrain import rendezvous, stop, verdicts
+from clue_ds.pretrain.rendezvous import Peer
 
 LAUNCH = [sys.executable, "-m", "clue_ds.cli", "launch", "--local", "2", "--"]
 PATIENCE_S = 120
@@ -75,11 +79,12 @@ def test_two_ranks_train_and_the_console_is_readable(corpus: Path, tmp_path: Pat
     assert job.returncode == 0, errors
     assert len(read_log(tmp_path / "run")) == 4
     lines = output.splitlines()
-    assert "parameters in fp32, ZeRO stage 1, 2 ranks" in lines[0]
+    assert "2 ranks on 1 host" in lines[0]
+    assert "parameters in fp32, ZeRO stage 1, 2 ranks" in lines[1]
     assert [line.split()[1] for line in lines if line.startswith("step")] == [
         f"{n}/4" for n in range(1, 5)
     ]
-    assert len(lines) == 7, f"DeepSpeed should be quiet: {output}"
+    assert len(lines) == 8, f"DeepSpeed should be quiet: {output}"
     assert not errors
 
 
@@ -119,8 +124,9 @@ def test_a_killed_rank_fails_the_job_and_the_next_start_resumes(
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000050", job)
     family = psutil.Process(job.pid).children(recursive=True)
     ranks_of(job)[1].kill()
-    job.communicate(timeout=PATIENCE_S)
-    assert job.returncode not in (0, 2)
+    _, errors = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 71
+    assert "rank 1 on " in errors and "was killed" in errors
     assert_gone(family)
 
     again = start(["pretrain", "--config", str(config)], tmp_path)
@@ -136,7 +142,7 @@ def test_dry_run_prints_a_command_that_a_shell_reads_back(
 ) -> None:
     for name in ("MASTER_PORT", "OMP_NUM_THREADS", "PYTHONSAFEPATH"):
         monkeypatch.delenv(name, raising=False)
-    local.main(["--local", "3", "--dry-run", "--", "pretrain", "--config", "my run.yaml"])
+    launch.main(["--local", "3", "--dry-run", "--", "pretrain", "--config", "my run.yaml"])
     words = shlex.split(capsys.readouterr().out)
     assert words[-2:] == ["--config", "my run.yaml"]
     variables = dict(word.split("=", 1) for word in words[: words.index(sys.executable)])
@@ -147,23 +153,165 @@ def test_dry_run_prints_a_command_that_a_shell_reads_back(
     assert "--num_gpus=3" in words and "clue_ds.pretrain.train" in words
 
 
-def test_what_the_user_set_is_kept() -> None:
-    mine = {"MASTER_PORT": "29999", "OMP_NUM_THREADS": "7", "DS_ACCELERATOR": "cuda"}
-    environment = local.job_environment(2, mine)
+def local_environment(user: dict[str, str]) -> dict[str, str]:
+    job = commands.local(["pretrain"], 2, 29_000, commands.Options(), user)
+    return processes.complete(job, user, "id", Path("folder"))
+
+
+def test_what_the_user_set_is_kept_but_not_where_rank_0_was_in_another_job() -> None:
+    mine = {"OMP_NUM_THREADS": "7", "DS_ACCELERATOR": "cuda", "GLOO_SOCKET_IFNAME": "eth7"}
+    environment = local_environment({**mine, "PDSH_SSH_ARGS_APPEND": "-v"})
     assert mine.items() <= environment.items()
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.parametrize(
-    ("status", "num_finished", "expected"),
-    [(0, 2, 0), (0, 1, 1), (0, 0, 1), (2, 0, 2), (247, 1, 247), (-9, 0, 137)],
+    ("status", "finished", "stopped", "expected"),
+    [
+        (0, 2, 0, 0),
+        (0, 1, 0, 1),
+        (0, 0, 0, 1),
+        (0, 0, 2, 75),
+        (2, 0, 0, 2),
+        (247, 1, 0, 247),
+        (-9, 0, 0, 137),
+    ],
 )
-def test_exit_status_is_true(status: int, num_finished: int, expected: int) -> None:
+def test_exit_status_is_true(
+    status: int, finished: int, stopped: int, expected: int, tmp_path: Path
+) -> None:
     """DeepSpeed's runner returns 0 when its child dies of a signal."""
-    assert local.true_status(status, num_finished, num_ranks=2) == expected
+    for number in range(finished):
+        (tmp_path / f"finished-{number}").touch()
+    for number in range(stopped):
+        (tmp_path / f"stopped-{number}").touch()
+    assert processes.true_status(status, tmp_path, num_ranks=2) == expected
 
 
-def test_the_launcher_and_the_ranks_mean_the_same_variable() -> None:
-    assert local.FINISHED_DIR_VARIABLE == dist.FINISHED_DIR_VARIABLE
+def test_a_verdict_of_the_ranks_decides_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(dist.JOB_DIR_VARIABLE, str(tmp_path))
+    peers = [Peer("h1", 1, ""), Peer("h2", 2, "")]
+    assert verdicts.write(verdicts.make("unreachable", "is silent", [1], peers, {}))
+    assert not verdicts.write(verdicts.make("died", "too late", [0], peers, {}))
+    assert processes.true_status(247, tmp_path, num_ranks=2) == 73
+    assert "rank 1 on h2 is silent" in capsys.readouterr().err
+
+
+def test_the_launcher_and_the_ranks_mean_the_same_things() -> None:
+    for name in ("JOB_DIR_VARIABLE", "HOSTS_VARIABLE", "MAX_RESTARTS_VARIABLE"):
+        assert getattr(environment, name) == getattr(dist, name)
+    assert processes.VERDICT == verdicts.FILE
+    assert processes.STOP_REQUEST == stop.REQUEST_FILE
+    assert processes.STATUS_STOPPED == dist.STATUS_STOPPED
+    assert environment.FIRST_PORT == rendezvous.FIRST_PORT
+
+
+def test_two_jobs_never_get_the_same_port() -> None:
+    with environment.reserved_port("job") as first, environment.reserved_port("job") as second:
+        assert first != second
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
+        taken.listen()
+        with environment.reserved_port("job") as third:
+            assert third != first
+
+
+BAD_HOSTFILES = {
+    "missing": (None, "does not exist"),
+    "empty": ("# nobody\n\n", "names no host"),
+    "twice": ("h1 slots=1\nh2 slots=1\nh1 slots=1\n", "line 3: h1 stands there twice"),
+    "no slots": ("h1\n", "line 1: 'h1' is not understood"),
+    "misspelled": ("h1 slot=2\n", "is not understood"),
+    "zero": ("h1 slots=0\n", "has no slots"),
+    "an option": ("-oProxyCommand=x slots=1\n", "is no host name"),
+    "loopback": ("localhost slots=1\nh2 slots=1\n", "another machine on every machine"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HOSTFILES)
+def test_a_bad_hostfile_ends_the_job_before_deepspeed_trains_alone(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, said = BAD_HOSTFILES[case]
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        launch.main(["--hostfile", str(path), "--", "pretrain", "--config", "run.yaml"])
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_hostfile_order_and_comments(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# ours\nnode-2 slots=8   # new\n\nnode-1 slots=4\n")
+    assert hosts.read_hostfile(path) == [("node-2", 8), ("node-1", 4)]
+
+
+def test_deepspeed_env_may_have_comments_and_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nA=1\n")
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nexport A='two words'\nB=x=y\n")
+    values = environment.read_deepspeed_env({})
+    assert values == {"NCCL_DEBUG": "WARN", "A": "two words", "B": "x=y"}
+    environment.write_env_file(tmp_path / "written", values)
+    # As DeepSpeed 0.19.8 reads it.
+    lines = (tmp_path / "written").read_text().splitlines()
+    assert dict(line.split("=", maxsplit=1) for line in lines) == values
+    with pytest.raises(LaunchError, match="the value of A"):
+        environment.write_env_file(tmp_path / "written", {"A": "$(reboot)"})
+    (tmp_path / ".deepspeed_env").write_text("just words\n")
+    with pytest.raises(LaunchError, match="line 1: write NAME=value"):
+        environment.read_deepspeed_env({})
+
+
+def test_a_dry_run_prints_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"NCCL_DEBUG": "WARN", "AWS_SECRET": "a", "HF_HOME": "h", "HF_TOKEN": "t"}
+    values |= {"TORCH_API_KEY": "k", "PASSWORD": "p"}
+    assert environment.printable(values) == {"NCCL_DEBUG": "WARN", "HF_HOME": "h"}
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_CPUS_PER_TASK": "4",
+}
+
+
+def test_the_srun_command_has_one_task_a_rank_or_a_node(tmp_path: Path) -> None:
+    verb = ["pretrain", "--config", "a b.yaml"]
+    options = commands.Options()
+    job = commands.slurm(verb, ["n1", "n2"], 2, "10.0.0.1", 20_001, options, SLURM, tmp_path)
+    assert job.command[0] == "srun" and job.num_ranks == 4
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=4"} <= set(
+        job.command
+    )
+    assert job.command[-4:] == ["-m", "clue_ds.pretrain.train", "--config", "a b.yaml"]
+    assert job.variables["MASTER_ADDR"] == "10.0.0.1"
+    assert job.variables["OMP_NUM_THREADS"] == "4"
+    options.per = "node"
+    job = commands.slurm(verb, ["n1", "n2"], 2, "10.0.0.1", 20_001, options, SLURM, tmp_path)
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--no_ssh"} <= set(job.command)
+    assert any('--node_rank="$SLURM_NODEID"' in word for word in job.command)
+
+
+def test_sweep_ends_a_job_by_its_identifier_and_nothing_else() -> None:
+    def sleeper(identifier: str) -> subprocess.Popen[bytes]:
+        variables = {**os.environ, sweep.JOB_ID_VARIABLE: identifier}
+        return subprocess.Popen(["sleep", "60"], env=variables, start_new_session=True)
+
+    ours, others = sleeper("a-job"), sleeper("a-job-of-another")
+    subprocess.run([sys.executable, "-S", "-E", commands.SWEEP, "a-job"], check=True)
+    assert ours.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    assert others.poll() is None
+    others.kill()
+    others.wait()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +326,6 @@ def test_mistakes_say_what_to_type(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        local.main(arguments)
+        launch.main(arguments)
     assert error.value.code == 2
     assert said in capsys.readouterr().err

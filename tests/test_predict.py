@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.model import BertForPreTraining
 from clue_ds.presets import ModelConfig
-from clue_ds.tasks import Predictor, features
+from clue_ds.tasks import Predictor, examples, features, predict_files, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -176,3 +177,91 @@ def test_verb_prints_candidates(pretrained: Path, capsys: pytest.CaptureFixture[
         assert f"{token} {100 * probability:5.1f}%" in out
     assert main(["predict", "--model", str(pretrained), "--fill-mask", "今天"]) == 2
     assert "no [MASK]" in capsys.readouterr().err
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_file_is_answered_in_its_order(
+    batch_size: int, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clue_ds.tasks.predict_files.CHUNK", 7)
+    draws = np.random.default_rng(batch_size)
+    texts = ["".join(draws.choice(WORDS[5:20], size=draws.integers(1, 14))) for _ in range(40)]
+    rows = [json.dumps({"id": 1000 - i, "text": text}) for i, text in enumerate(texts)]
+    file, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    predictor = Predictor(finetuned, batch_size=batch_size)
+    predict_files.predict_file(predictor, file, out)
+    answers = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [answer["id"] for answer in answers] == [1000 - i for i in range(40)]
+    for answer, text in zip(answers, texts, strict=True):
+        (alone,) = predictor.predict([text])
+        assert answer["label"] == alone.label
+        assert answer["probabilities"] == pytest.approx(alone.probabilities, abs=2e-6)
+    predict_files.predict_file(predictor, file, tmp_path / "v.npy", embed=True)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), predictor.embed(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "好"}\n{"text": \n', "in.jsonl:2: not JSON"),
+        ('{"text": "好"}\n\n{"name": "好"}\n', "in.jsonl:3: no field"),
+        ('{"text": "好"}\n{"text": 3}\n', "in.jsonl:2: 3 is not text"),
+        ('{"text": "好"}\n{"text": " "}\n', "in.jsonl:2: the text is empty"),
+        ('{"text": "\\ud800"}\n', "in.jsonl:1: '\\\\ud800' is half a character"),
+        ("", "in.jsonl has no examples"),
+        ('["好"]\n', "in.jsonl:1: a line must be a JSON object"),
+    ],
+)
+def test_a_bad_file_is_one_message_and_leaves_no_output(
+    content: str, message: str, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text(content, encoding="utf-8")
+    argv = ["predict", "--model", str(finetuned), "--file", str(file), "--out", str(out)]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert message.replace("\\\\", "\\") in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_text_of_100_000_characters_is_answered_and_said_to_be_cut(
+    finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_lines(tmp_path / "in.jsonl", [json.dumps({"text": "好" * 100_000})])
+    predict_files.predict_file(Predictor(finetuned), file, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["truncated"] is True
+    assert "1 of them cut to 16 tokens" in capsys.readouterr().out
+
+
+def test_similarity_is_the_cosine_of_the_embeddings(pretrained: Path) -> None:
+    predictor = Predictor(pretrained)
+    first, second = ["今天", "湖面上"], ["天气很好", "湖面上"]
+    a, b = predictor.embed(first), predictor.embed(second)
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    found = predictor.similarity(first, second)
+    np.testing.assert_allclose(found, cosine, atol=1e-6)
+    assert found[1] == pytest.approx(1, abs=1e-6)
+
+
+def test_tasks_read_what_finetuning_reads(
+    vocab_file: Path, tmp_path: Path, shared_data: Path
+) -> None:
+    for name in ("csl", "cluewsc2020", "afqmc"):
+        task = registry.TASKS[name]
+        directory = huggingface.write(
+            CONFIG,
+            BertForSequenceClassification(CONFIG, 2).state_dict(),
+            vocab_file,
+            tmp_path / name,
+            labels=list(task.labels),
+            task=name,
+        )
+        path = examples.find(task, shared_data / "clue", "test")
+        read = predict_files.read_unlabelled(Predictor(directory), path)
+        expected = examples.read(task, path, labelled=False)
+        assert [(e.id, e.text) for e in read] == [(e.id, e.text) for e in expected]

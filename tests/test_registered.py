@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from clue_ds import kernels
@@ -125,6 +126,62 @@ def test_compiled_without_a_graph_break_equals_eager(
         torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(eager, inputs, dy), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+def _leaves(*shapes: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:
+    return lambda device: [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+
+
+# The call, and its tensors for n rows, positions or queries and a width of n + 4.
+GROWING: dict[str, tuple[Callable[..., Tensor], Callable[[int], Any]]] = {
+    "layer_norm": (
+        lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),
+        lambda n: _leaves((2, n, n + 4), (n + 4,), (n + 4,)),
+    ),
+    "bias_dropout_add_layer_norm": (
+        lambda *t: kernels.bias_dropout_add_layer_norm(*t, 0.3, 1e-5, True, True, seed=SEED)[0],
+        lambda n: _leaves((2, n, n + 4), (n + 4,), (2, n, n + 4), (n + 4,), (n + 4,)),
+    ),
+    "masked_softmax": (
+        lambda s: kernels.masked_softmax(
+            s, key_lengths=torch.arange(s.shape[0], device=s.device), dropout_p=0.3, seed=SEED
+        ),
+        lambda n: _leaves((n + 1, 2, n, n + 4)),
+    ),
+    "bias_gelu": (kernels.bias_gelu, lambda n: _leaves((2, n, n + 4), (n + 4,))),
+    "embedding_layer_norm": (
+        lambda ids, *t: kernels.embedding_layer_norm(
+            ids, ids % 2, *t, 0.3, 1e-5, True, padding_idx=0, seed=SEED
+        ),
+        lambda n: (
+            lambda device: [
+                torch.arange(2 * n, device=device).view(2, n) % 6,
+                *_leaves((6, n + 4), (16, n + 4), (2, n + 4), (n + 4,), (n + 4,))(device),
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_compiled_with_symbolic_shapes_equals_eager(name: str, kernel_device: torch.device) -> None:
+    call, tensors_of = GROWING[name]
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *t: 2 * call(*t), fullgraph=True, backend=counter, dynamic=True)
+    for n in (3, 5, 9):
+        torch.manual_seed(n)
+        inputs = tensors_of(n)(kernel_device)
+        ours, eager = compiled(*inputs), 2 * call(*inputs)
+        assert torch.equal(ours, eager)
+        leaves, dy = [t for t in inputs if t.requires_grad], torch.randn_like(eager)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(eager, leaves, dy),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(mine, theirs)
+    # Sizes are symbols, not constants: one compilation, two for masked_softmax (one more guard).
+    assert counter.frame_count < 3
 
 
 def test_checkpointing_draws_the_same_mask_again(kernel_device: torch.device) -> None:

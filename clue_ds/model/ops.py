@@ -1,16 +1,17 @@
 """The seam between the model and `clue_ds.kernels`: which implementation runs is decided here.
 
 The model calls nothing else for its heavy work, and which implementation ran never shows in the
-weights. `choose_kernels` decides between Triton kernels and torch (by default: torch). With torch
-the GEMM adds the bias, one pass over memory less; a fused kernel takes it for itself, and its
-gradient comes out of the backward pass that it does anyway.
+weights. It is torch until `choose_kernels` (a run's `model.kernels`) says otherwise; importing this
+module leaves the default of `clue_ds.kernels` alone. With torch the GEMM adds the bias, one pass
+over memory less; a fused kernel takes it for itself, and its gradient comes out of the backward
+pass that it does anyway.
 
 B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidden size
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +22,41 @@ from clue_ds.errors import UserError
 
 Attention = Literal["sdpa", "masked_softmax"]
 
-# Until the kernels have run on a GPU, a model takes them only where `model.kernels` says so.
-kernels.set_backend("torch")
+# `kernels` or their twins. Until the kernels have run on a GPU, a model takes them on request only.
+_operations: Any = kernels.reference
 
-embedding_layer_norm = kernels.embedding_layer_norm
-layer_norm = kernels.layer_norm
 dropout = kernels.reference.dropout
 
 
 def choose_kernels(name: str) -> None:
     """Which implementation runs in this process from now on: auto, triton or torch."""
+    global _operations
     try:
         kernels.set_backend(name)
     except RuntimeError as error:
         raise UserError(f"model.kernels: {error}") from None
+    _operations = kernels.reference if name == "torch" else kernels
+
+
+def _takes_kernel(x: Tensor, width: int) -> bool:
+    return _operations is kernels and kernels.use_triton(x, width)
+
+
+def embedding_layer_norm(*tables_and_options: Any, **options: Any) -> Tensor:
+    """See `clue_ds.kernels.embedding_layer_norm`."""
+    return _operations.embedding_layer_norm(*tables_and_options, **options)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension: x [..., H], weight and bias [H] -> [..., H]."""
+    return _operations.layer_norm(x, weight, bias, eps)
 
 
 def dense_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """GELU(x W^T + bias): x [..., I], weight [O, I] -> [..., O]."""
-    if kernels.use_triton(x, weight.shape[0]):
-        return kernels.bias_gelu(F.linear(x, weight), bias, approximate)
-    return kernels.bias_gelu(F.linear(x, weight, bias), None, approximate)
+    if _takes_kernel(x, weight.shape[0]):
+        return _operations.bias_gelu(F.linear(x, weight), bias, approximate)
+    return _operations.bias_gelu(F.linear(x, weight, bias), None, approximate)
 
 
 def dense_dropout_add_layer_norm(
@@ -56,10 +71,8 @@ def dense_dropout_add_layer_norm(
     training: bool,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x W^T + bias)): x [..., I], weight [H, I] -> [..., H]."""
-    gemm_bias, kernel_bias = (
-        (None, bias) if kernels.use_triton(x, weight.shape[0]) else (bias, None)
-    )
-    return kernels.bias_dropout_add_layer_norm(
+    gemm_bias, kernel_bias = (None, bias) if _takes_kernel(x, weight.shape[0]) else (bias, None)
+    return _operations.bias_dropout_add_layer_norm(
         F.linear(x, weight, gemm_bias), kernel_bias, residual, ln_weight, ln_bias, p, eps, training
     )
 
@@ -86,5 +99,5 @@ def attention(
     scaled = query * query.shape[-1] ** -0.5
     scores = torch.matmul(scaled, key.transpose(-1, -2))  # [B, N, Q, K]
     masked = None if keep is None else ~keep
-    probabilities = kernels.masked_softmax(scores, masked, dropout_p=p, training=training)
+    probabilities = _operations.masked_softmax(scores, masked, dropout_p=p, training=training)
     return torch.matmul(probabilities, value)

@@ -18,12 +18,12 @@ meets released weights ("size of tensor a (0)"); DeepSpeed finds those parameter
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
 import math
 import os
-import socket
 import sys
 import warnings
 from datetime import timedelta
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
-from clue_ds.pretrain import ds_json, optim
+from clue_ds.pretrain import ds_json, optim, rendezvous
 
 # DeepSpeed's own variable, in minutes; its default too.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
@@ -58,37 +58,42 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def _without_launcher() -> None:
-    """One process on its own is rank 0 of 1, on a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**alone, "MASTER_PORT": port}.items():
-        os.environ.setdefault(name, str(value))
-
-
 def start() -> torch.device:
     """Join the process group (once a process); returns this rank's device."""
-    if not any(name in os.environ for name in dist.RANK_VARIABLES):
-        _without_launcher()
+    meeting = rendezvous.meet()
+    device = _device()
     deepspeed = import_deepspeed()
     c10d = torch.distributed.distributed_c10d
     # DeepSpeed makes further groups without naming a timeout; they take these defaults.
     c10d.default_pg_timeout = PROCESS_GROUP_TIMEOUT
     c10d.default_pg_nccl_timeout = PROCESS_GROUP_TIMEOUT
-    try:
-        deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
-    except ModuleNotFoundError as error:
-        if error.name != "mpi4py":
-            raise
-        raise UserError(
-            "starting ranks with mpirun needs mpi4py; run: pip install mpi4py"
-        ) from None
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=torch.distributed.PrefixStore(f"{meeting.prefix}/group", meeting.store),
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            timeout=PROCESS_GROUP_TIMEOUT,
+        )
+        atexit.register(_leave)
+    deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
+    return device
+
+
+def _leave() -> None:
+    """Before the interpreter ends: gloo's threads end the process with "terminate called"."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(dist.local_rank())
-    return torch.device("cuda", dist.local_rank())
+    # Slurm's --gpus-per-task shows every rank a single device, called 0.
+    number = dist.local_rank() % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 class Engine:
@@ -216,8 +221,7 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         self.deepspeed.destroy()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave()
 
 
 _LOSS_SCALE_EXHAUSTED = (

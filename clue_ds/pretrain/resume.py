@@ -45,6 +45,7 @@ MAY_CHANGE = {
     "checkpoint.keep",
     "log.every",
     "log.tensorboard",
+    *(f"health.{name}" for name in run_config.HealthSection.model_fields),
 }
 
 

@@ -31,7 +31,18 @@ from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches, checkpoint, ds_json, init, optim, resume, schedule
+from clue_ds.pretrain import (
+    batches,
+    checkpoint,
+    ds_json,
+    init,
+    optim,
+    preflight,
+    resume,
+    schedule,
+    stop,
+    watchdog,
+)
 from clue_ds.pretrain.engine import Engine, start
 from clue_ds.pretrain.evaluate import Evaluator
 
@@ -49,19 +60,23 @@ class Run:
     writers: Writers
     evaluator: Evaluator | None
     start_step: int
+    watch: watchdog.Watchdog
 
 
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
-    with dist.one_voice():
+    with watchdog.reporting(), dist.one_voice():
         config = parse(argv)
         run = build(config)
-        train(run)
-        close(run)
+        done = train(run)
+        close(run, stopped_at=done if done < config.train.steps else None)
 
 
-def train(run: Run) -> None:
-    """The loop: one iteration is one update of the weights from one global batch."""
+def train(run: Run) -> int:
+    """The loop: one iteration is one update of the weights from one global batch.
+
+    Returns the number of updates done: all, unless somebody asked the run to save and stop.
+    """
     config, engine, meter = run.config, run.engine, run.meter
     engine.module.train()
     for step in range(run.start_step, config.train.steps):
@@ -79,7 +94,7 @@ def train(run: Run) -> None:
         grad_norm = engine.step(lr)
 
         done = step + 1
-        is_last = done == config.train.steps
+        is_last = run.watch.step(done) or done == config.train.steps
         saves = is_last or done % config.checkpoint.every == 0
         evaluates = is_last or done % config.evaluate.every == 0
         # Logged before it is saved: a loss that is not a number ends the run here.
@@ -89,15 +104,18 @@ def train(run: Run) -> None:
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
             if evaluates and run.evaluator is not None:
-                with meter.paused():
+                with meter.paused(), run.watch.section("evaluate", config.health.save_seconds):
                     line |= run.evaluator(engine)
             parts = mixture_samples(run.stream, done)
             counts = {"samples": samples, **parts, "skipped_steps": skipped}
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
-            with meter.paused():
+            with meter.paused(), run.watch.saving():
                 directory = checkpoint.save(engine, run.source, done)
             run.writers.note(f"saved {directory}")
+        if is_last:
+            return done
+    return run.start_step
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -127,15 +145,19 @@ def build(config: RunConfig) -> Run:
         lower_case=corpus.lower_case,
         corpus_fingerprint=corpus.fingerprint,
     )
+    watch = watchdog.start(config.health)
     device = start()
+    note = preflight.check(watch, config, corpus.fingerprint, device)
     choice = resume.choose(source)
     start_step = 0 if choice is None else choice.manifest.step
+    stop.check_progress(config.run_dir, start_step)
     model, notes = build_model(source, choice, corpus)
     engine = Engine(model, config, device)
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         run_config.save(config, Path(config.run_dir) / "config.yaml")
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
+    writers.note(note)
     writers.note(_describe(engine, source, stream))
     checkpoint.seed_dropout(config.seed, start_step)
     if choice is not None:
@@ -145,7 +167,7 @@ def build(config: RunConfig) -> Run:
         writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
     meter = Meter(model_config, device)
-    return Run(config, source, engine, stream, loader, meter, writers, evaluator, start_step)
+    return Run(config, source, engine, stream, loader, meter, writers, evaluator, start_step, watch)
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
@@ -204,15 +226,19 @@ def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> st
     )
 
 
-def close(run: Run) -> None:
-    """End the threads, files and the process group, and tell the launcher that all went well."""
+def close(run: Run, stopped_at: int | None = None) -> None:
+    """End the threads, files and the process group, and tell the launcher how it went."""
+    stop.ignore_signals()
     run.loader.close()
-    run.writers.note(
-        f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"
-    )
+    if stopped_at is None:
+        next_step = f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"
+    else:
+        next_step = f"stopped on request after step {stopped_at}; the same command continues"
+    run.writers.note(next_step)
     run.writers.close()
     run.engine.close()
-    dist.report_finished()
+    run.watch.close()
+    dist.report_end(stopped_at is not None)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +18,6 @@ from clue_ds import kernels
 from clue_ds.kernels import reference
 from clue_ds.model import BertForPreTraining, ops
 from clue_ds.presets import get
-
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 SEED = 0x1234_5678_9ABC
 
@@ -58,14 +59,36 @@ def test_offsets_beyond_32_bits(kernel_device: torch.device) -> None:
     torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-6)
 
 
-def test_device_draws_the_twins_masks(kernel_device: torch.device) -> None:
-    """The interpreter's masks equal the twin's too (tests/test_tiles.py), so they equal these."""
+# Draws the mask of `test_device_draws_the_interpreters_masks` and writes it to a file.
+INTERPRETED = """
+import sys
+import torch
+from clue_ds import kernels
+kernels.set_backend("triton")
+x, weight = torch.zeros(1000, 312), torch.ones(312)
+_, mask = kernels.bias_dropout_add_layer_norm(
+    x, None, None, weight, weight, 0.1, 1e-12, True, seed=int(sys.argv[1]), return_mask=True
+)
+torch.save(mask, sys.argv[2])
+"""
+
+
+def interpreters_mask(path: Path) -> torch.Tensor:
+    """bool [1000, 312]; in a process of its own, since Triton decides when it decorates."""
+    command = [sys.executable, "-c", INTERPRETED, str(SEED), str(path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, env=environment, check=True)
+    return torch.load(path)
+
+
+def test_device_draws_the_interpreters_masks(kernel_device: torch.device, tmp_path: Path) -> None:
     x = torch.zeros(1_000, 312, device=kernel_device)
     weight = torch.ones(312, device=kernel_device)
     _, mask = kernels.bias_dropout_add_layer_norm(
         x, None, None, weight, weight, 0.1, 1e-12, True, seed=SEED, return_mask=True
     )
     num_dropped, _ = reference.dropout_threshold(0.1)
+    assert torch.equal(mask.cpu(), interpreters_mask(tmp_path / "mask.pt"))
     assert torch.equal(mask.cpu(), reference.philox_keep(x.shape, num_dropped, SEED))
 
 

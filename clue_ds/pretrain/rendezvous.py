@@ -1,0 +1,257 @@
+"""How the ranks of a job meet: one store at rank 0, and a roll call with a deadline.
+
+Works under deepspeed, torchrun, mpirun and srun, and with no launcher at all. Guarantees: when not
+every rank is there after the deadline, the message names the hosts that are missing and every rank
+ends; the store listens on rank 0's own address (on loopback, for a job on one machine) and not on
+all; gloo and NCCL take the network interface that leads to rank 0, unless they were told another.
+
+Rejected: torch's `env://`, whose store listens everywhere, and which waits ten minutes for a rank
+that never comes without saying which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import subprocess
+import time
+import zlib
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from torch.distributed import DistError, PrefixStore, TCPStore
+
+from clue_ds import dist
+from clue_ds.errors import UserError
+
+START_SECONDS = 60
+# For jobs that no launcher of ours gave a port, below the ports of outgoing connections.
+FIRST_PORT, NUM_PORTS = 20_000, 12_000
+SIOCGIFADDR = 0x8915
+
+
+class Peer(NamedTuple):
+    """A rank as the others see it. `namespace`: a pid means something only inside it."""
+
+    host: str
+    pid: int
+    namespace: str
+
+
+class Meeting(NamedTuple):
+    """`store`: rank 0's; `peers`: by rank; `address`: host and port for further connections."""
+
+    store: TCPStore
+    prefix: str
+    peers: list[Peer]
+    address: tuple[str, int]
+
+    def connect(self, timeout: timedelta) -> PrefixStore:
+        """A connection of its own, for a thread that must not wait for another."""
+        host, port = self.address
+        client = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        return PrefixStore(self.prefix, client)
+
+
+_meeting: Meeting | None = None
+
+
+def myself() -> Peer:
+    """This process."""
+    return Peer(socket.gethostname(), os.getpid(), os.readlink("/proc/self/ns/pid"))
+
+
+def meet(seconds: float = START_SECONDS) -> Meeting:
+    """Meet all other ranks (once a process); a UserError names hosts that don't come in time."""
+    global _meeting
+    if _meeting is None:
+        _complete_environment()
+        _meeting = _meet(seconds)
+    return _meeting
+
+
+def _complete_environment() -> None:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whoever started this process."""
+    ours = {"RANK": dist.rank(), "WORLD_SIZE": dist.world_size(), "LOCAL_RANK": dist.local_rank()}
+    if "MASTER_ADDR" not in os.environ and ours["WORLD_SIZE"] > 1:
+        if "SLURM_STEP_NODELIST" in os.environ:
+            _slurm_master()
+        else:
+            _mpi_master()
+    for name, value in ours.items():
+        os.environ[name] = str(value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    name = _interface_to(os.environ["MASTER_ADDR"])
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _port_for(job: str) -> str:
+    return str(FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS)
+
+
+def _slurm_master() -> None:
+    """Plain `srun python -m ...`: the first node of the step, asked of Slurm."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    try:
+        names = _output("scontrol", "show", "hostnames", nodes).split()
+        words = _output("scontrol", "-o", "show", "node", names[0]).split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"can't ask Slurm for the address of {nodes}: {error}") from None
+    found = [word.partition("=")[2] for word in words if word.startswith("NodeAddr=")]
+    os.environ["MASTER_ADDR"] = found[0] if found else names[0]
+    job = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    os.environ.setdefault("MASTER_PORT", _port_for(job))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _mpi_master() -> None:
+    """Plain `mpirun python -m ...`: rank 0 tells the others its address, by MPI."""
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError:
+        raise UserError(
+            "starting ranks with mpirun needs mpi4py (run: pip install mpi4py), or MASTER_ADDR and "
+            "MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+        ) from None
+    job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")
+    address = (_own_address(), _port_for(job))
+    os.environ["MASTER_ADDR"], port = MPI.COMM_WORLD.bcast(address, root=0)
+    os.environ.setdefault("MASTER_PORT", port)
+    hosts = MPI.COMM_WORLD.allgather(socket.gethostname())
+    if len(set(hosts)) == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _own_address() -> str:
+    """The address from which this machine speaks to others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses a route
+        return probe.getsockname()[0]
+    return socket.gethostbyname(socket.gethostname())
+
+
+def _interface_to(address: str) -> str | None:
+    """Name of the network interface that leads to `address`; None where it can't be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name[:15].encode())
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return "lo" if own.startswith("127.") else None
+
+
+def _meet(seconds: float) -> Meeting:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=seconds)
+    rank, world_size = dist.rank(), dist.world_size()
+    # torchrun's agent holds a store already; a restart of the ranks must not read old entries.
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    prefix = f"clue_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank == 0 and not of_torchrun:
+        listener = _listen(host, port)
+        store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+    else:
+        try:
+            store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        except DistError as error:
+            raise UserError(
+                f"rank {rank} on {socket.gethostname()} can't reach rank 0 at {host}:{port} within "
+                f"{seconds:.0f} s. Did rank 0 start, and do both hosts share that network "
+                f"(clue-ds launch --interface)? {str(error).splitlines()[0]}"
+            ) from None
+    named = PrefixStore(prefix, store)
+    named.set(f"here/{rank}", json.dumps(myself()))
+    if rank == 0:
+        named.set("roll", json.dumps(_roll_call(named, world_size, seconds)))
+    named.wait(["roll"], timedelta(seconds=seconds + 30))
+    roll = json.loads(named.get("roll"))
+    if isinstance(roll, str):
+        raise UserError(roll)
+    peers = [Peer(*json.loads(named.get(f"here/{number}"))) for number in range(world_size)]
+    return Meeting(store, prefix, peers, (host, port))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket on one address of this machine."""
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR {host} is unknown on {socket.gethostname()}: {error}"
+        ) from None
+    listener = socket.socket(address[0])
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    where: Any = address[4]
+    # Debian maps a machine's own name to 127.0.1.1, where other hosts would not find it.
+    if where[0].startswith("127.") and _num_hosts() > 1:
+        where = ("", port)
+    try:
+        listener.bind(where)
+    except OSError as error:
+        raise UserError(
+            f"rank 0 on {socket.gethostname()} can't listen on {host}:{port}: {error.strerror}. "
+            "Another job may use that port, or MASTER_ADDR is not an address of this host"
+        ) from None
+    listener.listen(4096)
+    return listener
+
+
+def _hosts_of_ranks() -> list[str]:
+    """The host of each rank, where `clue-ds launch` has told us."""
+    hosts = []
+    for entry in filter(None, os.environ.get(dist.HOSTS_VARIABLE, "").split(",")):
+        name, _, slots = entry.rpartition(":")
+        hosts += [name] * int(slots)
+    return hosts
+
+
+def _num_hosts() -> int:
+    hosts = _hosts_of_ranks()
+    return len(set(hosts)) if hosts else 2 if dist.world_size() > 1 else 1
+
+
+def _roll_call(store: PrefixStore, world_size: int, seconds: float) -> str | None:
+    """None when every rank is there; after `seconds`, the message that says who is not."""
+    deadline = time.monotonic() + seconds
+    missing = list(range(world_size))
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if not missing:
+        return None
+    hosts = _hosts_of_ranks()
+    names = [f"rank {r}" + (f" on {hosts[r]}" if r < len(hosts) else "") for r in missing[:20]]
+    more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+    return (
+        f"{len(missing)} of {world_size} ranks did not answer within {seconds:.0f} s: "
+        f"{', '.join(names)}{more}. Look for their errors above; `clue-ds doctor` on such a host "
+        "says what it lacks; a slow disk may need a higher health.start_seconds"
+    )

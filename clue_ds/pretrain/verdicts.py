@@ -1,0 +1,186 @@
+"""What is wrong with a job: kinds, exit statuses, and how rank 0 finds the rank to blame.
+
+Guarantees: a verdict names ranks and hosts, and shows the last known stack of each odd one out. No
+threads, no clock and no store here, so that every rule can be tested by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any, NamedTuple
+
+from clue_ds import dist
+from clue_ds.pretrain.rendezvous import Peer
+
+FILE = "verdict.json"  # in dist.job_dir()
+# sysexits begins at 64; `clue-ds launch --help` explains these.
+STATUS = {"user error": 2, "exception": 70, "died": 71, "hang": 72, "unreachable": 73}
+# A stack that has one of these in it is waiting for other ranks.
+COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "pretrain/watchdog.py")
+MAX_RANKS_SHOWN = 8
+
+
+class Verdict(NamedTuple):
+    """`summary`: a sentence with rank and host; `details`: lines with stacks."""
+
+    kind: str
+    status: int
+    ranks: list[int]
+    summary: str
+    details: list[str]
+
+
+def make(
+    kind: str, text: str, ranks: list[int], peers: list[Peer], stacks: dict[str, list[str]]
+) -> Verdict:
+    """A verdict about `ranks`; `text` follows their names."""
+    if not ranks:
+        return Verdict(kind, STATUS[kind], ranks, text, [])
+    shown = ranks[:MAX_RANKS_SHOWN]
+    names = ", ".join(f"rank {rank} on {peers[rank].host}" for rank in shown)
+    more = f" and {len(ranks) - len(shown)} more" if len(ranks) > len(shown) else ""
+    details = []
+    for rank in shown:
+        stack = stacks.get(str(rank))
+        if stack:
+            name = f"rank {rank} on {peers[rank].host} (pid {peers[rank].pid})"
+            details += [f"  last known stack of {name}, innermost call last:"]
+            details += [f"    {line}" for line in stack]
+    return Verdict(kind, STATUS[kind], ranks, f"{names}{more} {text}", details)
+
+
+def silence(state: str | None, seconds: float) -> str:
+    """What a rank that sends no beats is doing; `state`: what a neighbour sees of its process."""
+    if state == "stopped":
+        return f"is stopped (SIGSTOP) and has been silent for {seconds:.0f} s"
+    if state == "dead":
+        return "was killed or has crashed (out of memory? `dmesg` on that host tells)"
+    return (
+        f"has been silent for {seconds:.0f} s: its process was stopped or killed, or that host or "
+        "the link to it is down"
+    )
+
+
+class Judge:
+    """Rank 0's view of all ranks, one call a round of beats."""
+
+    def __init__(self, peers: list[Peer], beat_seconds: float, suspicious_seconds: float) -> None:
+        self._peers = peers
+        self._limit, self._suspicious = beat_seconds, suspicious_seconds
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._last_round: float | None = None
+
+    def judge(self, beats: list[dict[str, Any]], gone: set[int], now: float) -> Verdict | None:
+        """A verdict, or None while all is well. `gone`: ranks that have taken leave."""
+        self._forgive_own_pause(now)
+        silent, seen = {}, _neighbours_say(beats)
+        suspicion = next((b["suspicion"] for b in beats if b["suspicion"]), None)
+        limit = self._suspicious if suspicion else self._limit
+        for rank, beat in enumerate(beats):
+            number, since = self._heard.get(rank, (-1, now))
+            if number != beat["number"]:
+                self._heard[rank] = (beat["number"], now)
+            elif rank not in gone and now - since > limit:
+                silent[rank] = now - since
+        dead = [rank for rank, state in seen.items() if state == "dead" and rank not in gone]
+        if dead:
+            return self._verdict("died", dead, silence("dead", 0), beats)
+        if silent:
+            return self._about_silent(silent, seen, suspicion, beats)
+        # One alone is late at the end of a step; all are when something hangs.
+        overdue = [r for r, beat in enumerate(beats) if beat["overdue"] and r not in gone]
+        if overdue:
+            return self._about_hang(overdue, beats, gone)
+        return None
+
+    def _forgive_own_pause(self, now: float) -> None:
+        """Time in which rank 0 itself was not running is nobody's silence."""
+        if self._last_round is not None:
+            pause = now - self._last_round - 5.0
+            if pause > 0:
+                self._heard = {r: (n, t + pause) for r, (n, t) in self._heard.items()}
+        self._last_round = now
+
+    def _verdict(
+        self, kind: str, ranks: list[int], text: str, beats: list[dict[str, Any]]
+    ) -> Verdict:
+        stacks = {str(rank): beats[rank]["stack"] for rank in ranks}
+        return make(kind, text, ranks, self._peers, stacks)
+
+    def _about_silent(
+        self,
+        silent: dict[int, float],
+        seen: dict[int, str],
+        suspicion: str | None,
+        beats: list[dict[str, Any]],
+    ) -> Verdict:
+        ranks = sorted(silent)
+        state = seen.get(ranks[0])
+        if state is None and suspicion and ("closed" in suspicion or "reset" in suspicion):
+            state = "dead"  # its kernel closed the connection, so the host is there
+        kind = {"stopped": "hang", "dead": "died"}.get(state or "", "unreachable")
+        return self._verdict(kind, ranks, silence(state, silent[ranks[0]]), beats)
+
+    def _about_hang(
+        self, overdue: list[int], beats: list[dict[str, Any]], gone: set[int]
+    ) -> Verdict:
+        alive = [rank for rank in range(len(beats)) if rank not in gone]
+        odd = odd_ones_out({rank: beats[rank] for rank in alive})
+        late = beats[overdue[0]]
+        text = (
+            f"hangs: no progress for {late['stuck_s']:.0f} s in {late['section']} after step "
+            f"{late['step']}, and the other {len(alive) - len(odd)} ranks wait"
+        )
+        return self._verdict("hang", odd, text, beats)
+
+
+def _neighbours_say(beats: list[dict[str, Any]]) -> dict[int, str]:
+    """What ranks see of processes on their own host."""
+    return {int(r): state for beat in beats for r, state in beat["neighbours"].items()}
+
+
+def odd_ones_out(beats: dict[int, dict[str, Any]]) -> list[int]:
+    """Ranks to blame for a hang: behind by steps, else not waiting for others, else unlike most."""
+    steps = {rank: beat["step"] for rank, beat in beats.items()}
+    behind = [rank for rank, step in steps.items() if step < max(steps.values())]
+    if behind:
+        return behind
+    stacks = {rank: "\n".join(beat["stack"]) for rank, beat in beats.items()}
+    waiting = {rank for rank, stack in stacks.items() if any(c in stack for c in COLLECTIVE)}
+    if waiting and len(waiting) < len(beats):
+        return [rank for rank in beats if rank not in waiting]
+    commonest, count = Counter(stacks.values()).most_common(1)[0]
+    if 2 * count > len(stacks) and count < len(stacks):
+        return [rank for rank, stack in stacks.items() if stack != commonest]
+    return list(beats)
+
+
+def write(verdict: Verdict) -> bool:
+    """Leave the verdict for the launcher; False when there is one already, or no launcher."""
+    directory = dist.job_dir()
+    if directory is None:
+        return False
+    draft = directory / f"{FILE}.{dist.rank()}"
+    draft.write_text(json.dumps(verdict._asdict()), encoding="utf-8")
+    try:
+        os.link(draft, directory / FILE)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    return True
+
+
+def report(verdict: Verdict) -> None:
+    """Print it, on the rank whose verdict the launcher got, or on every rank without one."""
+    if verdict.kind == "user error":
+        return
+    first = write(verdict)
+    alone = dist.job_dir() is None
+    if first or alone or dist.rank() == 0:
+        lines = [f"clue-ds pretrain: error: {verdict.summary}", *verdict.details]
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()

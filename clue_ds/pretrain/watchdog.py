@@ -1,0 +1,333 @@
+"""Ends a job that can't go on, and says which rank, on which host, and why.
+
+Each rank runs two threads beside the training loop. `talk` sends a beat to rank 0's store every two
+seconds (step, section, the main thread's stack) and reads the verdict there; on rank 0 it also
+reads all beats and judges. `watch` never waits for anybody: it notices that rank 0 has become
+silent, that the launcher is gone, and signals, which it reads from a pipe, because a main thread
+inside a collective runs no Python handler.
+
+Guarantees: a rank that raises, is killed, is stopped, hangs, or is cut off ends every other rank
+after the deadlines of config.health (under two minutes for steps) with the exit status of the
+kind; one rank prints the verdict, with the last known stacks of the odd ones out.
+
+Rejected: timeouts of collectives (DeepSpeed's groups ignore what is asked for, and they say that
+something took long, not which rank is to blame); beats from everybody to everybody (quadratic).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from clue_ds import dist
+from clue_ds.config import HealthSection
+from clue_ds.errors import UserError
+from clue_ds.pretrain import rendezvous, verdicts
+from clue_ds.pretrain.stop import StopRequest
+from clue_ds.pretrain.verdicts import Verdict
+
+SECONDS_BETWEEN_BEATS = 2.0
+# After a collective failed somewhere, a rank that misses this much of beats is the cause.
+SECONDS_UNDER_SUSPICION = 8.0
+SECONDS_FOR_A_VERDICT = 20.0
+SECONDS_FOR_GOODBYES = 15.0
+# A step may take several times as long as the slowest one yet.
+SLOWER_STEP = 5.0
+FAILED_COLLECTIVE = re.compile(
+    "gloo|nccl|ProcessGroup|Connection (closed|reset)|Broken pipe", re.IGNORECASE
+)
+STACK_DEPTH = 12
+
+
+class Watchdog:
+    """The threads of one rank. `stop`: whether somebody asked this run to save and end."""
+
+    def __init__(self, health: HealthSection, meeting: rendezvous.Meeting) -> None:
+        self.health, self.stop = health, StopRequest()
+        self._meeting = meeting
+        self._rank, self._world_size = dist.rank(), dist.world_size()
+        self._me = meeting.peers[self._rank]
+        self._main = threading.main_thread().ident
+        self._number, self._step, self._slowest = 0, 0, 0.0
+        self._suspicion: str | None = None
+        self._stepping = False
+        self._section, self._limit, self._since = "setup", health.setup_seconds, time.monotonic()
+        self._last_talk = time.monotonic()
+        self._closing, self._left = threading.Event(), threading.Lock()
+        self._parent = os.getppid()
+        self._judge = verdicts.Judge(meeting.peers, health.beat_seconds, SECONDS_UNDER_SUSPICION)
+        self._signals, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        self._wakeup = wakeup
+        self._install_handlers()
+        if self._world_size > 1:
+            self._store = meeting.connect(timedelta(seconds=health.beat_seconds))
+            self._beat()
+            self._thread(self._talk_forever, "clue-ds-talk")
+        self._thread(self._watch_forever, "clue-ds-watch")
+        atexit.register(self.close)
+
+    def _thread(self, function: Any, name: str) -> None:
+        threading.Thread(target=function, name=name, daemon=True).start()
+
+    def _install_handlers(self) -> None:
+        """The handlers do nothing: it is the number in the pipe that counts."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+
+    # ------------------------------------------------------------------ what the loop calls
+
+    def step(self, step: int) -> bool:
+        """A step has ended; returns whether all ranks save and stop now."""
+        now = time.monotonic()
+        if self._stepping:
+            self._slowest = max(self._slowest, now - self._since)
+        limit = max(self.health.step_seconds, SLOWER_STEP * self._slowest)
+        self._step, self._stepping = step, True
+        self._section, self._limit, self._since = "step", limit, now
+        return self.stop.agreed(step)
+
+    @contextlib.contextmanager
+    def section(self, name: str, seconds: float) -> Iterator[None]:
+        """Until the block ends, `seconds` is the time without progress that counts as a hang."""
+        before = self._section, self._limit
+        self._section, self._limit, self._since = name, seconds, time.monotonic()
+        yield
+        self._section, self._limit = before
+        self._since = time.monotonic()
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """The section in which a checkpoint is written."""
+        return self.section("save", self.health.save_seconds)
+
+    def failed(self, error: BaseException) -> None:
+        """The main thread raised: find out whose fault it is, tell all, and leave if not ours."""
+        if self._world_size == 1:
+            return
+        if isinstance(error, UserError):
+            verdict = self._verdict("user error", str(error), [])
+        elif FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
+            self._suspicion = str(error)[:500]
+            self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
+            verdict = self._verdict("exception", _last_line(error), [self._rank])
+        else:
+            verdict = self._verdict("exception", _last_line(error), [self._rank])
+        self._publish(verdict)
+
+    def close(self) -> None:
+        """Take leave of the others; rank 0, which holds the store, goes last."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        atexit.unregister(self.close)
+        signal.set_wakeup_fd(-1)
+        self._signals.close()
+        if self._world_size == 1:
+            return
+        with contextlib.suppress(RuntimeError):  # the store may be gone already
+            self._store.set(f"bye/{self._rank}", "")
+            deadline = time.monotonic() + SECONDS_FOR_GOODBYES
+            everybody = [f"bye/{rank}" for rank in range(self._world_size)]
+            while self._rank == 0 and time.monotonic() < deadline:
+                if self._store.check(everybody):
+                    break
+                time.sleep(0.05)
+
+    # ---------------------------------------------------------------------- talking, judging
+
+    def _beat(self) -> None:
+        self._number += 1
+        stuck = time.monotonic() - self._since
+        beat = {
+            "number": self._number,
+            "step": self._step,
+            "section": self._section,
+            "stuck_s": stuck,
+            "overdue": stuck > self._limit,
+            "stack": self._stack(),
+            "suspicion": self._suspicion,
+            "neighbours": self._neighbours(),
+        }
+        self._store.set(f"beat/{self._rank}", json.dumps(beat))
+
+    def _stack(self) -> list[str]:
+        """Where the main thread is, innermost call last."""
+        frame = sys._current_frames().get(self._main or 0)
+        lines = []
+        for entry in traceback.extract_stack(frame)[-STACK_DEPTH:] if frame else []:
+            lines.append(f"{entry.filename}:{entry.lineno} in {entry.name}")
+        return lines
+
+    def _neighbours(self) -> dict[str, str]:
+        """Ranks of this host that are gone or stopped: rank -> "dead" or "stopped"."""
+        found = {}
+        for rank, peer in enumerate(self._meeting.peers):
+            if rank == self._rank or peer[::2] != self._me[::2]:
+                continue
+            state = _process_state(peer.pid)
+            if state in ("dead", "stopped"):
+                found[str(rank)] = state
+        return found
+
+    def _talk_forever(self) -> None:
+        while not self._closing.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                self._talk()
+            except RuntimeError as error:  # rank 0's store has closed the connection
+                self._store_is_gone(error)
+                return
+            self._last_talk = time.monotonic()
+
+    def _talk(self) -> None:
+        self._beat()
+        if self._store.check(["verdict"]):
+            verdict = Verdict(**json.loads(self._store.get("verdict")))
+            self._leave(verdict)
+        if self._rank:
+            return
+        keys = [f"beat/{rank}" for rank in range(self._world_size)]
+        missing = [key for key in keys if not self._store.check([key])]
+        if missing:  # not everybody has started its threads
+            return
+        beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
+        gone = {r for r in range(self._world_size) if self._store.check([f"bye/{r}"])}
+        verdict = self._judge.judge(beats, gone, time.monotonic())
+        if verdict is not None:
+            self._publish(verdict)
+            self._leave(verdict)
+
+    def _store_is_gone(self, error: RuntimeError) -> None:
+        if self._closing.is_set():
+            return
+        dead = self._neighbours().get("0") == "dead"
+        reason = str(error).splitlines()[0]
+        text = verdicts.silence("dead", 0) if dead else f"is gone ({reason})"
+        self._leave(self._verdict("died", text, [0]))
+
+    def _verdict(self, kind: str, text: str, ranks: list[int]) -> Verdict:
+        stacks = {str(self._rank): self._stack()} if self._rank in ranks else {}
+        return verdicts.make(kind, text, ranks, self._meeting.peers, stacks)
+
+    def _publish(self, verdict: Verdict) -> None:
+        """Make it everybody's verdict, unless there is one already."""
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("verdict", "", json.dumps(verdict._asdict()))
+        verdicts.write(verdict)
+
+    # -------------------------------------------------------------------------- watching
+
+    def _watch_forever(self) -> None:
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(sys.stdout.fileno(), 0)
+        while not self._closing.is_set():
+            with contextlib.suppress(OSError, ValueError):
+                if select.select([self._signals], [], [], 1.0)[0]:
+                    for number in self._signals.recv(64):
+                        self._on_signal(number)
+            if self._closing.is_set():
+                return
+            self.stop.look_for_file()
+            # Whoever read our output, or started us, is gone: ssh, a killed launcher.
+            broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+            if broken or os.getppid() != self._parent:
+                os._exit(1)
+            if self._world_size > 1:
+                self._check_rank_0()
+
+    def _check_rank_0(self) -> None:
+        limit = SECONDS_UNDER_SUSPICION if self._suspicion else self.health.beat_seconds
+        silent = time.monotonic() - self._last_talk
+        if self._rank == 0 or silent < limit + SECONDS_BETWEEN_BEATS:
+            return
+        state = self._neighbours().get("0")
+        kind = {"stopped": "hang", "dead": "died"}.get(state or "", "unreachable")
+        text = verdicts.silence(state, silent)
+        self._leave(self._verdict(kind, text, [0]))
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGUSR1:
+            self.stop.ask()
+        elif number == signal.SIGTERM:
+            dead = [int(r) for r, state in self._neighbours().items() if state == "dead"]
+            if dead and not self._closing.is_set():
+                # How launchers end the ranks beside one that died.
+                self._leave(self._verdict("died", verdicts.silence("dead", 0), dead[:1]))
+            if dist.term_means_stop():
+                self.stop.ask()
+            else:
+                os._exit(128 + signal.SIGTERM)
+
+    def _leave(self, verdict: Verdict) -> None:
+        """Say it once a job, and end this process."""
+        if not self._left.acquire(blocking=False) or self._closing.is_set():
+            return
+        # A hanging disk must not keep us.
+        writer = threading.Thread(target=verdicts.report, args=(verdict,), daemon=True)
+        writer.start()
+        writer.join(5.0)
+        if self._rank in verdict.ranks and verdict.kind == "hang":
+            faulthandler.dump_traceback(all_threads=True)
+        sys.stdout.flush()
+        os._exit(verdict.status)
+
+
+def _last_line(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
+    return f"raised {type(error).__name__}: {str(error)[:500]}{place}"
+
+
+def _process_state(pid: int) -> str:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "dead"
+    return {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}.get(state, "alive")
+
+
+_watchdog: Watchdog | None = None
+
+
+def start(health: HealthSection) -> Watchdog:
+    """This process' watchdog, told the deadlines of the run that begins."""
+    global _watchdog
+    if _watchdog is None:
+        _watchdog = Watchdog(health, rendezvous.meet(health.start_seconds))
+    _watchdog.health = health
+    _watchdog._stepping = False
+    return _watchdog
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """An error that ends this rank is told to the others, so that they don't wait for it."""
+    try:
+        yield
+    except UserError as error:
+        if _watchdog is not None:
+            _watchdog.failed(error)
+        raise
+    except Exception as error:
+        if _watchdog is None or dist.world_size() == 1:
+            raise
+        _watchdog.failed(error)  # doesn't return where another rank is the cause
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(verdicts.STATUS["exception"])

@@ -1,0 +1,232 @@
+"""A task's files, as examples: JSON lines, CSV and TSV, read and checked line by line.
+
+Guarantees: order and ids are the file's; every mistake is one UserError that names file and line;
+lines whose annotators disagreed ("-") are left out and counted, never guessed. The lines of a file
+end with a line feed: other separators (U+2028) are text.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from clue_ds.errors import UserError, existing_file
+from clue_ds.tasks.features import Text
+from clue_ds.tasks.registry import Row, Split, Task
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+ID_FIELDS = ("id", "idx")
+
+
+class Example(NamedTuple):
+    """One line of a task's file. `id`: the file's own, else the number of the line, from 0."""
+
+    id: int | str
+    text: Text
+    label: str | None  # None in a test file
+
+
+class Examples(list[Example]):
+    """The examples of one file, in its order, and what else is known of it.
+
+    `path` and `sha256`: the file. `num_skipped`: lines without an agreed label. `names`: what the
+    labels mean, where the file says so.
+    """
+
+    path: Path
+    sha256: str
+    num_skipped: int = 0
+    names: dict[str, str]
+
+
+def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
+    """The examples of one file; `labelled`: whether every line must have one of the task's labels.
+
+    UserError naming file and line: not UTF-8, wrong JSON, a missing or empty field, a label that
+    the task has not; naming the file: it is missing, empty, or of another format.
+    """
+    path = existing_file(path, f"{task.name} file")
+    examples = collect(task, path, rows(path), labelled)
+    examples.sha256 = file_sha256(path)
+    return examples
+
+
+def collect(
+    task: Task, path: Path, numbered_rows: Iterable[tuple[int, Row]], labelled: bool
+) -> Examples:
+    """The examples that rows make, numbered by their lines; `path` names them in messages."""
+    examples = Examples()
+    examples.path, examples.names = path, {}
+    for line, row in numbered_rows:
+        where = f"{path}:{line}"
+        label = _label(task, row, where) if labelled else None
+        if label in task.skipped_labels:
+            examples.num_skipped += 1
+            continue
+        text = text_of(task, row, where)
+        number = len(examples) + examples.num_skipped
+        examples.append(Example(id_of(row, number), text, label))
+        if label is not None and task.name_field is not None and row.get(task.name_field):
+            examples.names[label] = str(row[task.name_field])
+    if not examples:
+        skipped = f" (all {examples.num_skipped:,} lines are without a label)"
+        raise UserError(f"{path} has no examples{skipped if examples.num_skipped else ''}")
+    return examples
+
+
+def find(task: Task, data: str | Path, split: Split, version: str = "1.1") -> Path:
+    """The file of a split in `data`, or in the task's own folder there; UserError lists the names.
+
+    `version`: of the test set, where the task has several.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        reason = "is a file" if data.exists() else "does not exist"
+        raise UserError(f"data directory {data} {reason}; give the directory of the tasks' files")
+    stems = task.stems[split]
+    if split == "test":
+        if version not in task.test_stems:
+            known = ", ".join(task.test_stems)
+            raise UserError(f"{task.name} has no test set {version}; versions: {known}")
+        stems = (task.test_stems[version],)
+    names = [stem + suffix for stem in stems for suffix in SUFFIXES]
+    for directory in (data / task.folder, data / task.name, data):
+        found = [directory / name for name in names if (directory / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} are both there; remove one")
+        if found:
+            return found[0]
+    raise UserError(f"{data} has no {task.folder}/{names[0]}, nor {', '.join(names)}")
+
+
+def version_of(task: Task, path: str | Path) -> str:
+    """Which version of the test set a file is, by what it says, not by its name.
+
+    TNEWS 1.0 has keywords and 1.1 has none; the other tasks have one version, 1.1.
+    """
+    if len(task.test_stems) == 1:
+        return next(iter(task.test_stems))
+    path = existing_file(path, f"{task.name} file")
+    return "1.0" if any(row.get("keywords") for _, row in rows(path)) else "1.1"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number from 1, fields) of every line that is not blank; holds one line at a time.
+
+    UserError naming file and line: not UTF-8, wrong JSON, a line with another number of columns.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
+    yield from (_table_rows if path.suffix in (".csv", ".tsv") else _json_rows)(path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines with their line feeds, without a byte order mark."""
+    with path.open("rb") as stream:
+        for line, data in enumerate(stream, start=1):
+            try:
+                yield data.decode("utf-8-sig" if line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{line}: not UTF-8 ({error.reason}); convert it first"
+                ) from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    for line, content in enumerate(_lines(path), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{path}:{line}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}:{line}: a line must be a JSON object, not {content.strip()[:40]!r}"
+            )
+        yield line, row
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """CSV as spreadsheets write it; TSV has no quoting. The first line names the columns."""
+    csv.field_size_limit(1 << 30)  # the default refuses texts beyond 131,072 characters
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    reader = csv.reader(_lines(path), strict=True, **options)
+    columns: list[str] | None = None
+    begin = 1
+    try:
+        for cells in reader:
+            line, begin = begin, reader.line_num + 1
+            if not any(cells):
+                continue
+            if columns is None:
+                columns = cells
+                continue
+            if len(cells) != len(columns):
+                raise UserError(
+                    f"{path}:{line}: {len(cells)} columns, but the first line names {len(columns)}"
+                )
+            yield line, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{begin}: not {path.suffix[1:].upper()}: {error}") from None
+
+
+def _label(task: Task, row: Row, where: str) -> str:
+    if task.label_field not in row:
+        raise UserError(
+            f"{where}: no field {task.label_field!r} (has {', '.join(row)}); "
+            "a file without labels can only be predicted"
+        )
+    value = row[task.label_field]
+    label = str(value).lower() if isinstance(value, bool) else str(value)
+    if label not in task.labels and label not in task.skipped_labels:
+        few = ", ".join(task.labels[:20]) + (", ..." if len(task.labels) > 20 else "")
+        raise UserError(f"{where}: label {label!r} is not one of {task.name}'s: {few}")
+    return label
+
+
+def id_of(row: Row, number: int) -> int | str:
+    """The row's own id, else the number of its line from 0."""
+    return next((row[f] for f in ID_FIELDS if isinstance(row.get(f), int | str)), number)
+
+
+def text_of(task: Task, row: Row, where: str) -> Text:
+    """What the model reads of a row; UserError beginning with `where` when fields are missing."""
+    for name in task.fields:
+        if name not in row:
+            raise UserError(f"{where}: no field {name!r} (has {', '.join(row)})")
+    try:
+        text = task.text(row)
+    except (KeyError, TypeError, ValueError) as error:
+        fields = " and ".join(task.fields)
+        raise UserError(f"{where}: {fields} can't be read for {task.name}: {error!r}") from None
+    return checked(text, where)
+
+
+def checked(text: Text, where: str) -> Text:
+    """`text` itself; UserError beginning with `where` when it is empty or no text at all."""
+    parts = text if isinstance(text, tuple) else (text,)
+    for part in parts:
+        if not isinstance(part, str):
+            raise UserError(f"{where}: {part!r} is not text")
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            char = ascii(part[error.start])
+            raise UserError(f"{where}: {char} is half a character (a lone surrogate)") from None
+    if not any(part.strip() for part in parts):
+        raise UserError(f"{where}: the text is empty")
+    return text

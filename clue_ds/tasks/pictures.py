@@ -1,0 +1,64 @@
+"""Pictures of a run, with matplotlib (an extra: pip install 'clue_ds[plots]').
+
+Labels that are not ASCII are drawn by their ids: fonts with Chinese are rarely installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+MAX_TICKS = 30  # beyond, the labels of classes would lie on each other
+
+
+def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
+    """Each row: where the examples of one true class went, as shares of the class."""
+    counts = np.array(result["confusion"], dtype=float)
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    labels = [n if n.isascii() else str(i) for i, n in enumerate(result["labels"])]
+    size = float(np.clip(0.45 * len(labels) + 2.5, 4, 9))
+    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(labels) <= MAX_TICKS:
+        axis.set_xticks(range(len(labels)), labels, rotation=60)
+        axis.set_yticks(range(len(labels)), labels)
+        for row, column in np.argwhere(counts > 0) if len(labels) <= 16 else []:
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            text = f"{counts[row, column]:.0f}"
+            axis.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    accuracy, guess = result["best"]["accuracy"], result["majority"]["accuracy"]
+    axis.set_title(f"{result['task']} dev: {accuracy:.1%} (always the commonest: {guess:.1%})")
+    figure.colorbar(image, shrink=0.7, label="share of the true class")
+    figure.savefig(target, dpi=110, format="png")
+    plt.close(figure)
+
+
+def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
+    """Training loss by step (smoothed) and dev accuracy and F1 by epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    losses = np.array(result["losses"])
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    left.plot(np.arange(len(smooth)) + width, smooth, linewidth=1.2)
+    left.set_xlabel("step")
+    left.set_ylabel(f"training loss, mean of {width} steps")
+    epochs = [line["epoch"] for line in result["epochs"]]
+    for key, name in (("accuracy", "accuracy"), ("f1", "macro F1")):
+        right.plot(epochs, [line[key] for line in result["epochs"]], marker="o", label=name)
+    right.axhline(result["majority"]["accuracy"], color="grey", linestyle=":", label="majority")
+    right.set_xticks(epochs)
+    right.set_xlabel("epoch")
+    right.set_ylabel("dev")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=110, format="png")
+    plt.close(figure)

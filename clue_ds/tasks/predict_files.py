@@ -1,0 +1,241 @@
+"""`clue-ds predict`: texts and files in, answers out, one a line and in the same order.
+
+Guarantees: a file of any size takes the memory of a few thousand lines; the output appears complete
+or not at all; a mistake names file and line; every answer says whether its text was cut.
+
+Texts are sorted by length within CHUNK lines only. More would gain nothing (a batch is a hundredth
+of that) and would need the whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Styled
+
+from clue_ds.errors import UserError, existing_file
+from clue_ds.tasks import examples
+from clue_ds.tasks.examples import Example
+from clue_ds.tasks.features import Text
+from clue_ds.tasks.predict import MASK, Prediction, Predictor
+from clue_ds.tasks.registry import Row
+
+CHUNK = 4096  # lines that are read, sorted by length and answered together
+FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
+
+
+def predict(
+    model: Path,
+    task: str | None = None,
+    text: tuple[str, ...] = (),
+    file: Path | None = None,
+    out: Path | None = None,
+    fill_mask: tuple[str, ...] = (),
+    embed: bool = False,
+    similarity: tuple[str, str] | None = None,
+    top_k: int = 5,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    force: bool = False,
+) -> None:
+    """Classify texts, fill their masks, embed or compare them with a trained model.
+
+    Args:
+        model: a run directory, one of its checkpoints, or a Hugging Face directory.
+        task: what a classifier answers: a task of CLUE or a YAML file; default what it was
+            fine-tuned for.
+        text: texts to classify (or embed); for a task of pairs, first and second text in turn.
+        file: instead of texts: JSON lines, CSV or TSV with the task's fields; "sentence", "text" or
+            "sentence1" and "sentence2" where there is no task.
+        out: where the answers go, one JSON object a line; for --embed also an array (.npy). Without
+            it they are printed.
+        fill_mask: texts with [MASK] where a token is wanted.
+        embed: write the embedding of every text (mean of its tokens) instead of a class.
+        similarity: two texts, to be compared by the cosine of their embeddings.
+        top_k: candidates shown for each mask.
+        batch_size: texts that the model reads together.
+        max_length: tokens read of a text; default what the task is trained with.
+        force: replace the output if it exists.
+    """
+    wanted = [bool(text), file is not None, bool(fill_mask), similarity is not None]
+    if sum(wanted) != 1:
+        raise UserError("give one of --text, --file, --fill-mask and --similarity")
+    if out is not None and file is None:
+        raise UserError("--out is for the answers to a --file; those to a --text are printed")
+    predictor = Predictor(model, task, batch_size, max_length)
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        if fill_mask:
+            _print_candidates(predictor, fill_mask, top_k)
+        elif similarity is not None:
+            print(f"{predictor.similarity([similarity[0]], [similarity[1]])[0]:.4f}")
+        elif file is None:
+            write_answers(predictor, _given(predictor, text), sys.stdout, embed)
+        else:
+            predict_file(predictor, file, out, embed, force)
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"clue-ds predict: {message}", file=sys.stderr)
+
+
+def _given(predictor: Predictor, texts: tuple[str, ...]) -> list[Example]:
+    """The texts of the command line, in pairs where the task is one of pairs."""
+    task = predictor.task
+    if task is not None and task.build is not None:
+        fields = ", ".join(task.fields)
+        raise UserError(f"{task.name} reads {fields}; give them as JSON lines with --file")
+    parts: list[Text] = list(texts)
+    if task is not None and task.kind == "pair":
+        if len(texts) % 2:
+            raise UserError(
+                f"{task.name} is about pairs of texts, and {len(texts)} are no pairs; "
+                "give first and second text in turn"
+            )
+        parts = list(zip(texts[::2], texts[1::2], strict=True))
+    return [
+        Example(number, examples.checked(part, f"--text {number + 1}"), None)
+        for number, part in enumerate(parts)
+    ]
+
+
+def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
+    """The texts of a file, a line at a time; UserError names file and line."""
+    number = -1
+    for number, (line, row) in enumerate(examples.rows(path)):
+        where = f"{path}:{line}"
+        text = text_of_row(predictor, row, where)
+        yield Example(examples.id_of(row, number), text, None)
+    if number < 0:
+        raise UserError(f"{path} has no examples: it is empty; give one JSON object a line")
+
+
+def text_of_row(predictor: Predictor, row: Row, where: str) -> Text:
+    """What the model reads of a row: the task's text, or without a task that of plain fields."""
+    if predictor.task is not None:
+        return examples.text_of(predictor.task, row, where)
+    for fields in FIELDS_WITHOUT_TASK:
+        if all(name in row for name in fields):
+            parts = [row[name] for name in fields]
+            return examples.checked(parts[0] if len(parts) == 1 else (parts[0], parts[1]), where)
+    raise UserError(
+        f"{where}: no field 'sentence' or 'text', nor 'sentence1' and 'sentence2' "
+        f"(has {', '.join(row) or 'none'})"
+    )
+
+
+def predict_file(
+    predictor: Predictor, file: Path, out: Path | None, embed: bool = False, force: bool = False
+) -> None:
+    """Answer every line of a file, into `out` or to the terminal, and say how many."""
+    begin = time.perf_counter()
+    rows = read_unlabelled(predictor, existing_file(file, "input"))
+    if out is None:
+        write_answers(predictor, rows, sys.stdout, embed)
+        return
+    with appearing(out, force) as stream:
+        if embed and out.suffix == ".npy":
+            num_texts, num_cut = write_array(predictor, rows, stream)
+        else:
+            with open(stream.fileno(), "w", encoding="utf-8", closefd=False) as lines:
+                num_texts, num_cut = write_answers(predictor, rows, lines, embed)
+    rate = num_texts / (time.perf_counter() - begin)
+    cut = f", {num_cut:,} of them cut to {predictor.max_length} tokens" if num_cut else ""
+    print(f"wrote {out}: {num_texts:,} answers{cut}, {rate:,.0f} a second")
+
+
+@contextlib.contextmanager
+def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
+    """A file that takes its name only when it is complete."""
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; give the path of a file for the answers")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; give --force to replace it, or another path")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            place = Path(scratch) / out.name
+            with place.open("wb") as stream:
+                yield stream
+            os.replace(place, out)
+    except OSError as error:
+        raise UserError(f"can't write {out}: {error}; free some space or choose another") from None
+
+
+def _chunks(rows: Iterable[Example]) -> Iterator[list[Example]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def write_answers(
+    predictor: Predictor, rows: Iterable[Example], stream: IO[str], embed: bool = False
+) -> tuple[int, int]:
+    """One JSON object a line, in the order of `rows`; numbers of texts and of those cut."""
+    num_texts = num_cut = 0
+    for chunk in _chunks(rows):
+        encoded = predictor.encode([example.text for example in chunk])
+        answers: Iterable[Prediction | np.ndarray]
+        answers = predictor.pool(encoded) if embed else predictor.classify(encoded)
+        for example, feature, answer in zip(chunk, encoded, answers, strict=True):
+            line = {"id": example.id, **_answer(answer), "truncated": feature.truncated}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        num_texts += len(chunk)
+        num_cut += sum(feature.truncated for feature in encoded)
+    return num_texts, num_cut
+
+
+def _answer(answer: Prediction | np.ndarray) -> dict[str, Any]:
+    if isinstance(answer, Prediction):
+        rounded = {label: round(p, 6) for label, p in answer.probabilities.items()}
+        return {"label": answer.label, "probabilities": rounded}
+    return {"embedding": [round(float(value), 6) for value in answer]}
+
+
+def write_array(
+    predictor: Predictor, rows: Iterable[Example], stream: IO[bytes]
+) -> tuple[int, int]:
+    """Embeddings as one .npy, float32 [texts, H]; numbers of texts and of those cut.
+
+    numpy leaves room in the header for the number of rows, which is known only at the end.
+    """
+    num_texts = num_cut = 0
+    header = {"descr": "<f4", "fortran_order": False}
+    width = predictor.config.hidden_size
+    np.lib.format.write_array_header_1_0(stream, {**header, "shape": (0, width)})
+    begin = stream.tell()
+    for chunk in _chunks(rows):
+        encoded = predictor.encode([example.text for example in chunk])
+        stream.write(predictor.pool(encoded).astype("<f4").tobytes())
+        num_texts += len(chunk)
+        num_cut += sum(feature.truncated for feature in encoded)
+    stream.seek(0)
+    np.lib.format.write_array_header_1_0(stream, {**header, "shape": (num_texts, width)})
+    assert stream.tell() == begin, "the header grew over the first row"
+    return num_texts, num_cut
+
+
+def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) -> None:
+    console = Console()
+    for text in texts:
+        candidates = predictor.fill_mask(text, top_k)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        table = Table()
+        for number in range(1, len(candidates) + 1):
+            table.add_column(MASK if len(candidates) == 1 else f"{MASK} {number}")
+        for row in zip(*candidates, strict=True):
+            table.add_row(*(Styled(f"{token} {100 * p:5.1f}%") for token, p in row))
+        console.print(table)

@@ -1,0 +1,241 @@
+"""The exact command that starts a verb, for each way of starting ranks.
+
+    local     deepspeed's launcher on this machine
+    hostfile  deepspeed's launcher over pdsh and ssh, or over OpenMPI
+    slurm     srun, one task a rank, or one a node with deepspeed's launcher in it (--no_ssh)
+    mpi       mpirun
+
+Guarantees: a command depends only on the arguments and the environment; nothing is started here.
+Every way ends in the same module with the same arguments, so that ranks can't tell the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import environment as env
+from . import hosts as machines
+from .errors import LaunchError
+from .hosts import Host
+
+# Verbs that run on all ranks, and the module of a rank; the others are one process.
+ON_RANKS = {"pretrain": "clue_ds.pretrain.train"}
+ONE_PROCESS = ("shard", "finetune", "export")
+# Several processes share the work only if MPI started them.
+ALSO_OVER_MPI = ("shard",)
+
+SWEEP = str(Path(__file__).with_name("sweep.py"))
+
+# USR1 is ignored until a rank has its own handler: it would end a Python that is still importing,
+# and deepspeed's launcher, which has none. An ignored signal stays ignored across exec.
+IGNORE_USR1 = """trap '' USR1; exec "$@\""""
+# $SLURM_NODEID must be read in the task; in the command line the batch shell would replace it.
+IGNORE_USR1_ON_NODE = """trap '' USR1; exec "$@" --node_rank="$SLURM_NODEID" $REST"""
+
+
+@dataclass
+class Options:
+    """What the user asked for, beyond where to run."""
+
+    launcher: str = "pdsh"
+    per: str = "rank"
+    interface: str | None = None
+    bind_cores: bool = False
+    max_restarts: int = 3
+
+
+@dataclass
+class Job:
+    """A command and all that is needed to run it and to end it.
+
+    `variables`: added to the environment; `removed`: taken out of it; `env_file`: what DeepSpeed
+    exports to other machines; `hostfile`: written before the start; `sweeps`: commands that end
+    what is left on other machines; `num_ranks`: 0 where ranks don't report.
+    """
+
+    command: list[str]
+    variables: dict[str, str]
+    num_ranks: int
+    hosts: list[Host] = field(default_factory=list)
+    removed: tuple[str, ...] = ()
+    env_file: dict[str, str] | None = None
+    hostfile: bool = False
+    sweeps: list[list[str]] = field(default_factory=list)
+
+
+def module_arguments(verb: list[str]) -> list[str]:
+    """`-m MODULE arguments` of a verb."""
+    if verb[0] in ON_RANKS:
+        return ["-m", ON_RANKS[verb[0]], *verb[1:]]
+    return ["-m", "clue_ds.cli", *verb]
+
+
+def _deepspeed(port: int, options: Options) -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+    command.append(f"--master_port={port}")
+    if options.bind_cores:
+        command.append("--bind_cores_to_rank")
+    return command
+
+
+def _verb_by_deepspeed(verb: list[str]) -> list[str]:
+    return ["--module", ON_RANKS[verb[0]], *verb[1:]]
+
+
+def one_process(verb: list[str]) -> Job:
+    """A verb that makes its own use of the machine's cores and devices."""
+    return Job([sys.executable, *module_arguments(verb)], {}, num_ranks=0)
+
+
+def local(verb: list[str], num_ranks: int, port: int, options: Options, user: env.Variables) -> Job:
+    """`num_ranks` ranks on this machine; nothing listens beyond loopback."""
+    # Without it DeepSpeed looks for a hostfile of the machine's and would start ssh.
+    command = [*_deepspeed(port, options), "--hostfile=/dev/null"]
+    removed: tuple[str, ...] = ()
+    chosen = user.get("CUDA_VISIBLE_DEVICES", "")
+    if chosen and machines.num_local_devices(user):
+        devices = chosen.split(",")[:num_ranks]
+        if not all(name.strip().isdigit() for name in devices):
+            raise LaunchError(f"CUDA_VISIBLE_DEVICES={chosen}: DeepSpeed takes device numbers only")
+        # With --num_gpus DeepSpeed would forget the choice and take the first devices.
+        command.append(f"--include=localhost:{','.join(devices)}")
+        removed = ("CUDA_VISIBLE_DEVICES",)
+    else:
+        command.append(f"--num_gpus={num_ranks}")
+    variables = {
+        **env.defaults(num_ranks, user),
+        **env.interface(options.interface or "lo"),
+        "MASTER_PORT": str(port),
+    }
+    hosts = [Host("localhost", num_ranks)]
+    return Job([*command, *_verb_by_deepspeed(verb)], variables, num_ranks, hosts, removed)
+
+
+def hostfile(
+    verb: list[str],
+    path: Path,
+    hosts: list[Host],
+    address: str,
+    port: int,
+    options: Options,
+    user: env.Variables,
+) -> Job:
+    """One rank a slot on every host of a hostfile."""
+    command = _deepspeed(port, options)
+    command += [f"--hostfile={path.resolve()}", f"--launcher={options.launcher}"]
+    # Our own check asked every host; DeepSpeed's asks the first.
+    command += [f"--master_addr={address}", "--force_multi", "--no_ssh_check"]
+    variables = env.defaults(max(host.slots for host in hosts), user)
+    if options.interface:
+        variables |= env.interface(options.interface)
+    exported = {**variables, **env.forwarded(user), **env.read_deepspeed_env(user)}
+    if options.launcher == "pdsh":
+        appended = [user.get("PDSH_SSH_ARGS_APPEND", ""), *machines.SSH_OPTIONS]
+        variables["PDSH_SSH_ARGS_APPEND"] = " ".join(appended).strip()
+        verb = [verb[0], *map(_for_pdsh, verb[1:])]
+    else:
+        if not options.interface:
+            raise LaunchError(
+                "OpenMPI must be told which network joins the hosts, and DeepSpeed would say eth0; "
+                "add --interface NAME (`ip -brief address` lists them)"
+            )
+        include = [
+            word
+            for layer in ("btl", "oob")
+            for word in ("--mca", f"{layer}_tcp_if_include", options.interface)
+        ]
+        command.append(f"--launcher_args={shlex.join(include)}")
+        exported |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        variables |= _as_root()
+    sweeps = [["ssh", *machines.SSH_OPTIONS, host.name, *_sweep_words()] for host in hosts]
+    return Job(
+        [*command, *_verb_by_deepspeed(verb)],
+        variables,
+        sum(host.slots for host in hosts),
+        hosts,
+        env_file=exported,
+        sweeps=sweeps,
+    )
+
+
+def _sweep_words() -> list[str]:
+    return [sys.executable, "-S", "-E", SWEEP]
+
+
+def _for_pdsh(argument: str) -> str:
+    """An argument that survives DeepSpeed's quoting, pdsh's % and the shell at the other end."""
+    argument = argument.replace("%", "%%")
+    if " " not in argument:
+        return shlex.quote(argument)
+    if env.CHANGED_BY_A_SHELL.search(argument):  # DeepSpeed puts it in double quotes
+        raise LaunchError(f"{argument!r} can't be passed over pdsh; write it into the config file")
+    return argument
+
+
+def slurm(
+    verb: list[str],
+    nodes: list[str],
+    ranks_per_node: int,
+    address: str,
+    port: int,
+    options: Options,
+    user: env.Variables,
+    job_dir: Path,
+) -> Job:
+    """Ranks in a Slurm allocation, started by srun."""
+    srun = ["srun", "--kill-on-bad-exit=1", "--input=none"]
+    # Since Slurm 22.05 srun doesn't take it over from sbatch.
+    cores = user.get("SLURM_CPUS_PER_TASK")
+    if verb[0] not in ON_RANKS:
+        one = [*srun, "--nodes=1", "--ntasks=1"] + ([f"--cpus-per-task={cores}"] if cores else [])
+        return Job([*one, sys.executable, *module_arguments(verb)], {}, num_ranks=0)
+    num_ranks = len(nodes) * ranks_per_node
+    variables = {**env.defaults(ranks_per_node, user), "MASTER_ADDR": address}
+    variables |= {"MASTER_PORT": str(port), env.MAX_RESTARTS_VARIABLE: str(options.max_restarts)}
+    if cores:
+        variables["OMP_NUM_THREADS"] = cores
+    if options.interface:
+        variables |= env.interface(options.interface)
+    hosts = [Host(node, ranks_per_node) for node in nodes]
+    srun += [f"--nodes={len(nodes)}"]
+    if options.per == "rank":
+        srun += [f"--ntasks={num_ranks}", f"--ntasks-per-node={ranks_per_node}"]
+        srun += [f"--cpus-per-task={cores}"] if cores else []
+        srun += ["--cpu-bind=cores"] if options.bind_cores else []
+        rank = [sys.executable, "-u", *module_arguments(verb)]
+        command = [*srun, "sh", "-c", IGNORE_USR1, "sh", *rank]
+        return Job(command, variables, num_ranks, hosts)
+    srun += [f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
+    runner = [*_deepspeed(port, options), "--no_ssh", f"--master_addr={address}"]
+    runner.append(f"--hostfile={job_dir / 'hostfile'}")
+    script = IGNORE_USR1_ON_NODE.replace("$REST", shlex.join(_verb_by_deepspeed(verb)))
+    command = [*srun, "sh", "-c", script, "sh", *runner]
+    return Job(command, variables, num_ranks, hosts, hostfile=True)
+
+
+def mpi(
+    verb: list[str], num_ranks: int | None, port: int, options: Options, user: env.Variables
+) -> Job:
+    """mpirun on this machine, or, without a number, on all slots that a batch system gave it."""
+    command = ["mpirun", *(["-n", str(num_ranks)] if num_ranks else [])]
+    command += ["--bind-to", "core"] if options.bind_cores else []
+    variables = {**env.defaults(num_ranks or 1, user), **_as_root()}
+    if num_ranks and verb[0] in ON_RANKS:
+        # Otherwise mpi4py tells the ranks where rank 0 is.
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables |= env.interface(options.interface or "lo")
+    elif options.interface:
+        variables |= env.interface(options.interface)
+    reported = num_ranks or 0 if verb[0] in ON_RANKS else 0
+    return Job([*command, sys.executable, *module_arguments(verb)], variables, reported)
+
+
+def _as_root() -> dict[str, str]:
+    """OpenMPI refuses root, who is the only user of many containers."""
+    if os.geteuid():
+        return {}
+    return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -1,0 +1,159 @@
+"""Which machines a job may use: a hostfile, a Slurm allocation, or this machine.
+
+Guarantees: a hostfile that is missing, empty, repeats a host or has a line that DeepSpeed would not
+read is an error with its line, before DeepSpeed can fall back to one local process and return 0;
+every host answered ssh before a rank is started on any of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import LaunchError
+
+HOSTFILE_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+EXAMPLE = "a line looks like: node-1 slots=8"
+SECONDS_FOR_SSH = 10
+# No question that nobody could answer; and a link that is cut ends the session in 10 s.
+SSH_OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_FOR_SSH}"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2"),
+)
+
+
+class Host(NamedTuple):
+    """A machine and the number of ranks it gets."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of an MPI-style hostfile, in its order."""
+    if not path.is_file():
+        reason = "is a directory" if path.is_dir() else "does not exist"
+        raise LaunchError(f"hostfile {path} {reason}; {EXAMPLE}")
+    hosts: dict[str, Host] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = text.strip()
+        if not line or line.startswith("#"):
+            continue
+        where = f"hostfile {path}, line {number}"
+        match = HOSTFILE_LINE.fullmatch(line)
+        if match is None:
+            raise LaunchError(f"{where}: {line!r} is not understood; {EXAMPLE}")
+        host = Host(match["host"], int(match["slots"]))
+        if not HOST_NAME.fullmatch(host.name):
+            raise LaunchError(f"{where}: {host.name!r} is no host name; {EXAMPLE}")
+        if host.slots < 1:
+            raise LaunchError(f"{where}: {host.name} has no slots; give one a rank, or delete it")
+        if host.name in hosts:
+            raise LaunchError(f"{where}: {host.name} stands there twice; add up its slots")
+        hosts[host.name] = host
+    if not hosts:
+        raise LaunchError(f"hostfile {path} names no host; {EXAMPLE}")
+    if len(hosts) > 1:
+        _refuse_loopback(path, list(hosts))
+    return list(hosts.values())
+
+
+def _refuse_loopback(path: Path, names: list[str]) -> None:
+    for name in names:
+        if name == "localhost" or name.startswith("127."):
+            raise LaunchError(
+                f"hostfile {path}: {name} means another machine on every machine; write the name "
+                "by which the other hosts reach it"
+            )
+
+
+def addresses(hosts: list[Host]) -> dict[str, list[str]]:
+    """Each host's own addresses, asked over ssh, all at once.
+
+    LaunchError listing every host that doesn't answer, with what ssh said.
+    """
+    asked = {}
+    for host in hosts:
+        # Files, because a full pipe would block a chatty host.
+        files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        command = ["ssh", *SSH_OPTIONS, host.name, "hostname", "-I"]
+        stdin, (stdout, stderr) = subprocess.DEVNULL, files
+        asked[host.name] = (
+            subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr),
+            files,
+        )
+    found, silent = {}, []
+    for name, (process, (stdout, stderr)) in asked.items():
+        try:
+            status = process.wait(timeout=2 * SECONDS_FOR_SSH)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        stdout.seek(0)
+        stderr.seek(0)
+        if status == 0:
+            found[name] = stdout.read().split()
+        else:
+            said = stderr.read().strip().splitlines() or [f"ssh ended with {status}"]
+            silent.append(f"{name}: {said[-1]}")
+    if silent:
+        raise LaunchError(
+            f"{len(silent)} of {len(hosts)} hosts can't be reached by ssh: {'; '.join(silent)}. "
+            "`ssh HOST hostname` must work without a password from here"
+        )
+    return found
+
+
+def master_address(host: str, own: list[str]) -> str:
+    """The address of `host` that the others can use; `own`: all that it has."""
+    try:
+        resolved = socket.gethostbyname(host)
+    except OSError:
+        resolved = ""
+    # Debian maps a machine's own name to 127.0.1.1, which means nothing elsewhere.
+    if resolved in own or not own:
+        return resolved or host
+    return next((a for a in own if ipaddress.ip_address(a).version == 4), own[0])
+
+
+def slurm_nodes(environment: dict[str, str]) -> list[str]:
+    """Node names of this allocation, in Slurm's order."""
+    names = environment.get("SLURM_JOB_NODELIST", "")
+    return _ask_slurm("show", "hostnames", names).split()
+
+
+def slurm_address(node: str) -> str:
+    """A node's address, from Slurm, because its name need not resolve."""
+    match = re.search(r"NodeAddr=(\S+)", _ask_slurm("-o", "show", "node", node))
+    return match[1] if match else node
+
+
+def _ask_slurm(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        raise LaunchError("this looks like a Slurm job, but scontrol is not in PATH") from None
+    except subprocess.CalledProcessError as error:
+        raise LaunchError(f"{' '.join(command)} failed: {error.stderr.strip()}") from None
+
+
+def num_local_devices(environment: dict[str, str]) -> int:
+    """GPUs that this process may use; 0 without one. Asking torch would need torch."""
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if not present or visible is None:
+        return present
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

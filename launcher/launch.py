@@ -1,0 +1,275 @@
+"""`clue-ds launch ... -- VERB ...`: finds out where it is, and starts the verb there.
+
+In this order, unless an option says otherwise: already a rank of mpirun or srun (become the verb);
+a Slurm job (srun); DeepSpeed's own hostfile /job/hostfile; this machine.
+
+Guarantees: the exit status is true (processes.py says how), a mistake in the hostfile is one
+message before anything runs, --dry-run prints the command and starts nothing. Standard library
+only: it must start on a login node that has no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from . import commands, environment, processes
+from . import hosts as machines
+from .commands import ALSO_OVER_MPI, ON_RANKS, ONE_PROCESS, Job, Options
+from .errors import LaunchError
+
+DEEPSPEED_HOSTFILE = Path("/job/hostfile")
+RANK_OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+EXAMPLES = """\
+examples:
+  clue-ds launch -- pretrain --config run.yaml                  what is here: Slurm job, GPUs, CPU
+  clue-ds launch --local 2 -- pretrain --config run.yaml        2 ranks on this machine
+  clue-ds launch --hostfile hosts -- pretrain --config run.yaml ranks on several machines, by ssh
+  clue-ds launch --slurm --requeue -- pretrain --config run.yaml   inside an sbatch file
+  clue-ds launch --mpi 4 -- shard text/*.txt --vocab vocab.txt --output corpus
+
+exit status: 0 finished, 2 a mistake of yours, 70 a rank raised an error, 71 a rank died,
+72 a rank hangs, 73 a host doesn't answer, 75 stopped on request and saved (start it again to
+continue), 93 restarted too often without a new checkpoint."""
+
+
+def main(argv: list[str]) -> None:
+    """Run a verb on the ranks of a machine, of several, or of a batch job."""
+    try:
+        status = _launch(_parse(argv))
+    except LaunchError as error:
+        print(f"clue-ds launch: error: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        raise SystemExit(status)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="clue-ds launch",
+        description="Run a verb on the ranks of a machine, of several, or of a batch job.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    place = parser.add_argument_group("where (left out: it finds out)")
+    where = place.add_mutually_exclusive_group()
+    where.add_argument(
+        "--local", type=int, metavar="N", help="N ranks here: one a GPU, any number on a CPU"
+    )
+    where.add_argument(
+        "--hostfile", type=Path, metavar="F", help="hosts by ssh; lines like: node-1 slots=8"
+    )
+    where.add_argument("--slurm", action="store_true", help="srun, inside an allocation")
+    where.add_argument(
+        "--mpi",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="mpirun, with N ranks on this machine",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("pdsh", "openmpi"),
+        default="pdsh",
+        help="with --hostfile: how DeepSpeed reaches the hosts",
+    )
+    parser.add_argument(
+        "--per",
+        choices=("rank", "node"),
+        default="rank",
+        help="with --slurm: one srun task a rank, or one a node with DeepSpeed's launcher in it",
+    )
+    parser.add_argument("--interface", metavar="NAME", help="network interface of NCCL and gloo")
+    parser.add_argument("--bind-cores", action="store_true", help="bind each rank to its own cores")
+    parser.add_argument(
+        "--requeue",
+        action="store_true",
+        help="with --slurm: when ranks saved and stopped early, put the job back into the queue",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --slurm: give up after N restarts without a new checkpoint (3)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command instead of running it"
+    )
+    parser.add_argument(
+        "verb",
+        nargs=argparse.REMAINDER,
+        metavar="-- VERB ...",
+        help=f"after two dashes: {', '.join((*ON_RANKS, *ONE_PROCESS))}, and its arguments",
+    )
+    return _check(parser, parser.parse_args(argv))
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    if arguments.verb[:1] == ["--"]:
+        arguments.verb = arguments.verb[1:]
+    known = (*ON_RANKS, *ONE_PROCESS)
+    if not arguments.verb or arguments.verb[0] not in known:
+        given = arguments.verb[0] if arguments.verb else "nothing"
+        parser.error(f"after -- give one of: {', '.join(known)}; not {given}")
+    verb = arguments.verb[0]
+    if arguments.local is not None and arguments.local < 1:
+        parser.error(f"--local {arguments.local}: there must be at least one rank")
+    if verb in ONE_PROCESS:
+        if arguments.hostfile is not None or (arguments.local or 1) > 1:
+            parser.error(f"{verb} is one process, which uses the cores and devices by itself")
+        if arguments.mpi is not None and verb not in ALSO_OVER_MPI:
+            parser.error(f"{verb} is one process; over MPI there are: {', '.join(ALSO_OVER_MPI)}")
+    if arguments.requeue and arguments.slurm is False and "SLURM_JOB_ID" not in os.environ:
+        parser.error("--requeue is for a Slurm job; use it inside an sbatch file")
+    return arguments
+
+
+def _is_rank(user: environment.Variables) -> bool:
+    """Whether mpirun or srun has started this very process as one of several ranks."""
+    if any(name in user for name in RANK_OF_MPI):
+        return True
+    return int(user.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    user = dict(os.environ)
+    if _is_rank(user):
+        return _become(arguments)
+    options = Options(
+        arguments.launcher,
+        arguments.per,
+        arguments.interface,
+        arguments.bind_cores,
+        arguments.max_restarts,
+    )
+    path = arguments.hostfile
+    if arguments.local is None and arguments.mpi is None and path is None:
+        if arguments.slurm or "SLURM_JOB_ID" in user:
+            return _in_slurm(arguments, options, user)
+        if DEEPSPEED_HOSTFILE.is_file() and arguments.verb[0] in ON_RANKS:
+            path = DEEPSPEED_HOSTFILE
+    if path is not None:
+        return _on_hosts(arguments, path, options, user)
+    return _here(arguments, options, user)
+
+
+def _become(arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-u", *commands.module_arguments(arguments.verb)]
+    if arguments.dry_run:
+        print(shlex.join(command))
+        return 0
+    os.execv(sys.executable, command)
+
+
+def _here(arguments: argparse.Namespace, options: Options, user: environment.Variables) -> int:
+    verb, identifier = arguments.verb, environment.job_id()
+    with environment.reserved_port(identifier) as port:
+        if arguments.mpi is not None:
+            job = commands.mpi(verb, arguments.mpi or None, port, options, user)
+        elif verb[0] in ONE_PROCESS:
+            job = commands.one_process(verb)
+        else:
+            num_ranks = arguments.local or machines.num_local_devices(user) or 1
+            job = commands.local(verb, num_ranks, port, options, user)
+        with processes.job_directory(True, identifier) as folder:
+            return _run(arguments, job, user, identifier, folder)
+
+
+def _on_hosts(
+    arguments: argparse.Namespace, path: Path, options: Options, user: environment.Variables
+) -> int:
+    hosts = machines.read_hostfile(path)
+    own = machines.addresses(hosts)
+    first = hosts[0].name
+    address = machines.master_address(first, own[first])
+    identifier = environment.job_id()
+    is_here = first in (socket.gethostname(), socket.getfqdn(), "localhost")
+    with environment.reserved_port(identifier, is_here) as port:
+        job = commands.hostfile(arguments.verb, path, hosts, address, port, options, user)
+        with processes.job_directory(False, identifier) as folder:
+            return _run(arguments, job, user, identifier, folder)
+
+
+def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment.Variables) -> int:
+    if "SLURM_JOB_ID" not in user:
+        raise LaunchError(
+            "--slurm works inside a job: put this line into an sbatch file (slurm/pretrain.sbatch) "
+            "or get machines first: salloc --nodes=2 --ntasks-per-node=1"
+        )
+    nodes = machines.slurm_nodes(user)
+    per_node = _ranks_per_node(user, len(nodes))
+    identifier = environment.job_id()
+    seed = f"{user['SLURM_JOB_ID']}.{user.get('SLURM_RESTART_COUNT', '0')}"
+    # A batch script runs on the first node, where rank 0 will listen.
+    is_here = user.get("SLURMD_NODENAME") == nodes[0]
+    with (
+        processes.job_directory(False, identifier) as folder,
+        environment.reserved_port(seed, is_here) as port,
+    ):
+        address = machines.slurm_address(nodes[0])
+        job = commands.slurm(arguments.verb, nodes, per_node, address, port, options, user, folder)
+        status = _run(arguments, job, user, identifier, folder)
+    if status == processes.STATUS_STOPPED and arguments.requeue:
+        return _requeue(user)
+    return status
+
+
+def _ranks_per_node(user: environment.Variables, num_nodes: int) -> int:
+    """What sbatch was asked for; else one a GPU; else one."""
+    asked = user.get("SLURM_NTASKS_PER_NODE")
+    if asked:
+        return int(asked)
+    if "SLURM_NTASKS" in user:
+        num_tasks = int(user["SLURM_NTASKS"])
+        if num_tasks % num_nodes:
+            raise LaunchError(
+                f"{num_tasks} tasks can't be divided evenly among {num_nodes} nodes; ask sbatch "
+                "for --nodes and --ntasks-per-node"
+            )
+        return num_tasks // num_nodes
+    return int(user.get("SLURM_GPUS_ON_NODE") or 1)
+
+
+def _requeue(user: environment.Variables) -> int:
+    """Put this job back into the queue; in an array the next element continues the run."""
+    if "SLURM_ARRAY_TASK_ID" in user:
+        print("clue-ds launch: saved; the next job of the array continues", flush=True)
+        return 0
+    job = user["SLURM_JOB_ID"]
+    print(f"clue-ds launch: saved; putting job {job} back into the queue", flush=True)
+    result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if result.returncode:
+        print(f"clue-ds launch: error: {result.stderr.strip()}", file=sys.stderr)
+        return processes.STATUS_STOPPED
+    return 0
+
+
+def _run(
+    arguments: argparse.Namespace,
+    job: Job,
+    user: environment.Variables,
+    identifier: str,
+    folder: Path,
+) -> int:
+    if not arguments.dry_run:
+        return processes.run(job, user, identifier, folder)
+    shown = environment.printable(processes.complete(job, user, identifier, folder))
+    assignments = [f"{key}={shlex.quote(value)}" for key, value in shown.items()]
+    print(" ".join([*assignments, shlex.join(job.command)]))
+    if job.env_file is not None:
+        # Names only: whatever stands in .deepspeed_env may be a secret.
+        print(f"# exported to the hosts: {' '.join(sorted(job.env_file))}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

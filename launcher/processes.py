@@ -1,0 +1,200 @@
+"""Runs a job to its end: true exit status, signals passed on, nothing left behind on any machine.
+
+Guarantees: status 0 only when every rank said that it had finished; whatever ends this process,
+INT, TERM or KILL, no rank outlives it by more than seconds; a rank that hangs can't keep the job
+once another rank has said what is wrong.
+
+DeepSpeed 0.19.8's runner returns 0 when its child dies of a signal, leaves all ranks behind when it
+is killed itself, and waits for ever for a host that is gone. Hence a session of its own for the
+job, a directory in which ranks leave word, and a guard that ends the job when this process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from . import environment as env
+from .commands import SWEEP, Job
+from .sweep import JOB_ID_VARIABLE, sweep_everywhere
+
+# What a rank's word is called; the same names are in clue_ds/dist.py.
+FINISHED, STOPPED, VERDICT, STOP_REQUEST = "finished-*", "stopped-*", "verdict.json", "stop"
+
+# Stopped on request with everything saved: start again to continue (sysexits' EX_TEMPFAIL).
+STATUS_STOPPED = 75
+INTERNAL_ERROR = 1
+SECONDS_TO_END = 10.0
+# From a verdict until ranks that didn't leave by themselves are ended.
+SECONDS_AFTER_VERDICT = 8.0
+POLL_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def job_directory(is_local: bool, identifier: str) -> Iterator[Path]:
+    """Where ranks and launcher leave each other files; other machines must see it too."""
+    if is_local:
+        with tempfile.TemporaryDirectory(prefix="clue-ds-launch-") as folder:
+            yield Path(folder)
+        return
+    folder = Path.cwd() / ".clue-ds" / f"launch-{identifier}"
+    folder.mkdir(parents=True, mode=0o700)
+    try:
+        yield folder
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        with contextlib.suppress(OSError):  # another job's folder is in there
+            folder.parent.rmdir()
+
+
+def complete(job: Job, user: env.Variables, identifier: str, folder: Path) -> env.Variables:
+    """The whole environment of the job's command."""
+    own = {env.JOB_DIR_VARIABLE: str(folder), JOB_ID_VARIABLE: identifier}
+    if job.hosts:
+        own[env.HOSTS_VARIABLE] = env.hosts_variable(job.hosts)
+    if job.env_file is not None:
+        # DeepSpeed joins this to two directories; an absolute path stays what it is.
+        own["DS_ENV_FILE"] = str(folder / "deepspeed_env")
+    kept = {k: v for k, v in user.items() if k not in job.removed}
+    return {**job.variables, **kept, **_ours_first(job.variables), **own}
+
+
+def _ours_first(variables: env.Variables) -> env.Variables:
+    """Where rank 0 is, is this job's matter: a variable left over from another is no wish."""
+    ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", env.MAX_RESTARTS_VARIABLE)
+    return {k: v for k, v in variables.items() if k in ours}
+
+
+def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
+    """Run the job; returns its true exit status."""
+    environment = complete(job, user, identifier, folder)
+    if job.env_file is not None:
+        own = {k: environment[k] for k in (env.JOB_DIR_VARIABLE, JOB_ID_VARIABLE)}
+        own[env.HOSTS_VARIABLE] = environment[env.HOSTS_VARIABLE]
+        env.write_env_file(folder / "deepspeed_env", {**job.env_file, **own})
+    if job.hostfile:
+        lines = (f"{host.name} slots={host.slots}\n" for host in job.hosts)
+        (folder / "hostfile").write_text("".join(lines), encoding="utf-8")
+    sweeps = [[*command, identifier] for command in job.sweeps]
+    process = subprocess.Popen(job.command, env=environment, start_new_session=True)
+    with _guard(process.pid, identifier, sweeps), _signals(process.pid, identifier, sweeps, folder):
+        status = _wait(process, folder)
+        if status is None or status:
+            end_session(process.pid)
+            sweep_everywhere(identifier, sweeps)
+            status = process.wait() if status is None else status
+    # A process that is still there now lost its parent: nobody else will end it.
+    end_session(process.pid)
+    return true_status(status, folder, job.num_ranks)
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
+    """The command's status; None when a verdict is out and the command doesn't end."""
+    deadline = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=POLL_SECONDS)
+        if deadline is None and (folder / VERDICT).exists():
+            deadline = time.monotonic() + SECONDS_AFTER_VERDICT
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+
+
+def true_status(status: int, folder: Path, num_ranks: int) -> int:
+    """What to exit with, from the command's status and from what the ranks left in `folder`."""
+    verdict = folder / VERDICT
+    if verdict.is_file():
+        found = json.loads(verdict.read_text(encoding="utf-8"))
+        if found["kind"] != "user error":
+            print(f"clue-ds launch: error: {found['summary']}", file=sys.stderr)
+        return int(found["status"])
+    if status < 0:
+        return 128 - status
+    if status or not num_ranks:
+        return status
+    num_stopped = len(list(folder.glob(STOPPED)))
+    num_finished = len(list(folder.glob(FINISHED))) + num_stopped
+    if num_finished != num_ranks:
+        print(
+            f"clue-ds launch: error: only {num_finished} of {num_ranks} ranks said that they had "
+            "finished, though the launcher below reported success. A rank was killed, or the "
+            "working directory is not on a disk that all hosts share",
+            file=sys.stderr,
+        )
+        return INTERNAL_ERROR
+    return STATUS_STOPPED if num_stopped else 0
+
+
+@contextlib.contextmanager
+def _guard(session: int, identifier: str, sweeps: list[list[str]]) -> Iterator[None]:
+    """Have a process of its own end the job if this one can't (SIGKILL, out of memory)."""
+    command = [sys.executable, "-S", "-E", SWEEP, "--guard", str(session), identifier]
+    guard = subprocess.Popen(
+        [*command, json.dumps(sweeps)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
+        assert guard.stdin is not None
+        guard.stdin.close()
+
+
+@contextlib.contextmanager
+def _signals(
+    session: int, identifier: str, sweeps: list[list[str]], folder: Path
+) -> Iterator[None]:
+    """INT, TERM and HUP end the job, then this process with the shell's 128 + number.
+
+    USR1 asks the ranks to save and stop.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        end_session(session)
+        sweep_everywhere(identifier, sweeps)
+        raise SystemExit(128 + number)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        (folder / STOP_REQUEST).touch()
+
+    handlers = {each: end for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers[signal.SIGUSR1] = ask
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_session(session: int) -> None:
+    """TERM to every process of the session, KILL after SECONDS_TO_END; returns when none is left.
+
+    The leader is a child of ours and is reaped here, or it would count as alive.
+    """
+    deadline = time.monotonic() + SECONDS_TO_END
+    number: int = signal.SIGTERM
+    while True:
+        try:
+            os.killpg(session, number)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(session, os.WNOHANG)
+        # Asked once, waited for, then forced.
+        number = signal.SIGKILL if time.monotonic() > deadline else 0

@@ -1,0 +1,102 @@
+"""Ends what is left of a job, on this machine or, as a guard, on all machines of the job.
+
+    sweep.py JOB_ID                          end every process of ours that belongs to the job
+    sweep.py --guard SESSION JOB_ID COMMANDS wait until standard input closes, then end the session,
+                                             sweep here, and run each of the JSON list of commands
+
+Guarantees: a process is ended only if it belongs to this user and was started with this job's
+identifier in its environment; nothing is chosen by name. A script of its own, started with -S -E by
+its path, so that it needs no site-packages and starts in 30 ms on a remote machine.
+
+Rejected: DeepSpeed's clean-up, `pkill -f`, which ends every DeepSpeed job of that interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Set in the environment of everything that `clue-ds launch` starts.
+JOB_ID_VARIABLE = "CLUE_DS_JOB_ID"
+SECONDS_BEFORE_KILL = 2.0
+# A machine that doesn't answer must not keep the others from being swept.
+SECONDS_FOR_A_HOST = 30.0
+
+
+def processes_of(job_id: str) -> list[int]:
+    """Process ids of this job on this machine, without this process."""
+    wanted = f"{JOB_ID_VARIABLE}={job_id}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # Gone in the meantime, or another user's.
+        with contextlib.suppress(OSError):
+            mine = folder.stat().st_uid == os.getuid() and int(folder.name) != os.getpid()
+            if mine and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def sweep(job_id: str) -> int:
+    """KILL every process of the job on this machine; returns how many there were.
+
+    Repeated until none is found, because one of them may just be starting another.
+    """
+    num_ended = 0
+    while found := processes_of(job_id):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        num_ended += len(found)
+        time.sleep(0.1)
+        if num_ended > 10_000:
+            break
+    return num_ended
+
+
+def sweep_everywhere(job_id: str, commands: list[list[str]]) -> None:
+    """Sweep here and, at the same time, by each command on another machine."""
+    started = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={k: v for k, v in os.environ.items() if k != JOB_ID_VARIABLE},
+        )
+        for command in commands
+    ]
+    sweep(job_id)
+    deadline = time.monotonic() + SECONDS_FOR_A_HOST
+    for process in started:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def guard(session: int, job_id: str, commands: list[list[str]]) -> None:
+    """Wait for the launcher's end, however it comes, and end its job."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(session, number)
+        except ProcessLookupError:
+            break
+        time.sleep(SECONDS_BEFORE_KILL)
+    sweep_everywhere(job_id, commands)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--guard":
+        guard(int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    else:
+        sweep(sys.argv[1])

@@ -1,0 +1,148 @@
+"""The sbatch files on a real Slurm of two nodes: signalled, pre-empted, continued, given up."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import read_log, tiny_config
+
+from clue_ds import config as run_config
+from clue_ds.pretrain.checkpoint import load_weights
+
+SBATCH = Path(__file__).resolve().parents[2] / "slurm"
+PATIENCE_S = 120
+NODES = ["--nodes=2", "--ntasks-per-node=1"]
+TIME = "--time=10"
+
+
+def write_config(corpus: Path, folder: Path, **sections: Any) -> Path:
+    usual = {
+        "train": {"steps": 400, "warmup_steps": 2},
+        "checkpoint": {"every": 10_000, "keep": 9},
+        "log": {"every": 10, "tensorboard": False},
+    }
+    folder.mkdir(exist_ok=True)
+    config = tiny_config(corpus, folder / "run", **{**usual, **sections})
+    run_config.save(config, folder / "run.yaml")
+    return folder / "run.yaml"
+
+
+def submit(slurm: dict[str, str], folder: Path, *words: str | Path) -> str:
+    command = ["sbatch", "--parsable", TIME, f"--chdir={folder}", *map(str, words)]
+    result = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def state(slurm: dict[str, str], job: str) -> str:
+    command = ["scontrol", "-o", "show", "job", job]
+    shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"JobState=(\w+)", shown)
+    assert match, shown
+    return match[1]
+
+
+def log_of(folder: Path, job: str) -> str:
+    return "\n".join(path.read_text() for path in folder.glob(f"*{job}*.log"))
+
+
+def wait_for_state(slurm: dict[str, str], job: str, folder: Path, *wanted: str) -> str:
+    deadline = time.monotonic() + PATIENCE_S
+    while (now := state(slurm, job)) not in wanted:
+        assert time.monotonic() < deadline, (now, log_of(folder, job))
+        assert now not in ("FAILED", "CANCELLED", "TIMEOUT"), (now, log_of(folder, job))
+        time.sleep(0.3)
+    return now
+
+
+def wait_for_steps(run_dir: Path, num_steps: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    path = run_dir / "log.jsonl"
+    while not path.is_file() or len(path.read_text().splitlines()) < num_steps // 10:
+        assert time.monotonic() < deadline, f"{path} has not {num_steps} steps"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    corpus: Path, slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(corpus, folder)
+    job = submit(slurm, folder, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    wait_for_state(slurm, job, folder, "COMPLETED")
+    assert "2 ranks on 1 host" in log_of(folder, job)  # two nodes, but one machine
+    assert len(read_log(folder / "run")) == 40
+    return folder / "run"
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = load_weights(one)[1], load_weights(other)[1]
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_signalled_it_saves_requeues_and_ends_with_the_same_weights(
+    corpus: Path, slurm: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    job = submit(slurm, tmp_path, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    wait_for_steps(tmp_path / "run", 50)
+    # What --signal=USR1@180 does when time is nearly up.
+    subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)
+    wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    text = log_of(tmp_path, job)
+    assert "stopped on request after step" in text
+    assert f"putting job {job} back into the queue" in text
+    assert "resuming after step" in text and "done:" in text
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert len(saved) == 2, saved
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_an_array_continues_one_run_and_finds_it_done(
+    corpus: Path, slurm: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """--per node: deepspeed's launcher inside one task a node, which USR1 must not kill."""
+    config = write_config(corpus, tmp_path)
+    slurm = {**slurm, "LAUNCH_OPTIONS": "--per node"}
+    job = submit(
+        slurm, tmp_path, *NODES, "--array=1-2%1", SBATCH / "pretrain.sbatch", "--config", config
+    )
+    wait_for_steps(tmp_path / "run", 50)
+    subprocess.run(["scancel", "--signal=USR1", f"{job}_1"], env=slurm, check=True)
+    wait_for_state(slurm, f"{job}_1", tmp_path, "COMPLETED")
+    wait_for_state(slurm, f"{job}_2", tmp_path, "COMPLETED")
+    text = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "the next job of the array continues" in text and "resuming after step" in text
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_chain_gives_up_after_three_restarts_without_a_checkpoint(
+    corpus: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "restarts.json").write_text(json.dumps({"step": 0, "restarts": 3}))
+    job = submit(slurm, tmp_path, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    deadline = time.monotonic() + PATIENCE_S
+    while state(slurm, job) != "FAILED":
+        assert time.monotonic() < deadline, log_of(tmp_path, job)
+        time.sleep(0.3)
+    assert "4 restarts in a row began at step 0" in log_of(tmp_path, job)
+
+
+def test_plain_srun_needs_no_launcher(corpus: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    import sys
+
+    config = write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2})
+    command = ["srun", *NODES, sys.executable, "-m", "clue_ds.pretrain.train", "--config", config]
+    subprocess.run(command, env=slurm, cwd=tmp_path, check=True, timeout=PATIENCE_S)
+    assert read_log(tmp_path / "run")[-1]["step"] == 20

@@ -1,0 +1,77 @@
+"""The rows of CLUE's tasks, and custom ones from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clue_ds import presets
+from clue_ds.errors import UserError
+from clue_ds.tasks import registry
+
+GOOD = "name: mine\ntext: [title, body]\nlabels: [0, 1]\nlabel: sentiment\nlr: 3e-4\n"
+
+
+def test_csl_is_spelled_csl_and_every_row_is_under_its_own_name() -> None:
+    """Upstream's metric table said "cls", so CSL's scores were never computed."""
+    assert "csl" in registry.TASKS and "cls" not in registry.TASKS
+    assert all(name == task.name for name, task in registry.TASKS.items())
+    assert set(registry.ALL) < set(registry.TASKS)
+
+
+def test_cmnli_reads_label() -> None:
+    """Upstream read `gold_label`, a field that CLUE's CMNLI files have not."""
+    assert registry.get("cmnli").label_field == "label"
+
+
+def test_number_of_labels() -> None:
+    counts = {name: len(registry.get(name).labels) for name in registry.ALL}
+    assert counts == dict(afqmc=2, tnews=15, iflytek=119, cmnli=3, csl=2, cluewsc2020=2)
+    assert not {"105", "111"} & set(registry.get("tnews").labels)
+
+
+def test_small_models_follow_upstreams_advice_and_others_its_scripts() -> None:
+    tiny, base = presets.get("roberta_tiny_clue"), presets.get("bert_base_clue")
+    tnews = registry.get("tnews")
+    assert tnews.settings_for(base) == registry.Settings(128, 16, 2e-5, 3)
+    assert tnews.settings_for(tiny) == registry.Settings(128, 16, 1e-4, 5)
+    assert registry.get("cluewsc2020").settings_for(tiny).epochs == 50
+
+
+def test_texts() -> None:
+    csl = registry.get("csl").text({"keyword": ["甲", "乙"], "abst": "摘要"})
+    assert csl == ("甲 乙", "摘要")
+    target = {"span1_text": "舌头", "span1_index": 3, "span2_text": "它", "span2_index": 0}
+    wsc = registry.get("cluewsc2020")
+    assert wsc.text({"text": "它是那舌头", "target": target}) == "[它]是那_舌头_"
+
+
+def test_custom_task_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    task = registry.get(path)
+    assert (task.name, task.kind, task.labels) == ("mine", "pair", ("0", "1"))
+    assert task.text({"title": "甲", "body": "乙"}) == ("甲", "乙")
+    assert task.settings.lr == task.settings_for(presets.get("roberta_tiny_clue")).lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "lable: x\n", "unknown key lable; did you mean label"),
+        (GOOD.replace("[0, 1]", "[0, 0]"), "listed twice"),
+        (GOOD.replace("name: mine", "name: tnews"), "taken by CLUE's own"),
+        (GOOD.replace("text: [title, body]\n", ""), "missing key text"),
+    ],
+)
+def test_mistakes_in_a_yaml_row(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        registry.get(path)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(UserError, match="no task 'tnew'; tasks: afqmc"):
+        registry.get("tnew")

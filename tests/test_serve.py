@@ -1,0 +1,206 @@
+"""The service over a real socket: answers, refusals, back-pressure, a shutdown that loses none."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clue_ds.errors import UserError
+from clue_ds.tasks import Predictor, serve
+from clue_ds.tasks.batching import Batcher, Closed, Full
+
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+service = pytest.importorskip("clue_ds.tasks.service")
+
+from test_predict import TEXTS, finetuned, pretrained, vocab_file  # noqa: E402, F401
+
+LIMITS = service.Limits(body_bytes=4_000, texts=4, text_chars=50)
+
+
+class Running:
+    """A service in this process, on a port of its own."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        predictor = Predictor(directory)
+        self.batcher = Batcher(service.compute(predictor), **options)
+        app = service.create_app(predictor, self.batcher, LIMITS)
+        self.listener = serve.bind("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def classifier(finetuned: Path) -> Iterator[Running]:  # noqa: F811
+    running = Running(finetuned, max_wait_s=0.05)
+    yield running
+    running.close()
+
+
+def test_answers_equal_the_predictors_in_order(classifier: Running, finetuned: Path) -> None:  # noqa: F811
+    texts = [text for text in TEXTS if text] + [["今天", "天气很好"]]
+    expected = Predictor(finetuned).predict([t if isinstance(t, str) else tuple(t) for t in texts])
+
+    def ask(text: Any) -> Any:
+        found = httpx.post(f"{classifier.url}/predict", json={"texts": [text]}, timeout=30)
+        assert found.status_code == 200, found.text
+        return found.json()["predictions"][0]
+
+    before = classifier.batcher.counters.num_batches
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, texts * 8))
+    for answer, right in zip(answers, expected * 8, strict=True):
+        assert answer["label"] == right.label
+        assert answer["probabilities"] == pytest.approx(right.probabilities, abs=1e-5)
+    # Requests that arrive together are computed together.
+    assert classifier.batcher.counters.num_batches - before < len(answers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "where", "what"),
+    [
+        ("/predict", b'{"texts": [', 400, "body", "not JSON"),
+        ("/predict", b'{"text": ["a"]}', 422, "texts", "required"),
+        ("/predict", b'{"texts": []}', 422, "texts", "at least 1"),
+        ("/predict", b'{"texts": [3]}', 422, "texts.0", "string"),
+        ("/predict", '{"texts": ["好", " "]}'.encode(), 422, "texts.1", "empty"),
+        ("/predict", b'{"texts": ["a", "\\ud800"]}', 422, "texts.1", "half a character"),
+        ("/predict", b'{"texts": [{"x": 1}]}', 422, "texts.0", "no field"),
+        ("/predict", b'{"texts": ["a", "a", "a", "a", "a"]}', 413, "texts", "5 texts"),
+        ("/predict", b'{"texts": ["' + b"a" * 51 + b'"]}', 413, "texts.0", "51 characters"),
+        ("/predict", b'{"texts": ["' + b"a" * 5_000 + b'"]}', 413, "body", "4,000 bytes"),
+        ("/predict", b'{"texts": ["' + b"a" * 500_000 + b'"]}', 413, "body", "4,000 bytes"),
+        ("/fill-mask", b'{"texts": ["[MASK]"]}', 422, "/fill-mask", "no MLM head"),
+        ("/nowhere", b"{}", 404, "/nowhere", "Not Found"),
+    ],
+)
+def test_refusals_say_what_where_and_what_to_do(
+    path: str, body: bytes, status: int, where: str, what: str, classifier: Running
+) -> None:
+    headers = {"content-type": "application/json"}
+    found = httpx.post(f"{classifier.url}{path}", content=body, headers=headers, timeout=30)
+    assert found.status_code == status, found.text
+    error = found.json()["error"]
+    assert error["where"].startswith(where) and what in error["what"] and error["what_to_do"]
+
+
+def test_health_metrics_page_and_openapi(classifier: Running) -> None:
+    assert httpx.get(f"{classifier.url}/health/live").json() == {"status": "live"}
+    ready = httpx.get(f"{classifier.url}/health/ready").json()
+    assert ready["labels"] == ["坏", "中", "好"] and ready["can"] == ["predict", "embed"]
+    assert "clue_ds_batches_total" in httpx.get(f"{classifier.url}/metrics").text
+    page = httpx.get(classifier.url).text
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", page), "loads something from elsewhere"
+    paths = httpx.get(f"{classifier.url}/openapi.json").json()["paths"]
+    assert {"/predict", "/embed", "/fill-mask"} <= set(paths)
+
+
+def test_fill_mask_and_embed(pretrained: Path) -> None:  # noqa: F811
+    running = Running(pretrained)
+    try:
+        body = {"texts": ["今天天气[MASK]好", "[MASK]们"], "top_k": 2}
+        found = httpx.post(f"{running.url}/fill-mask", json=body).json()["fillings"]
+        for text, masks in zip(body["texts"], found, strict=True):
+            expected = Predictor(pretrained).fill_mask(text, 2)
+            tokens = [[candidate["token"] for candidate in mask] for mask in masks]
+            assert tokens == [[token for token, _ in mask] for mask in expected]
+        wrong = httpx.post(f"{running.url}/fill-mask", json={"texts": ["[MASK]", "今天"]})
+        assert wrong.status_code == 422 and wrong.json()["error"]["where"] == "texts.1"
+        answer = httpx.post(f"{running.url}/embed", json={"texts": ["今天", "好" * 40]}).json()
+        assert answer["truncated"] == [False, True] and len(answer["embeddings"][0]) == 24
+        refused = httpx.post(f"{running.url}/predict", json={"texts": ["好"]})
+        assert refused.status_code == 422 and "not fine-tuned" in refused.text
+    finally:
+        running.close()
+
+
+def test_a_full_queue_refuses_at_once_and_answers_what_it_took() -> None:
+    free = threading.Event()
+
+    def slow(kind: Any, items: list[Any]) -> list[Any]:
+        free.wait(30)
+        return [item * 2 for item in items]
+
+    batcher = Batcher(slow, max_batch=2, max_wait_s=0, max_waiting=6)
+    taken = [batcher.submit("x", [i, i + 1]) for i in range(3)]
+    with pytest.raises(Full) as refused:
+        batcher.submit("x", [9])
+    assert refused.value.retry_after >= 1
+    free.set()
+    batcher.close()
+    assert [future.result() for future in taken] == [[0, 2], [2, 4], [4, 6]]
+    with pytest.raises(Closed):
+        batcher.submit("x", [1])
+
+
+def test_a_failure_reaches_only_the_requests_that_were_computed_with_it() -> None:
+    def fail(kind: Any, items: list[Any]) -> list[Any]:
+        if kind == "bad":
+            raise RuntimeError("broken")
+        return items
+
+    batcher = Batcher(fail, max_wait_s=0.05)
+    bad, good = batcher.submit("bad", [1]), batcher.submit("good", [2])
+    assert good.result(30) == [2]
+    with pytest.raises(RuntimeError, match="broken"):
+        bad.result(30)
+    assert batcher.submit("good", [3]).result(30) == [3]
+    batcher.close()
+
+
+def test_verb_ends_on_term_and_answers_everything_in_flight(finetuned: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "clue_ds.cli", "serve", "--model", str(finetuned)]
+    command += ["--port", "0", "--max-wait-ms", "4000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert match, process.stderr.read()
+        with ThreadPoolExecutor(6) as pool:
+            body = json.dumps({"texts": ["今天"]})
+            futures = [
+                pool.submit(
+                    httpx.post, f"{match[0]}/predict", content=body, timeout=60,
+                    headers={"content-type": "application/json"},
+                )
+                for _ in range(6)
+            ]  # fmt: skip
+            for _ in range(150):
+                if "clue_ds_texts_waiting 6" in httpx.get(f"{match[0]}/metrics").text:
+                    break
+                time.sleep(0.02)
+            else:
+                pytest.fail("six requests did not arrive within the batcher's wait")
+            process.send_signal(signal.SIGTERM)
+            assert [future.result().status_code for future in futures] == [200] * 6
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+        assert "WARNING" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_taken_port_is_one_message() -> None:
+    with serve.bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        with pytest.raises(UserError, match="can't listen at 127.0.0.1 port"):
+            serve.bind("127.0.0.1", listener.getsockname()[1])
