@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import kernels, loader, pretrain
+from clue_ds.benchmarks import evidence, finetune, kernels, loader, pretrain
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
     "loader": loader.loader,
     "kernels": kernels.kernels,
+    "finetune": finetune.finetune,
+    "evidence": evidence.evidence,
 }
