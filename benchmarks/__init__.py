@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-<<<<<<< HEAD
-from clue_ds.benchmarks import cold, kernels, loader, pretrain, scale
-=======
-from clue_ds.benchmarks import kernels, loader, pretrain, serve
->>>>>>> main
+from clue_ds.benchmarks import (
+    cold,
+    evidence,
+    finetune,
+    kernels,
+    loader,
+    pretrain,
+    scale,
+    serve,
+)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
@@ -16,5 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cold": cold.cold,
     "scale": scale.scale,
     "kernels": kernels.kernels,
+    "finetune": finetune.finetune,
+    "evidence": evidence.evidence,
     "serve": serve.serve,
 }

@@ -29,6 +29,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
     "finetune": Verb("clue_ds.tasks.grid:finetune", "train a model for tasks of CLUE or your own"),
+    "score": Verb("clue_ds.tasks.score:score", "table of fine-tuned runs beside published scores"),
+    "report": Verb("clue_ds.tasks.score:report", "one page about a fine-tuning run"),
     "predict": Verb("clue_ds.tasks.predict_files:predict", "classify, fill masks, embed, compare"),
     "serve": Verb("clue_ds.tasks.serve:serve", "answer over HTTP, with a page to try it"),
     "submit": Verb("clue_ds.tasks.submit:submit", "write and check the zip for CLUE's leaderboard"),

@@ -66,6 +66,7 @@ LAW: dict[str, set[str]] = {
         "clue_ds.pretrain",
         "clue_ds.kernels",
         "clue_ds.tasks",
+        "clue_ds.export",
     },
     "clue_ds.demo": {"clue_ds.tasks", "clue_ds.data"},
     "clue_ds.cli": set(),

@@ -13,6 +13,7 @@ is refused, so that no directory mixes two.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -119,7 +120,21 @@ def _asked(
         "limit": request.limit,
         "recipe": dataclasses.asdict(recipe),
         "data": {"train": _describe_file(train), "dev": _describe_file(dev)},
+        "test_versions": _test_versions(task, request.data),
     }
+
+
+def _test_versions(task: Task, data: str) -> dict[str, str]:
+    """SHA-256 of each version of the test set that lies beside the data."""
+    found = {}
+    for version in task.test_stems if data != "hub" else ():
+        try:
+            path = examples.find(task, data, "test", version)
+        except UserError:  # no test set is needed to train
+            continue
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[examples.version_of(task, path)] = digest
+    return found
 
 
 def _prepare(request: Request, asked: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:

@@ -1,0 +1,160 @@
+"""`clue-ds bench finetune`: fine-tuning steps against transformers' Trainer on the same examples.
+
+Both start from the same weights with dropout off, and their losses on the same first batches must
+agree before anything is timed. Timed is what each does by default with the recipe's settings, from
+tokenized examples to the end of a number of epochs: Trainer with its padding collator and AdamW,
+we with ours. They take turns, and the medians of whole passes are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from clue_ds.benchmarks.environment import describe
+from clue_ds.data import Tokenizer
+from clue_ds.errors import UserError
+from clue_ds.export import huggingface
+from clue_ds.presets import ModelConfig, get
+from clue_ds.tasks import examples, features, registry, training
+from clue_ds.tasks.heads import BertForSequenceClassification
+from clue_ds.tasks.training import Encoded, Recipe
+
+TASK = "tnews"
+# fp32 on one device, sums in another order, four layers deep.
+LOSS_TOLERANCE = 1e-5
+
+
+def finetune(
+    data: Path,
+    vocab: Path,
+    output: Path | None = None,
+    preset: str = "roberta_tiny_clue",
+    num_examples: int = 800,
+    turns: int = 3,
+) -> None:
+    """Time an epoch of TNEWS, ours against transformers' Trainer, on this machine.
+
+    Args:
+        data: directory of the tasks' files
+        vocab: vocab.txt
+        output: JSON file for the figures, with device, versions and command
+        preset: shape of the model; its weights are random
+        num_examples: training examples of a pass
+        turns: passes of each contender; they take turns
+    """
+    task = registry.get(TASK)
+    read = examples.read(task, examples.find(task, data, "train"))[:num_examples]
+    tokenizer = Tokenizer(vocab)
+    config = get(preset).replace(vocab_size=tokenizer.vocab_size)
+    settings = task.settings_for(config)
+    recipe = Recipe(1, settings.batch_size, settings.lr, max_length=settings.max_length)
+    encoded = [features.encode(tokenizer, e.text, settings.max_length) for e in read]
+    targets = torch.tensor([task.labels.index(str(e.label)) for e in read])
+    batch = Encoded(encoded, targets)
+    with tempfile.TemporaryDirectory() as directory:
+        model = _write_model(config, vocab, Path(directory), list(task.labels))
+        difference = _check_losses(config, model, batch, tokenizer.pad_id, recipe)
+        seconds: dict[str, list[float]] = {"clue_ds": [], "Trainer": []}
+        for turn in range(-1, turns):  # one turn to warm up
+            ours = _ours(config, batch, tokenizer.pad_id, recipe)
+            theirs = _theirs(model, batch, recipe, Path(directory))
+            if turn >= 0:
+                seconds["clue_ds"].append(ours)
+                seconds["Trainer"].append(theirs)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    figures = {
+        "benchmark": "finetune",
+        "preset": preset,
+        "num_examples": len(read),
+        "batch_size": recipe.batch_size,
+        "max_length": recipe.max_length,
+        "largest_loss_difference": difference,
+        "seconds": seconds,
+        "examples_per_second": {name: len(read) / value for name, value in medians.items()},
+        "ratio": medians["Trainer"] / medians["clue_ds"],
+    }
+    for name, rate in figures["examples_per_second"].items():
+        print(f"{name:>8}  {rate:8.1f} examples/s")
+    print(f"clue_ds is {figures['ratio']:.2f} times as fast; losses agree to {difference:.1e}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
+        print(f"written to {output}")
+
+
+def _write_model(config: ModelConfig, vocab: Path, directory: Path, labels: list[str]) -> Path:
+    """A classifier with random weights, for both to load."""
+    network = BertForSequenceClassification(config, len(labels))
+    return huggingface.write(
+        config, network.state_dict(), vocab, directory / "model", labels=labels
+    )
+
+
+def _check_losses(
+    config: ModelConfig, model: Path, batch: Encoded, pad_id: int, recipe: Recipe
+) -> float:
+    """The largest difference of the two losses over the first batches, dropout off."""
+    import transformers
+
+    network = BertForSequenceClassification(config, 15).eval()
+    peer = transformers.BertForSequenceClassification.from_pretrained(model).eval()
+    differences = []
+    for begin in range(0, 4 * recipe.batch_size, recipe.batch_size):
+        rows = list(range(begin, begin + recipe.batch_size))
+        inputs = features.collate([batch.texts[i] for i in rows], pad_id)
+        with torch.inference_mode():
+            ours = F.cross_entropy(network(**inputs), batch.targets[rows])
+            lengths = inputs.pop("lengths")
+            mask = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
+            theirs = peer(**inputs, attention_mask=mask.long(), labels=batch.targets[rows]).loss
+        differences.append(abs(float(ours - theirs)))
+    if max(differences) > LOSS_TOLERANCE:
+        raise UserError(f"the two losses differ by {max(differences):.2e}; nothing was timed")
+    return max(differences)
+
+
+def _ours(config: ModelConfig, batch: Encoded, pad_id: int, recipe: Recipe) -> float:
+    network = BertForSequenceClassification(config, 15)
+    dev = Encoded(batch.texts[:1], batch.targets[:1])
+    begin = time.perf_counter()
+    training.train(network, batch, dev, pad_id, recipe)
+    return time.perf_counter() - begin
+
+
+def _theirs(model: Path, batch: Encoded, recipe: Recipe, directory: Path) -> float:
+    import transformers
+
+    rows = [
+        {"input_ids": text.input_ids.tolist(), "labels": int(target)}
+        for text, target in zip(batch.texts, batch.targets, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model=transformers.BertForSequenceClassification.from_pretrained(model),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=transformers.DataCollatorWithPadding(
+            transformers.BertTokenizer.from_pretrained(model)
+        ),
+    )
+    begin = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - begin

@@ -1,0 +1,46 @@
+"""The score table and the report, from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_finetune import model as model  # the fixture
+from test_training import data as data  # the fixture
+
+from clue_ds.errors import UserError
+from clue_ds.tasks import grid, score
+
+
+@pytest.fixture(scope="module")
+def output(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("output")
+    task = (str(data / "tone.yaml"),)
+    grid.finetune(task, str(model), str(data), directory, epochs=1, seeds=2)
+    return directory
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(output: Path) -> None:
+    (group,) = score.collect((output,))
+    accuracies = [100 * result["best"]["accuracy"] for result in group.results]
+    assert len(accuracies) == 2
+    mean, _, deviation = group.mean("accuracy").partition(" ± ")
+    assert float(mean) == pytest.approx(sum(accuracies) / 2, abs=0.005)
+    assert float(deviation) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5, abs=0.01)
+    text = score.as_markdown([group])
+    assert all(about["sha256"] in text for about in group.results[0]["data"].values())
+    assert "| RoBERTa-tiny-clue | 69.52 | 54.57 | 57.31 | 73.10 |" in text
+    assert "train 203, dev 45" in text
+
+
+def test_the_report_needs_nothing_beside_it(output: Path) -> None:
+    score.report(output)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4  # two pictures a seed
+    assert "http" not in page and 'src="data:' in page
+    assert "好" in page and "SHA-256" in page
+
+
+def test_no_runs_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no finished run"):
+        score.collect((tmp_path,))
