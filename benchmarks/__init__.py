@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import kernels, loader, pretrain
+from clue_ds.benchmarks import kernels, loader, pretrain, scaling
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
     "loader": loader.loader,
     "kernels": kernels.kernels,
+    "scaling": scaling.scaling,
 }

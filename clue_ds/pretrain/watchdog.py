@@ -45,6 +45,8 @@ SECONDS_BETWEEN_BEATS = 2.0
 # After a collective failed somewhere, a rank that misses this much of beats is the cause.
 SECONDS_UNDER_SUSPICION = 8.0
 SECONDS_FOR_A_VERDICT = 20.0
+# Touched in the run directory, for `clue-ds status`.
+ALIVE_FILE, SECONDS_BETWEEN_SIGNS = "alive.json", 10.0
 SECONDS_FOR_GOODBYES = 15.0
 # A step may take several times as long as the slowest one yet.
 SLOWER_STEP = 5.0
@@ -112,6 +114,19 @@ class Watchdog:
         self._section, self._limit = before
         self._since = time.monotonic()
 
+    def announce(self, run_dir: str | Path) -> None:
+        """Let `clue-ds status` see that this run is alive; rank 0, from a thread of its own."""
+        if self._rank == 0:
+            path = Path(run_dir) / ALIVE_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"host": self._me.host, "pid": self._me.pid}) + "\n")
+            threading.Thread(target=self._sign_forever, args=(path,), daemon=True).start()
+
+    def _sign_forever(self, path: Path) -> None:
+        while not self._closing.wait(SECONDS_BETWEEN_SIGNS):
+            with contextlib.suppress(OSError):  # a full or slow disk is not the run's death
+                path.touch()
+
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """The section in which a checkpoint is written."""
         return self.section("save", self.health.save_seconds)
@@ -129,6 +144,7 @@ class Watchdog:
         else:
             verdict = self._verdict("exception", _last_line(error), [self._rank])
         self._publish(verdict)
+        self._let_others_read()
 
     def close(self) -> None:
         """Take leave of the others; rank 0, which holds the store, goes last."""
@@ -285,7 +301,13 @@ class Watchdog:
         if self._rank in verdict.ranks and verdict.kind == "hang":
             faulthandler.dump_traceback(all_threads=True)
         sys.stdout.flush()
+        self._let_others_read()
         os._exit(verdict.status)
+
+    def _let_others_read(self) -> None:
+        """Rank 0 holds the store: it stays until the others have had time for another beat."""
+        if self._rank == 0:
+            time.sleep(2 * SECONDS_BETWEEN_BEATS + 0.5)
 
 
 def _last_line(error: BaseException) -> str:
