@@ -78,7 +78,12 @@ def _compare(
                 "num_attention_heads": 4,
                 "intermediate_size": 4 * hidden_size,
             },
-            "train": {"steps": steps, "warmup_steps": 2, "micro_batch_size": micro_batch_size},
+            "train": {
+                "steps": steps,
+                "lr": 1e-3,
+                "warmup_steps": 2,
+                "micro_batch_size": micro_batch_size,
+            },
             "log": {"every": STEPS_A_LINE, "tensorboard": False},
         }
         together = _start(values, Path(folder, "together"), num_ranks, micro_batch_size)

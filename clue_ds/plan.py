@@ -60,7 +60,7 @@ def state_bytes(num_parameters: int, precision: str, stage: int, num_gpus: int) 
     """Weights, gradients, master weights and moments on one GPU."""
     weights = BYTES_OF[precision]
     # Above stage 0 gradients are added up in fp32 (pretrain/ds_json.py).
-    grads = 4 if stage else BYTES_OF[precision]
+    grads: float = 4 if stage else BYTES_OF[precision]
     master = MASTER_BYTES if stage or precision != "fp32" else 0
     optimizer = (master + MOMENT_BYTES) / (num_gpus if stage >= 1 else 1)
     grads /= num_gpus if stage >= 2 else 1

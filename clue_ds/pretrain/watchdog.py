@@ -65,17 +65,15 @@ class Watchdog:
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
         self._main = threading.main_thread().ident
-        self._number, self._step, self._slowest = 0, 0, 0.0
+        self._number, self._step, self._slowest, self._stepping = 0, 0, 0.0, False
         self._suspicion: str | None = None
-        self._stepping = False
         self._section, self._limit, self._since = "setup", health.setup_seconds, time.monotonic()
         self._last_talk = time.monotonic()
         self._closing, self._left = threading.Event(), threading.Lock()
         self._parent = os.getppid()
         self._judge = verdicts.Judge(meeting.peers, health.beat_seconds, SECONDS_UNDER_SUSPICION)
-        self._signals, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        self._wakeup = wakeup
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
         self._install_handlers()
         if self._world_size > 1:
             self._store = meeting.connect(timedelta(seconds=health.beat_seconds))
@@ -137,11 +135,10 @@ class Watchdog:
             return
         if isinstance(error, UserError):
             verdict = self._verdict("user error", str(error), [])
-        elif FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
-            self._suspicion = str(error)[:500]
-            self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
-            verdict = self._verdict("exception", _last_line(error), [self._rank])
         else:
+            if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
+                self._suspicion = str(error)[:500]
+                self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
             verdict = self._verdict("exception", _last_line(error), [self._rank])
         self._publish(verdict)
         self._let_others_read()
@@ -213,13 +210,11 @@ class Watchdog:
     def _talk(self) -> None:
         self._beat()
         if self._store.check(["verdict"]):
-            verdict = Verdict(**json.loads(self._store.get("verdict")))
-            self._leave(verdict)
+            self._leave(Verdict(**json.loads(self._store.get("verdict"))))
         if self._rank:
             return
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        missing = [key for key in keys if not self._store.check([key])]
-        if missing:  # not everybody has started its threads
+        if not self._store.check(keys):  # not everybody has started its threads
             return
         beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
         gone = {r for r in range(self._world_size) if self._store.check([f"bye/{r}"])}
