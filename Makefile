@@ -16,7 +16,7 @@ SAMPLE_WINDOW := 清晨的湖面上升起一层薄薄的雾气，渔船慢慢划
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
-.PHONY: help demo sample test test-clients test-gpu bench lint clean
+.PHONY: help demo sample test test-cluster test-clients test-gpu bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -40,6 +40,9 @@ test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with th
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
 		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) $(BIN)/pytest tests/clients $(ARGS)
+
+test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
+	$(BIN)/pytest tests/cluster $(ARGS)
 
 test-gpu: $(VENV)/.dev  ## what needs CUDA
 	$(BIN)/pytest tests/gpu $(KERNEL_TESTS) $(ARGS)

@@ -12,14 +12,16 @@ from clue_ds.benchmarks import (
     loader,
     pretrain,
     scale,
+    scaling,
     serve,
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "pretrain": pretrain.pretrain,
     "loader": loader.loader,
     "cold": cold.cold,
     "scale": scale.scale,
+    "pretrain": pretrain.pretrain,
+    "scaling": scaling.scaling,
     "kernels": kernels.kernels,
     "finetune": finetune.finetune,
     "evidence": evidence.evidence,

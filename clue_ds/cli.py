@@ -25,6 +25,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "vocab": Verb("clue_ds.data.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"),
     "shard": Verb("clue_ds.data.build:shard", "turn raw text into a memory-mapped corpus"),
+    "plan": Verb("clue_ds.plan:plan", "memory, batches, disk and time of a run, by arithmetic"),
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
@@ -35,6 +36,8 @@ VERBS: dict[str, Verb] = {
     "serve": Verb("clue_ds.tasks.serve:serve", "answer over HTTP, with a page to try it"),
     "submit": Verb("clue_ds.tasks.submit:submit", "write and check the zip for CLUE's leaderboard"),
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
+    "doctor": Verb("clue_ds.doctor:main", "check this machine or all hosts of a job", True),
+    "status": Verb("clue_ds.status:status", "where a run stands, and whether it is alive"),
     "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),
     "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),
 }

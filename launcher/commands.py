@@ -23,7 +23,7 @@ from .errors import LaunchError
 from .hosts import Host
 
 # Verbs that run on all ranks, and the module of a rank; the others are one process.
-ON_RANKS = {"pretrain": "clue_ds.pretrain.train"}
+ON_RANKS = {"pretrain": "clue_ds.pretrain.train", "doctor": "clue_ds.doctor"}
 ONE_PROCESS = ("shard", "finetune", "export")
 # Several processes share the work only if MPI started them.
 ALSO_OVER_MPI = ("shard",)

@@ -43,8 +43,8 @@ POLL_SECONDS = 0.2
 def job_directory(is_local: bool, identifier: str) -> Iterator[Path]:
     """Where ranks and launcher leave each other files; other machines must see it too."""
     if is_local:
-        with tempfile.TemporaryDirectory(prefix="clue-ds-launch-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="clue-ds-launch-") as name:
+            yield Path(name)
         return
     folder = Path.cwd() / ".clue-ds" / f"launch-{identifier}"
     folder.mkdir(parents=True, mode=0o700)

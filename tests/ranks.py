@@ -117,7 +117,7 @@ def tiny_config(corpus: Path | str, run_dir: Path | str, **sections: Any) -> Run
         "log": {"every": 1, "tensorboard": False},
     }
     for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return run_config.validate(values, "test config")
 
 

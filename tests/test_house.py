@@ -68,6 +68,15 @@ LAW: dict[str, set[str]] = {
         "clue_ds.tasks",
         "clue_ds.export",
     },
+    "clue_ds.plan": {
+        "clue_ds.config",
+        "clue_ds.data",
+        "clue_ds.model",
+        "clue_ds.metrics",
+        "clue_ds.pretrain.ds_json",
+    },
+    "clue_ds.status": {"clue_ds.config", "clue_ds.metrics", "clue_ds.pretrain"},
+    "clue_ds.doctor": {"clue_ds.config", "clue_ds.dist", "clue_ds.data", "clue_ds.pretrain"},
     "clue_ds.demo": {"clue_ds.tasks", "clue_ds.data"},
     "clue_ds.cli": set(),
 }

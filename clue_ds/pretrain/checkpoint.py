@@ -83,8 +83,13 @@ def _prepare(staging: Path, engine: Engine) -> str | None:
     """Make an empty staging directory; what is wrong when there is no room for a checkpoint."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    return no_room_for(engine, staging)
+
+
+def no_room_for(engine: Engine, directory: Path) -> str | None:
+    """None, or the message that a checkpoint of `engine` doesn't fit on `directory`'s disk."""
     # Weights, fp32 masters and two moments; the rest is small.
-    return no_room(staging, num_bytes=16 * engine.num_parameters + (16 << 20))
+    return no_room(directory, num_bytes=16 * engine.num_parameters + (16 << 20))
 
 
 def no_room(directory: Path, num_bytes: int) -> str | None:

@@ -32,9 +32,11 @@ SHM_BYTES_PER_RANK = 64 << 20
 SHM = Path("/dev/shm")
 
 
-def report(config: RunConfig, corpus_fingerprint: str, device: torch.device) -> dict[str, Any]:
+def report(
+    config: RunConfig | None, corpus_fingerprint: str, device: torch.device
+) -> dict[str, Any]:
     """What this rank is and has."""
-    values = json.dumps(config.model_dump(), sort_keys=True)
+    values = "" if config is None else json.dumps(config.model_dump(), sort_keys=True)
     cuda = device.type == "cuda"
     return {
         "host": socket.gethostname(),
@@ -84,7 +86,9 @@ def little_shm(reports: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def check(watch: Watchdog, config: RunConfig, corpus_fingerprint: str, device: torch.device) -> str:
+def check(
+    watch: Watchdog, config: RunConfig | None, corpus_fingerprint: str, device: torch.device
+) -> str:
     """Compare all ranks; returns the line that says what they are. UserError when they differ."""
     with watch.section("the pre-flight all-reduce", ALL_REDUCE_SECONDS):
         (total,) = dist.all_reduce([1.0])

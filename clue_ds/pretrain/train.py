@@ -150,12 +150,16 @@ def build(config: RunConfig) -> Run:
     note = preflight.check(watch, config, corpus.fingerprint, device)
     choice = resume.choose(source)
     start_step = 0 if choice is None else choice.manifest.step
+    watch.announce(config.run_dir)
     stop.check_progress(config.run_dir, start_step)
     model, notes = build_model(source, choice, corpus)
     engine = Engine(model, config, device)
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         run_config.save(config, Path(config.run_dir) / "config.yaml")
+    # Now, and not after the hours until the first checkpoint.
+    run_dir = Path(config.run_dir)
+    dist.agree(checkpoint.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     writers.note(note)
     writers.note(_describe(engine, source, stream))
@@ -238,6 +242,7 @@ def close(run: Run, stopped_at: int | None = None) -> None:
     run.writers.close()
     run.engine.close()
     run.watch.close()
+    Path(run.config.run_dir, watchdog.ALIVE_FILE).unlink(missing_ok=True)
     dist.report_end(stopped_at is not None)
 
 

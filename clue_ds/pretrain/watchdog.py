@@ -45,6 +45,8 @@ SECONDS_BETWEEN_BEATS = 2.0
 # After a collective failed somewhere, a rank that misses this much of beats is the cause.
 SECONDS_UNDER_SUSPICION = 8.0
 SECONDS_FOR_A_VERDICT = 20.0
+# Touched in the run directory, for `clue-ds status`.
+ALIVE_FILE, SECONDS_BETWEEN_SIGNS = "alive.json", 10.0
 SECONDS_FOR_GOODBYES = 15.0
 # A step may take several times as long as the slowest one yet.
 SLOWER_STEP = 5.0
@@ -63,17 +65,15 @@ class Watchdog:
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
         self._main = threading.main_thread().ident
-        self._number, self._step, self._slowest = 0, 0, 0.0
+        self._number, self._step, self._slowest, self._stepping = 0, 0, 0.0, False
         self._suspicion: str | None = None
-        self._stepping = False
         self._section, self._limit, self._since = "setup", health.setup_seconds, time.monotonic()
         self._last_talk = time.monotonic()
         self._closing, self._left = threading.Event(), threading.Lock()
         self._parent = os.getppid()
         self._judge = verdicts.Judge(meeting.peers, health.beat_seconds, SECONDS_UNDER_SUSPICION)
-        self._signals, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        self._wakeup = wakeup
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
         self._install_handlers()
         if self._world_size > 1:
             self._store = meeting.connect(timedelta(seconds=health.beat_seconds))
@@ -112,6 +112,19 @@ class Watchdog:
         self._section, self._limit = before
         self._since = time.monotonic()
 
+    def announce(self, run_dir: str | Path) -> None:
+        """Let `clue-ds status` see that this run is alive; rank 0, from a thread of its own."""
+        if self._rank == 0:
+            path = Path(run_dir) / ALIVE_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"host": self._me.host, "pid": self._me.pid}) + "\n")
+            threading.Thread(target=self._sign_forever, args=(path,), daemon=True).start()
+
+    def _sign_forever(self, path: Path) -> None:
+        while not self._closing.wait(SECONDS_BETWEEN_SIGNS):
+            with contextlib.suppress(OSError):  # a full or slow disk is not the run's death
+                path.touch()
+
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """The section in which a checkpoint is written."""
         return self.section("save", self.health.save_seconds)
@@ -122,13 +135,13 @@ class Watchdog:
             return
         if isinstance(error, UserError):
             verdict = self._verdict("user error", str(error), [])
-        elif FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
-            self._suspicion = str(error)[:500]
-            self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
-            verdict = self._verdict("exception", _last_line(error), [self._rank])
         else:
+            if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
+                self._suspicion = str(error)[:500]
+                self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
             verdict = self._verdict("exception", _last_line(error), [self._rank])
         self._publish(verdict)
+        self._let_others_read()
 
     def close(self) -> None:
         """Take leave of the others; rank 0, which holds the store, goes last."""
@@ -197,13 +210,11 @@ class Watchdog:
     def _talk(self) -> None:
         self._beat()
         if self._store.check(["verdict"]):
-            verdict = Verdict(**json.loads(self._store.get("verdict")))
-            self._leave(verdict)
+            self._leave(Verdict(**json.loads(self._store.get("verdict"))))
         if self._rank:
             return
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        missing = [key for key in keys if not self._store.check([key])]
-        if missing:  # not everybody has started its threads
+        if not self._store.check(keys):  # not everybody has started its threads
             return
         beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
         gone = {r for r in range(self._world_size) if self._store.check([f"bye/{r}"])}
@@ -285,7 +296,13 @@ class Watchdog:
         if self._rank in verdict.ranks and verdict.kind == "hang":
             faulthandler.dump_traceback(all_threads=True)
         sys.stdout.flush()
+        self._let_others_read()
         os._exit(verdict.status)
+
+    def _let_others_read(self) -> None:
+        """Rank 0 holds the store: it stays until the others have had time for another beat."""
+        if self._rank == 0:
+            time.sleep(2 * SECONDS_BETWEEN_BEATS + 0.5)
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,0 +1,157 @@
+"""`clue-ds doctor`: what a run needs of a machine, or of all hosts of a job, a line a check.
+
+    clue-ds doctor                                        this machine
+    clue-ds launch --hostfile hosts -- doctor             every host: they meet, compare, all-reduce
+    srun --nodes=2 clue-ds launch -- doctor               the same under Slurm
+
+Guarantees: each line that is not `ok` ends with the mend; status 0 only if nothing is wrong. The
+checks between ranks are those that every pretrain runs before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from clue_ds import config as run_config
+from clue_ds import dist
+from clue_ds.data import Corpus
+from clue_ds.errors import UserError, run_command
+from clue_ds.pretrain import preflight, watchdog
+from clue_ds.pretrain.engine import start
+
+MIN_TORCH = (2, 10)
+MIN_OPEN_FILES = 1_024
+MIN_DISK_BYTES = 10 << 30
+PROGRAMS = {
+    "ssh": "launch --hostfile: apt install openssh-client",
+    "pdsh": "launch --hostfile: apt install pdsh",
+    "srun": "launch --slurm: log in to a Slurm cluster",
+    "mpirun": "launch --mpi: apt install openmpi-bin",
+    "numactl": "--bind-cores: apt install numactl",
+}
+
+
+class Check(NamedTuple):
+    """`level`: ok, note (wrong only for who wants that), or bad; `mend` for the last two."""
+
+    level: str
+    what: str
+    mend: str = ""
+
+    def line(self) -> str:
+        return f"{self.level:<5} {self.what}" + (f"; {self.mend}" if self.mend else "")
+
+
+def _versions() -> Check:
+    found = {name: importlib.metadata.version(name) for name in preflight.PACKAGES}
+    text = f"python {sys.version.split()[0]}, " + ", ".join(f"{n} {v}" for n, v in found.items())
+    if tuple(map(int, found["torch"].split("+")[0].split(".")[:2])) < MIN_TORCH:
+        return Check("bad", text, "pip install 'torch >= 2.10'")
+    return Check("ok", text)
+
+
+def _devices() -> Check:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        return Check("ok", f"{len(names)} GPUs: {', '.join(dict.fromkeys(names))}")
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        mend = f"this torch is built for CUDA {torch.version.cuda}; see nvidia-smi for the driver's"
+        return Check("bad", "there are NVIDIA devices, but torch can't use them", mend)
+    return Check("note", f"no GPU, {os.cpu_count()} cores", "training will run on the CPU")
+
+
+def _shared_memory() -> Check:
+    free = shutil.disk_usage(preflight.SHM).free if preflight.SHM.is_dir() else 0
+    text = f"/dev/shm has {free >> 20} MiB free"
+    needed = preflight.SHM_BYTES_PER_RANK * max(1, torch.cuda.device_count())
+    if free >= needed:
+        return Check("ok", text)
+    level = "bad" if torch.cuda.device_count() > 1 else "note"
+    return Check(level, text, "NCCL wants more: start the container with --shm-size=1g")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"{Path.cwd()} has {free / 2**30:.1f} GiB free"
+    if free >= MIN_DISK_BYTES:
+        return Check("ok", text)
+    return Check("note", text, "`clue-ds plan` says what a run will need")
+
+
+def _open_files() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{soft} files may be open"
+    mend = f"run: ulimit -n {MIN_OPEN_FILES}"
+    return Check("ok", text) if soft >= MIN_OPEN_FILES else Check("note", text, mend)
+
+
+def _programs() -> list[Check]:
+    return [
+        Check("ok", f"{name} is installed")
+        if shutil.which(name)
+        else Check("note", f"{name} is not installed", f"only needed for {why}")
+        for name, why in PROGRAMS.items()
+    ]
+
+
+MACHINE: tuple[Callable[[], Check], ...] = (
+    _versions,
+    _devices,
+    _shared_memory,
+    _disk,
+    _open_files,
+)
+
+
+def _between_ranks(path: str | None) -> list[Check]:
+    """Roll call, comparison and all-reduce, as before the first step of a run."""
+    config = None if path is None else run_config.load(path)
+    fingerprint = "" if config is None else Corpus(config.data.corpus).fingerprint
+    health = run_config.HealthSection() if config is None else config.health
+    try:
+        watch = watchdog.start(health)
+        device = start()
+        text = preflight.check(watch, config, fingerprint, device)
+    except UserError as error:
+        return [Check("bad", str(error))]
+    lines = dist.gather([check.line() for check in (f() for f in MACHINE) if check.level == "bad"])
+    watch.close()
+    return [
+        Check("ok", f"all ranks answered, agree and finished an all-reduce: {text}"),
+        *(Check("bad", f"rank {r}: {line}") for r, bad in enumerate(lines) for line in bad if r),
+    ]
+
+
+def main(argv: list[str]) -> None:
+    """Check this machine, or all hosts of a job, and say how to mend what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="clue-ds doctor",
+        description=main.__doc__,
+        epilog="over hosts: clue-ds launch --hostfile F -- doctor",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="also compare this run's config and corpus on all hosts")
+    arguments = parser.parse_args(argv)
+    with watchdog.reporting(), dist.one_voice():
+        checks = [check() for check in MACHINE] + _programs() if dist.rank() == 0 else []
+        checks += _between_ranks(arguments.config)
+        if dist.rank() == 0:
+            print("\n".join(check.line() for check in checks), flush=True)
+        bad = dist.rank() == 0 and any(check.level == "bad" for check in checks)
+    if bad:
+        raise SystemExit(1)
+    dist.report_end(stopped=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("clue-ds doctor", lambda: main(sys.argv[1:])))

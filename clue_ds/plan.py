@@ -1,0 +1,230 @@
+"""`clue-ds plan`: what a run will need, by arithmetic, before anything is started.
+
+Guarantees: parameters are counted on the real network (without memory for it), batches by the same
+methods that training uses; checkpoint sizes agree with real checkpoints (tests/test_plan.py). Times
+rest on an assumed share of the device's peak and say so; activations are an estimate.
+
+Formulas: docs/scaling.md. Source of the activation rule: Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", section 4.1, without its attention matrices,
+which fused attention doesn't keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clue_ds import config as run_config
+from clue_ds.config import RunConfig
+from clue_ds.data import Corpus
+from clue_ds.errors import UserError
+from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
+from clue_ds.model.bert import BertForPreTraining, pad_vocab
+from clue_ds.presets import ModelConfig
+from clue_ds.pretrain import ds_json
+
+GIB = 2**30
+STAGES = (0, 1, 2, 3)
+BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
+MASTER_BYTES, MOMENT_BYTES = 4, 8
+# CUDA context, NCCL, cuBLAS and fragmentation.
+RESERVED_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`peak_flops` of one GPU; bandwidths are bytes/s of one GPU in one direction."""
+
+    num_gpus: int
+    gpus_per_node: int
+    memory_gib: float
+    peak_flops: float
+    mfu: float
+    bandwidth: float
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_gpus // self.gpus_per_node)
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Parameters of the network as it is trained: heads and padded vocabulary rows included."""
+    with torch.device("meta"):
+        network = BertForPreTraining(model, padded_vocab_size=pad_vocab(model).vocab_size)
+    return sum(p.numel() for p in network.parameters())
+
+
+def state_bytes(num_parameters: int, precision: str, stage: int, num_gpus: int) -> float:
+    """Weights, gradients, master weights and moments on one GPU."""
+    weights = BYTES_OF[precision]
+    # Above stage 0 gradients are added up in fp32 (pretrain/ds_json.py).
+    grads: float = 4 if stage else BYTES_OF[precision]
+    master = MASTER_BYTES if stage or precision != "fp32" else 0
+    optimizer = (master + MOMENT_BYTES) / (num_gpus if stage >= 1 else 1)
+    grads /= num_gpus if stage >= 2 else 1
+    return num_parameters * (weights / (num_gpus if stage == 3 else 1) + grads + optimizer)
+
+
+def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
+    """What the backward pass of one micro-batch needs kept; an estimate."""
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    wide = BYTES_OF[config.train.precision] / 2
+    a_block = 18 * model.hidden_size + 4 * model.intermediate_size
+    predicted = config.train.micro_batch_size * config.data.num_predictions()
+    logits = predicted * pad_vocab(model).vocab_size * 12  # in the run's type, fp32, and gradient
+    return tokens * a_block * model.num_hidden_layers * wide + logits
+
+
+def checkpoint_bytes(num_parameters: int, precision: str, stage: int) -> int:
+    """One checkpoint on disk, of all ranks together."""
+    master = MASTER_BYTES if stage or precision != "fp32" else 0
+    return num_parameters * (BYTES_OF[precision] + master + MOMENT_BYTES)
+
+
+def communication_bytes(num_parameters: int, precision: str, stage: int, num_gpus: int) -> float:
+    """What one GPU sends in a step: a ring all-reduce; stage 3 gathers the weights once more."""
+    gradient = num_parameters * BYTES_OF[precision]
+    return (3 if stage == 3 else 2) * gradient * (num_gpus - 1) / num_gpus
+
+
+def recommend(needs_gib: dict[int, float], memory_gib: float) -> int | None:
+    """The lowest stage that fits; sharding what fits only costs time."""
+    room = memory_gib - RESERVED_GIB
+    return next((stage for stage in STAGES if needs_gib[stage] <= room), None)
+
+
+def plan(
+    config: Path,
+    gpus: int = 8,
+    gpus_per_node: int = 8,
+    gpu: str = "H100",
+    gpu_memory: float = 80.0,
+    mfu: float = 0.35,
+    bandwidth: float = 25.0,
+) -> None:
+    """Memory, batches, checkpoints, disk and time of a run, before it is started.
+
+    Args:
+        config: the run's YAML file
+        gpus: ranks in all
+        gpus_per_node: ranks on one machine
+        gpu: for its peak speed: H100, H100 PCIe, H100 NVL, H200 or A100
+        gpu_memory: GiB of one GPU
+        mfu: share of the peak that you expect to reach; measure it: every run logs its own
+        bandwidth: GB/s that one GPU can send to another machine (25 = 200 Gbit/s)
+    """
+    run = run_config.load(config)
+    peak = next((value for name, value in PEAK_FLOPS if name == gpu), None)
+    if peak is None:
+        raise UserError(f"gpu {gpu!r} is not known; give {', '.join(n for n, _ in PEAK_FLOPS)}")
+    if gpus < 1 or gpus_per_node < 1 or not 0 < mfu <= 1 or bandwidth <= 0:
+        raise UserError("gpus, gpus_per_node and bandwidth must be positive, and mfu from 0 to 1")
+    machine = Machine(gpus, gpus_per_node, gpu_memory, peak, mfu, bandwidth * 1e9)
+    print("\n".join(describe(run, machine)))
+
+
+def describe(run: RunConfig, machine: Machine) -> list[str]:
+    """The plan, a fact a line."""
+    directory = Path(run.data.corpus)
+    corpus = Corpus(directory) if (directory / "corpus.json").is_file() else None
+    model = run.model.resolve(8_021 if corpus is None else corpus.vocab_size)
+    num_parameters = count_parameters(model)
+    stage = ds_json.zero_stage(ds_json.read(run.deepspeed))
+    head = (
+        f"{machine.num_gpus} GPUs on {machine.num_nodes} nodes; {num_parameters:,} parameters in "
+        f"{run.train.precision}, ZeRO stage {stage}"
+    )
+    needs = {
+        s: (
+            state_bytes(num_parameters, run.train.precision, s, machine.num_gpus)
+            + activation_bytes(run, model)
+        )
+        / GIB
+        for s in STAGES
+    }
+    return [
+        head,
+        *_batch_lines(run, machine, corpus),
+        *_memory_lines(needs, machine, stage),
+        *_disk_lines(run, num_parameters, stage, corpus, directory),
+        *_time_lines(run, machine, model, num_parameters, stage),
+    ]
+
+
+def _batch_lines(run: RunConfig, machine: Machine, corpus: Corpus | None) -> list[str]:
+    train = run.train
+    num_parts = train.gradient_accumulation_steps(machine.num_gpus)
+    tokens = train.global_batch_size * run.data.seq_length
+    lines = [
+        f"batch       {train.global_batch_size} sequences = {machine.num_gpus} ranks x {num_parts} "
+        f"parts x {train.micro_batch_size}",
+        f"step        {train.global_batch_size:,} samples, {tokens:,} tokens",
+        f"run         {train.steps:,} steps, {train.steps * tokens:,} tokens",
+    ]
+    if corpus is not None:
+        epochs = train.steps * tokens / max(1, corpus.num_tokens)
+        lines.append(f"corpus      {corpus.num_tokens:,} tokens: {epochs:.2f} passes over it")
+    else:
+        lines.append(f"corpus      {run.data.corpus} is not there yet; vocabulary taken as 8,021")
+    return lines
+
+
+def _memory_lines(needs: dict[int, float], machine: Machine, stage: int) -> list[str]:
+    each = ", ".join(f"stage {s}: {need:.1f}" for s, need in needs.items())
+    best = recommend(needs, machine.memory_gib)
+    if best is None:
+        advice = "no stage fits: lower train.micro_batch_size, or take zero1_offload or more GPUs"
+    elif best <= 1:
+        # Stage 1 costs no more communication than stage 0, and frees the optimizer's memory.
+        chosen = "zero0 or zero1" if best == 0 else "zero1"
+        advice = f"deepspeed: {chosen}; the model fits, and sharding more only costs time"
+    else:
+        advice = f"deepspeed: zero{best}; lower stages don't fit"
+    room = machine.memory_gib - RESERVED_GIB
+    fits = "fits" if needs[stage] <= room else "does NOT fit"
+    return [
+        f"memory/GPU  {each} GiB, and {RESERVED_GIB:.0f} GiB for CUDA and NCCL; this config "
+        f"(stage {stage}) {fits} in {machine.memory_gib:.0f} GiB",
+        f"recommended {advice}",
+    ]
+
+
+def _disk_lines(
+    run: RunConfig, num_parameters: int, stage: int, corpus: Corpus | None, directory: Path
+) -> list[str]:
+    size = checkpoint_bytes(num_parameters, run.train.precision, stage)
+    # A new one is complete before the oldest goes.
+    checkpoints = (run.checkpoint.keep + 1) * size
+    shards = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if corpus else 0
+    return [
+        f"checkpoint  {size / GIB:.2f} GiB every {run.checkpoint.every:,} steps",
+        f"disk        {checkpoints / GIB:.2f} GiB for {run.checkpoint.keep} checkpoints and the "
+        f"one being written; corpus {shards / GIB:.2f} GiB",
+    ]
+
+
+def _time_lines(
+    run: RunConfig, machine: Machine, model: ModelConfig, num_parameters: int, stage: int
+) -> list[str]:
+    tokens = run.train.global_batch_size * run.data.seq_length
+    share = run.data.num_predictions() / run.data.seq_length
+    flops = tokens * flops_per_token(model, run.data.seq_length, share)
+    computing = flops / (machine.num_gpus * machine.peak_flops * machine.mfu)
+    sent = communication_bytes(num_parameters, run.train.precision, stage, machine.num_gpus)
+    # Ranks of one machine share its links only when there is another machine.
+    sending = sent / machine.bandwidth if machine.num_nodes > 1 else 0.0
+    total = (computing + sending) * run.train.steps
+    lines = [
+        f"computing   {1e3 * computing:.1f} ms a step, if a GPU reaches {machine.mfu:.0%} of "
+        f"{machine.peak_flops / 1e12:.0f} TFLOP/s",
+    ]
+    if machine.num_nodes > 1:
+        lines.append(
+            f"sending     {sent / 1e6:.0f} MB a GPU and step: {1e3 * sending:.1f} ms at "
+            f"{machine.bandwidth / 1e9:.0f} GB/s, {sending / (computing + sending):.0%} of a step "
+            "if nothing overlaps"
+        )
+    lines.append(f"time        {format_seconds(total)} (h:mm:ss) without start, saving, evaluation")
+    return lines

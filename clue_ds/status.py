@@ -1,0 +1,76 @@
+"""`clue-ds status RUN`: where a run stands, from its files alone, on any machine that sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from clue_ds import config as run_config
+from clue_ds.errors import UserError
+from clue_ds.metrics import format_seconds
+from clue_ds.pretrain import manifest
+from clue_ds.pretrain.watchdog import ALIVE_FILE, SECONDS_BETWEEN_SIGNS
+
+# A sign may be late by a slow disk; a run that missed three is gone.
+SECONDS_UNTIL_DEAD = 3 * SECONDS_BETWEEN_SIGNS
+
+
+def status(run: tyro.conf.Positional[Path]) -> None:
+    """Where a run stands: step, speed, time left, newest checkpoint, alive or not.
+
+    Args:
+        run: the run's directory
+    """
+    print("\n".join(describe(run)))
+
+
+def describe(run: Path) -> list[str]:
+    """One line a fact."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml; give a run_dir of a pretrain")
+    config = run_config.load(run / "config.yaml")
+    line = _last_line(run / "log.jsonl")
+    step = 0 if line is None else line["step"]
+    steps = config.train.steps
+    lines = [f"{run}: step {step:,} of {steps:,} ({step / steps:.1%})"]
+    if line is not None:
+        left = (steps - step) * line["seconds_per_step"]
+        mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
+        lines.append(
+            f"speed       {line['tokens_per_second']:,.0f} tokens/s, "
+            f"{line['seconds_per_step']:.3f} s a step{mfu}; loss {line['loss']:.4f}"
+        )
+        lines.append(f"time left   {format_seconds(left)}" if left else "time left   none: done")
+    newest = manifest.published(run / manifest.FOLDER)
+    lines.append(f"checkpoint  {newest[0].name if newest else 'none yet'}")
+    lines.append(f"alive       {_alive(run, step >= steps)}")
+    return lines
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    """The last complete line; one that is being written doesn't count."""
+    if not path.is_file():
+        return None
+    for text in reversed(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            return json.loads(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _alive(run: Path, is_done: bool) -> str:
+    path = run / ALIVE_FILE
+    try:
+        age = time.time() - path.stat().st_mtime
+        process = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return "no, it is done" if is_done else "no; the same pretrain command continues it"
+    where = f"rank 0 is process {process['pid']} on {process['host']}"
+    if age < SECONDS_UNTIL_DEAD:
+        return f"yes; {where}"
+    return f"no, it ended without a word {format_seconds(age)} ago; {where}"

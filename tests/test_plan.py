@@ -1,0 +1,88 @@
+"""The plan's arithmetic against real networks, real checkpoints, and hand-made numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import make_corpus, pretrain_runs, run_ranks, tiny_config
+
+from clue_ds import config as run_config
+from clue_ds import plan, presets
+from clue_ds.errors import UserError
+from clue_ds.model import BertForPreTraining
+from clue_ds.model.bert import pad_vocab
+
+# Big enough that tensors outweigh the rest of a checkpoint (names, shapes, generator states).
+MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+# What is not tensors of the formula: frozen pooler without moments, zip headers, JSON.
+CHECKPOINT_TOLERANCE = 0.1
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("plan"), sample_text)
+
+
+def test_parameters_are_those_of_the_network() -> None:
+    model = presets.get("roberta_tiny_clue")
+    network = BertForPreTraining(model, padded_vocab_size=pad_vocab(model).vocab_size)
+    assert plan.count_parameters(model) == sum(p.numel() for p in network.parameters())
+
+
+CASES = [("zero0", "fp32"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")]
+
+
+def test_checkpoints_are_as_big_as_planned(corpus: Path, tmp_path: Path) -> None:
+    train = {"steps": 1, "warmup_steps": 0}
+    configs = [
+        tiny_config(
+            corpus,
+            tmp_path / f"{json}-{precision}",
+            deepspeed=json,
+            model=MODEL,
+            train={**train, "precision": precision},
+        )
+        for json, precision in CASES
+    ]
+    results = run_ranks(2, pretrain_runs, [config.model_dump() for config in configs])
+    assert results == [[None] * len(CASES)] * 2
+    vocab_size = len((corpus / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    num_parameters = plan.count_parameters(configs[0].model.resolve(vocab_size))
+    for config, (json, precision) in zip(configs, CASES, strict=True):
+        (directory,) = Path(config.run_dir).glob("checkpoints/step-*")
+        size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+        planned = plan.checkpoint_bytes(num_parameters, precision, int(json[-1]))
+        assert size == pytest.approx(planned, rel=CHECKPOINT_TOLERANCE), (json, precision)
+
+
+def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
+    million = 10**6
+    at_8 = [plan.state_bytes(million, "bf16", stage, 8) / million for stage in plan.STAGES]
+    # 2 weights, 2 or 4 gradients, 4 masters, 8 moments.
+    assert at_8 == [16, 2 + 4 + 12 / 8, 2 + 4 / 8 + 12 / 8, (2 + 4 + 12) / 8]
+    assert plan.state_bytes(million, "fp32", 0, 1) == 16 * million
+
+
+def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
+    assert plan.recommend({0: 10, 1: 8, 2: 6, 3: 4}, memory_gib=80) == 0
+    assert plan.recommend({0: 90, 1: 70, 2: 60, 3: 50}, memory_gib=80) == 1
+    assert plan.recommend({0: 90, 1: 90, 2: 90, 3: 50}, memory_gib=80) == 3
+    assert plan.recommend({0: 90, 1: 90, 2: 90, 3: 90}, memory_gib=80) is None
+
+
+def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    train = {"steps": 1_000, "global_batch_size": 512, "micro_batch_size": 8}
+    run_config.save(tiny_config(corpus, tmp_path / "run", train=train), path)
+    plan.plan(path, gpus=16)
+    text = capsys.readouterr().out
+    assert "16 GPUs on 2 nodes" in text
+    assert "512 sequences = 16 ranks x 4 parts x 8" in text
+    assert "512 samples, 8,192 tokens" in text
+    assert "recommended deepspeed: zero0 or zero1" in text
+    assert "at 25 GB/s" in text
+    with pytest.raises(UserError, match="not divisible"):
+        plan.plan(path, gpus=24)
+    with pytest.raises(UserError, match="gpu 'B1' is not known"):
+        plan.plan(path, gpu="B1")
