@@ -29,6 +29,9 @@ FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 VOCAB_FILE = "vocab.txt"
 STATE_DIRECTORY = ".building"
+# Documents that `clue-ds shard --held-out` set aside: a corpus of its own inside the corpus.
+HELD_OUT = "held_out"
+REPORT = "report"
 
 MAGIC = b"CLUE-DS\x01"
 # magic, token bytes, number of tokens, sentences, documents; all integers little-endian u64.
@@ -106,6 +109,21 @@ def _little_endian(array: np.ndarray, dtype: str) -> memoryview:
     return np.ascontiguousarray(array, dtype=dtype).data.cast("B")
 
 
+def read_shard(path: Path, random_access: bool = False) -> ShardArrays:
+    """Map a shard that is known to be whole."""
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if random_access:
+        data.madvise(mmap.MADV_RANDOM)
+    _, token_bytes, *counts = _HEADER.unpack_from(data)
+    tokens, sentences, documents, _ = _layout(token_bytes, *counts)
+    return ShardArrays(
+        np.frombuffer(data, f"<u{token_bytes}", counts[0], tokens),
+        np.frombuffer(data, "<u4", counts[1], sentences),
+        np.frombuffer(data, "<u4", counts[2], documents),
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
@@ -136,6 +154,7 @@ class Corpus:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._manifest = _read_manifest(self.directory)
+        self.manifest_file = self.directory / MANIFEST
         self.vocab_file = self.directory / VOCAB_FILE
         self.vocab_sha256: str = self._manifest["vocab_sha256"]
         self.vocab_size: int = self._manifest["vocab_size"]
@@ -192,15 +211,7 @@ class Corpus:
             expected = (MAGIC, self._manifest["token_bytes"], *record[1:4])
             if header != expected or _layout(token_bytes, *counts)[3] != size:
                 raise UserError(f"{path} does not have the header that {MANIFEST} promises")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._exceeds_memory:
-            data.madvise(mmap.MADV_RANDOM)
-        tokens, sentences, documents, _ = _layout(token_bytes, *counts)
-        return ShardArrays(
-            np.frombuffer(data, f"<u{token_bytes}", counts[0], tokens),
-            np.frombuffer(data, "<u4", counts[1], sentences),
-            np.frombuffer(data, "<u4", counts[2], documents),
-        )
+        return read_shard(path, random_access=self._exceeds_memory)
 
 
 def _file_sha256(file: Any) -> str:

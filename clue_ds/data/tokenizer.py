@@ -61,6 +61,16 @@ class Tokenizer:
         ids, _ = self.encode_lines(text.replace("\n", " ").encode())
         return ids
 
+    def text(self, ids: np.ndarray) -> str:
+        """The tokens as somebody would write them: spaces between Latin words only."""
+        text = ""
+        for token in (self.tokens[token_id] for token_id in ids):
+            if token.startswith("##") and len(token) > 2:
+                text += token[2:]
+            else:
+                text += f" {token}" if text[-1:].isascii() and token.isascii() and text else token
+        return text
+
     def encode_lines(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all lines of UTF-8 text, int32 [tokens], and tokens a line, int64 [lines].
 
