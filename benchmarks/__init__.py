@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import kernels, loader, pretrain
+from clue_ds.benchmarks import kernels, loader, pretrain, tokenizer
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
     "loader": loader.loader,
+    "tokenizer": tokenizer.tokenizer,
     "kernels": kernels.kernels,
 }

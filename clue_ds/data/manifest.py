@@ -23,6 +23,7 @@ from clue_ds.data.shards import (
     MANIFEST,
     VOCAB_FILE,
     fingerprint,
+    manifest_checksum,
     write_json,
 )
 from clue_ds.data.staging import COMPARED, Staging
@@ -119,6 +120,7 @@ def _manifest(
 
 def _write(directory: Path, vocab_file: Path, manifest: dict[str, Any]) -> None:
     shutil.copyfile(vocab_file, directory / VOCAB_FILE)
+    manifest["checksum"] = manifest_checksum(manifest)
     write_json(directory / MANIFEST, manifest)
 
 
@@ -147,9 +149,7 @@ def format_counts(output: Path, manifest: dict[str, Any]) -> str:
         f"{num_bytes / 2**20:,.1f} MiB"
     ]
     if manifest["options"]["held_out"] and not counts.get("documents_held_out"):
-        lines.append(
-            f"  held out: none of the {counts['documents']:,} documents; the share is small"
-        )
+        lines.append(f"  held out: none of the {counts['documents']:,} documents; they are few")
     for title, names in (("dropped", _REJECTED), ("by rule", _DROPPED)):
         found = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name)]
         if found:
