@@ -47,7 +47,7 @@ class Tokenizer:
         self.dtype = token_dtype(len(self.tokens))
         self.continues = continues_bit(self.dtype)
         self._trie = wordpiece.build_trie(self.tokens)
-        self._code_points = CodePoints(lower_case)
+        self._code_points = CodePoints(lower_case, ids, self.unk_id)
         self._library = tokenizers.Tokenizer(WordPiece(ids, unk_token="[UNK]"))
         self._library.normalizer = self._code_points.normalizer
         self._library.pre_tokenizer = self._code_points.pre_tokenizer
