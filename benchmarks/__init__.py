@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clue_ds.benchmarks import kernels, loader, pretrain, tokenizer
+from clue_ds.benchmarks import kernels, loader, pretrain, shard, tokenizer
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain.pretrain,
     "loader": loader.loader,
+    "shard": shard.shard,
     "tokenizer": tokenizer.tokenizer,
     "kernels": kernels.kernels,
 }

@@ -60,7 +60,7 @@ def shard(
     clean: Cleaning = Cleaning(),  # noqa: B008 (frozen)
     held_out: float = 0.0,
     workers: int | None = None,
-    shard_megabytes: float = 128.0,
+    shard_megabytes: float = 32.0,
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
@@ -95,7 +95,7 @@ def shard(
         clean: rules that clean the text, see docs/corpus.md
         held_out: share of the documents, by their hash, that become a corpus in OUTPUT/held_out
         workers: processes; as many as there are cores by default, and under mpirun its ranks
-        shard_megabytes: text that goes into one shard; a worker holds about six times as much
+        shard_megabytes: text that goes into one shard; processes hold some of these in memory
         overwrite: replace the corpus, or the unfinished run, that is in the output directory
         verify: compare the checksums of the finished corpus (without inputs: only that)
         report: write counts, lengths, unknown characters and samples of what was dropped, with a

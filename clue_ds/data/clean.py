@@ -117,9 +117,13 @@ def _sample(pattern: re.Pattern[str], text: str, rule: str, tally: Tally) -> Non
 @compiled
 def has_controls(data: np.ndarray) -> bool:
     """Whether UTF-8 bytes may hold what `_CONTROLS` matches; a quick look before the slow one."""
-    for at in range(len(data)):
+    at = -1
+    while at + 1 < len(data):
+        at += 1
         byte = data[at]
-        if byte < 0x20:
+        if 0xE3 <= byte < 0xEF:  # nothing between U+3000 and U+EFFF, where Han is: a step of three
+            at += 2
+        elif byte < 0x20:
             if byte != 9 and byte != 10 and byte != 13:
                 return True
         elif byte == 0x7F:

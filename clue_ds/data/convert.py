@@ -110,10 +110,12 @@ class Converter:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Marked tokens, tokens and facts a sentence, sentence counts at which documents end."""
         options = self.options
-        text = clean.edit(original, original.encode(), options.clean, tally)
+        data = original.encode()
+        text = clean.edit(original, data, options.clean, tally)
         if self._simplify is not None:
             text = self._simplify(text)
-        data = text.encode()
+        if text is not original:
+            data = text.encode()
         tokens, starts, line_lengths = self.tokenizer.encode_marked(data)
         self._count_unknown(text, tokens, starts, tally)
         if options.words != "none":
