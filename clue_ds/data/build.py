@@ -32,6 +32,7 @@ from clue_ds.data.manifest import finish, format_counts
 from clue_ds.data.parsing import BLOCK_BYTES, OnError
 from clue_ds.data.pieces import chunk_hash, converter, drop_from_piece, keys_file, write_piece
 from clue_ds.data.progress import Progress, open_progress
+from clue_ds.data.report import check_report, write_report
 from clue_ds.data.shards import HELD_OUT, MANIFEST, Corpus
 from clue_ds.data.staging import COMPARED, Staging
 from clue_ds.data.words import Words
@@ -104,6 +105,8 @@ def shard(
     with open_workers(workers if inputs else 1) as opened:
         if opened is None:  # an MPI rank whose work is done
             return
+        if report:
+            check_report()
         if inputs or not (verify or report):
             options = ConvertOptions(lower_case, words, t2s, text_field, on_error, held_out, clean)
             run_build(
@@ -112,8 +115,6 @@ def shard(
         if verify:
             _verify(output)
         if report:
-            from clue_ds.data.report import write_report
-
             print(f"report: {write_report(output)}")
 
 

@@ -14,6 +14,7 @@ keeps what its own training text was like) and lists of bad words (they drop med
 from __future__ import annotations
 
 import html
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -72,6 +73,11 @@ class Cleaning:
             raise UserError("--clean.max-chars is below --clean.min-chars: no line would be left")
         if not (0 <= self.min_han <= 1 and 0 <= self.near_duplicates <= 1):
             raise UserError("--clean.min-han and --clean.near-duplicates are shares from 0 to 1")
+        if self.near_duplicates and importlib.util.find_spec("datasketch") is None:
+            raise UserError(
+                "--clean.near-duplicates needs datasketch; install it with "
+                "`pip install 'clue_ds[dedup]'`"
+            )
 
     @property
     def compares_documents(self) -> bool:

@@ -6,6 +6,7 @@ is checked while it is made: what was accepted and what was dropped add up to wh
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ _DOCUMENTS = (
     "documents_held_out",
 )
 _RECORDS = ("records_not_utf8", "records_not_json", "records_without_text")
+
+
+def check_report() -> None:
+    """Raise a UserError if a report can't be made here: before the corpus is, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "the report's picture needs matplotlib; install it with `pip install 'clue_ds[report]'`"
+        )
 
 
 def write_report(directory: Path) -> Path:
@@ -107,12 +116,7 @@ def _code(text: str) -> str:
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "the report's picture needs matplotlib; install it with `pip install 'clue_ds[report]'`"
-        ) from None
+    import matplotlib
     from matplotlib.figure import Figure
 
     # No font that comes with matplotlib has Han characters, so the picture has numbers only.
