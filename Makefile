@@ -12,6 +12,12 @@ PYTHON37 ?= python3.7
 ARGS   ?=
 # A whole window of the sample, because whole windows are what it memorises.
 SAMPLE_WINDOW := 清晨的湖面上升起一层薄薄的雾气，渔船慢慢划向对岸。老人把渔网撒进[MASK]里，耐心地等待着第一缕阳光。孩子们在岸边追逐嬉戏，笑声传得
+# What the tokenizer and shard benchmarks read: prose first, then mixed, then Latin-heavy text. By default
+# the development data beside the checkout; any text files and any vocab.txt of BERT will do.
+BENCH_DATA ?= ../shared/data
+BENCH_TEXTS ?= $(addprefix $(BENCH_DATA)/corpora/,laws_zh.txt.gz uer_CLUECorpusSmall_bert_sampled.txt.gz \
+	d2l_zh.txt.gz paddle_docs_zh.txt.gz)
+BENCH_VOCAB ?= $(BENCH_DATA)/vocab/vocab_google_chinese.txt
 # Numeric tests that run on a GPU where there is one, in Triton's interpreter elsewhere.
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
@@ -50,6 +56,9 @@ test-gpu: $(VENV)/.dev  ## what needs CUDA
 bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
 	$(BIN)/python -c "from pathlib import Path; from clue_ds.demo import write_texts; write_texts(Path('build/text'))"
+	$(BIN)/clue-ds bench tokenizer $(BENCH_TEXTS) --vocab $(BENCH_VOCAB) --output benchmarks/results/tokenizer.json
+	$(BIN)/clue-ds bench shard $(firstword $(BENCH_TEXTS)) --vocab $(BENCH_VOCAB) --memory-megabytes 600 \
+		--output benchmarks/results/shard.json
 	$(BIN)/clue-ds bench loader --text build/text/news.txt --output benchmarks/results/loader.json $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only

@@ -14,9 +14,13 @@ from clue_ds.benchmarks import (
     scale,
     scaling,
     serve,
+    shard,
+    tokenizer,
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "tokenizer": tokenizer.tokenizer,
+    "shard": shard.shard,
     "loader": loader.loader,
     "cold": cold.cold,
     "scale": scale.scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -169,3 +170,60 @@ def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
     assert tokens_on_disk.dtype == np.dtype("<u4")
     expected = [tokens.index("中"), 1 << 31 | tokens.index("国"), tokens.index("zz39999")]
     assert tokens_on_disk.tolist() == expected
+
+
+def damage(corpus: Path, rng: random.Random, kind: str) -> str:
+    """Flip a bit of, cut off or swap files of the corpus; what was done."""
+    shards = sorted(corpus.glob("shard-*.bin"))
+    path = rng.choice([*shards, corpus / "vocab.txt"] if kind != "swap" else shards)
+    data = bytearray(path.read_bytes())
+    if kind == "flip":
+        place = rng.randrange(8 * len(data))
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        return f"bit {place} of {path.name}"
+    if kind == "truncate":
+        path.write_bytes(data[: rng.randrange(len(data))])
+        return f"{path.name} cut off"
+    other = rng.choice([shard for shard in shards if shard != path])
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    return f"{path.name} and {other.name} swapped"
+
+
+def test_verify_finds_each_of_500_damages(corpus: Path) -> None:
+    """Bit flips, truncations, swapped shards: each is one UserError, found before or by verify."""
+    rng = random.Random(0)
+    whole = {path: path.read_bytes() for path in corpus.iterdir()}
+    missed = []
+    for kind in rng.choices(["flip", "truncate", "swap"], [3, 1, 1], k=500):
+        what = damage(corpus, rng, kind)
+        try:
+            Corpus(corpus).verify()
+            missed.append(what)
+        except UserError:
+            pass
+        for path, data in whole.items():
+            if path.read_bytes() != data:
+                path.write_bytes(data)
+    assert missed == []
+    Corpus(corpus).verify()
+
+
+def test_verify_finds_every_flip_that_changes_what_the_manifest_says(corpus: Path) -> None:
+    """Only a bit of white space may flip into other white space."""
+    path = corpus / "corpus.json"
+    text, base = path.read_bytes(), manifest(corpus)
+    rng = random.Random(0)
+    for place in rng.sample(range(8 * len(text)), 300):
+        data = bytearray(text)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            is_same = json.loads(data) == base
+        except ValueError:
+            is_same = False
+        if not is_same:
+            with pytest.raises(UserError):
+                Corpus(corpus).verify()
+    path.write_bytes(text)

@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def marked(tokenizer: Tokenizer, text: str) -> tuple[list[str], list[bool]]:
     tokens, starts, lengths = tokenizer.encode_marked(text.encode())
-    mark_words(tokens, starts, lengths, word_lengths(text), tokenizer.continues)
+    mark_words(tokens, starts, lengths, word_lengths(text, "rjieba"), tokenizer.continues)
     ids = tokens & (tokenizer.continues - 1)
     return [tokenizer.tokens[i] for i in ids], ((tokens & tokenizer.continues) != 0).tolist()
 
@@ -74,7 +74,7 @@ def test_many_lines_are_cut_as_each_line_is(shared_data: Path) -> None:
     for name in ("d2l_zh.txt.gz", "uer_CLUECorpusSmall_bert_sampled.txt.gz"):
         text = gzip.decompress((shared_data / "corpora" / name).read_bytes()).decode()[:700_000]
         by_line = [len(w) for line in text.split("\n") for w in (*rjieba.cut(line), "\n")][:-1]
-        assert np.array_equal(word_lengths(text), by_line)
+        assert np.array_equal(word_lengths(text, "rjieba"), by_line)
 
 
 def test_no_words_only_pieces(tokenizer: Tokenizer) -> None:

@@ -1,10 +1,11 @@
 """`clue-ds shard`: raw text in, a corpus directory out, by any number of processes.
 
-One reader cuts the input into chunks (corpus.py), a pool of processes turns chunk i into shard i
-(convert.py), and corpus.json is written when all are there. Guarantees: the directory's bytes
-depend on the text and the options only, not on --workers; an interrupted run goes on at the first
-unfinished shard (the text is read again, and each finished shard's text is compared by its hash);
-at most --workers + 1 chunks are in memory.
+One reader cuts the input into chunks (corpus.py), workers turn chunk i into shard i (pieces.py)
+and, where duplicates are dropped, go over them once more (dedup.py); corpus.json is written when
+all is there. Guarantees: the directory's bytes depend on the text and the options only, not on
+--workers or MPI ranks; an interrupted run goes on at the first unfinished shard (the text is read
+again, and each finished shard's text is compared by its hash); at most one chunk a worker and one
+more are in memory.
 
 Rejected: appending to shards (a crash leaves a half-written one that looks whole) and resuming by
 file position (compressed input can't seek, and a changed input would go unnoticed).
@@ -14,24 +15,28 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
-from clue_ds.data.convert import Converter, ConvertOptions
+from clue_ds.data import dedup
+from clue_ds.data.clean import Cleaning
+from clue_ds.data.convert import ConvertOptions
 from clue_ds.data.corpus import InputFormat, Segment, Source, read_chunks, resolve
 from clue_ds.data.manifest import finish, format_counts
 from clue_ds.data.parsing import BLOCK_BYTES, OnError
-from clue_ds.data.shards import Corpus, shard_name, write_shard
-from clue_ds.data.staging import Staging
+from clue_ds.data.pieces import chunk_hash, converter, drop_from_piece, keys_file, write_piece
+from clue_ds.data.progress import Progress, open_progress
+from clue_ds.data.report import check_report, write_report
+from clue_ds.data.shards import HELD_OUT, MANIFEST, Corpus
+from clue_ds.data.staging import COMPARED, Staging
 from clue_ds.data.words import Words
+from clue_ds.data.workers import Workers, open_workers
 from clue_ds.errors import UserError, existing_file
 
 # Chinese text takes 3 bytes a character in UTF-8 and 2 a token here, plus 4 a sentence.
@@ -53,10 +58,13 @@ def shard(
     format: InputFormat = "auto",
     text_field: str = "text",
     on_error: OnError = "refuse",
+    clean: Cleaning = Cleaning(),  # noqa: B008 (frozen)
+    held_out: float = 0.0,
     workers: int | None = None,
-    shard_megabytes: float = 128.0,
+    shard_megabytes: float = 32.0,
     overwrite: bool = False,
     verify: bool = False,
+    report: bool = False,
 ) -> None:
     """Turn raw text into a corpus: a directory of shards that training maps and never loads.
 
@@ -70,42 +78,77 @@ def shard(
 
     zcat dump.gz | clue-ds shard - --vocab vocab.txt --output corpus
 
-    clue-ds shard --verify --output corpus
+    mpirun -n 17 clue-ds shard 'text/*.txt.gz' --vocab vocab.txt --output corpus
+
+    clue-ds shard --verify --report --output corpus
 
     Args:
         inputs: files, globs, hf:NAME:SPLIT or -
         output: the corpus directory to write
         vocab: vocab.txt of the model; copied into the corpus
         lower_case: lower-case the text and remove accents, as BERT does
-        words: what finds the words that whole-word masking masks; none: only ## pieces
+        words: what finds the words that whole-word masking masks; segmented: the text's own spaces;
+            none: only ## pieces
         t2s: convert traditional characters to simplified ones first (OpenCC)
         format: what the inputs are; auto goes by the file name
         text_field: the column or key that holds the text, for jsonl, parquet and hf:
         on_error: refuse stops at bad bytes or records, naming them; skip drops and counts them
-        workers: processes; as many as there are cores by default
-        shard_megabytes: text that goes into one shard; a worker holds about six times as much
+        clean: rules that clean the text, see docs/corpus.md
+        held_out: share of the documents, by their hash, that become a corpus in OUTPUT/held_out
+        workers: processes; as many as there are cores by default, and under mpirun its ranks
+        shard_megabytes: text that goes into one shard; processes hold some of these in memory
         overwrite: replace the corpus, or the unfinished run, that is in the output directory
         verify: compare the checksums of the finished corpus (without inputs: only that)
+        report: write counts, lengths, unknown characters and samples of what was dropped, with a
+            picture, to OUTPUT/report (without inputs: of the finished corpus)
     """
-    if inputs or not verify:
-        if vocab is None:
-            raise UserError("--vocab is missing: give the vocab.txt of the model to be trained")
-        if shard_megabytes <= 0 or (workers is not None and workers < 1):
-            raise UserError("--shard-megabytes and --workers must be positive")
-        options = ConvertOptions(lower_case, words, t2s, text_field, on_error)
-        build = Build(
-            sources=resolve(inputs, format),
-            output=output,
-            vocab_file=existing_file(vocab, "vocabulary"),
-            options=options,
-            num_workers=workers or len(os.sched_getaffinity(0)),
-            shard_bytes=max(1, int(shard_megabytes * (1 << 20))),
-        )
-        run_build(build, overwrite)
-    if verify:
-        corpus = Corpus(output)
-        corpus.verify()
-        print(f"{output}: {len(corpus.shards)} shards, all checksums agree")
+    with open_workers(workers if inputs else 1) as opened:
+        if opened is None:  # an MPI rank whose work is done
+            return
+        if report:
+            check_report()
+        if inputs or not (verify or report):
+            options = ConvertOptions(lower_case, words, t2s, text_field, on_error, held_out, clean)
+            run_build(
+                _plan(inputs, output, vocab, options, format, shard_megabytes), opened, overwrite
+            )
+        if verify:
+            _verify(output)
+        if report:
+            print(f"report: {write_report(output)}")
+
+
+def _plan(
+    inputs: tuple[str, ...],
+    output: Path,
+    vocab: Path | None,
+    options: ConvertOptions,
+    format: InputFormat,
+    shard_megabytes: float,
+) -> Build:
+    """What is to be done; UserError for what can't be."""
+    if vocab is None:
+        raise UserError("--vocab is missing: give the vocab.txt of the model to be trained")
+    if shard_megabytes <= 0:
+        raise UserError("--shard-megabytes must be positive")
+    if not 0 <= options.held_out < 1:
+        raise UserError("--held-out is a share of the documents, from 0 to below 1")
+    options.clean.check()
+    return Build(
+        sources=resolve(inputs, format),
+        output=output,
+        vocab_file=existing_file(vocab, "vocabulary"),
+        options=options,
+        shard_bytes=max(1, int(shard_megabytes * (1 << 20))),
+    )
+
+
+def _verify(output: Path) -> None:
+    for directory in (output, output / HELD_OUT):
+        if directory == output or (directory / MANIFEST).is_file():
+            corpus = Corpus(directory)
+            corpus.verify()
+            print(f"{directory}: {len(corpus.shards)} shards, all checksums agree")
 
 
 class Build(NamedTuple):
@@ -115,7 +158,6 @@ class Build(NamedTuple):
     output: Path
     vocab_file: Path
     options: ConvertOptions
-    num_workers: int
     shard_bytes: int
 
     @property
@@ -126,19 +168,24 @@ class Build(NamedTuple):
             "shard bytes": self.shard_bytes,
             "inputs": [[source.name, source.num_bytes] for source in self.sources],
             **self.options.as_dict(),
+            "clean": None,
+            **{f"clean.{name}": value for name, value in asdict(self.options.clean).items()},
         }
 
 
-def run_build(build: Build, overwrite: bool) -> None:
+def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     """Do all that is left to do; raise a UserError that says how to go on when something fails."""
     _check_inputs(build)
     _check_room(build)
     # Made here first: a bad vocabulary is one error, and compiled code is cached for the workers.
-    converter = Converter(str(build.vocab_file), build.options)
-    converter.convert([Segment("text", "", 0, "暖身\n".encode())])
+    warm_up = [Segment("text", "", 0, "暖身\n".encode())]
+    converter(str(build.vocab_file), build.options).convert(warm_up)
     try:
         with Staging(build.output, build.identity, overwrite) as staging:
-            _convert_all(build, staging, converter)
+            _convert_all(build, staging, workers)
+            if build.options.clean.compares_documents:
+                _drop_duplicates(build, staging, workers)
+            seconds = [record["seconds"] for record in staging.records()]
             manifest = finish(build.output, build.vocab_file, build.options, staging)
     except OSError as error:
         if error.errno in _NO_ROOM:
@@ -153,6 +200,9 @@ def run_build(build: Build, overwrite: bool) -> None:
             "with fewer --workers or another output with a smaller --shard-megabytes"
         ) from None
     print(format_counts(build.output, manifest))
+    for_words, in_all = (sum(column) for column in zip(*seconds, strict=True))
+    line = f"  {in_all:,.1f} s of processor time in the workers"
+    print(line + (f", {for_words:,.1f} s of it to find words" if for_words else ""))
 
 
 def _check_inputs(build: Build) -> None:
@@ -173,6 +223,7 @@ def _check_room(build: Build) -> None:
         * (UNPACKED_SHARE if source.name.endswith(packed) else 1.0)
         for source in build.sources
     )
+    needed -= sum(path.stat().st_size for path in build.output.glob("**/shard-*.bin"))
     existing = next(p for p in (build.output, *build.output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -182,83 +233,26 @@ def _check_room(build: Build) -> None:
         )
 
 
-def _chunk_hash(chunk: list[Segment]) -> str:
-    digest = hashlib.sha256()
-    for segment in chunk:
-        digest.update(f"{segment.format}:{segment.offset}:".encode())
-        if isinstance(segment.data, bytes):
-            digest.update(segment.data)
-        else:
-            digest.update(repr(segment.data).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _convert_chunk(converter: Converter, output: Path, index: int, chunk: list[Segment]) -> Any:
-    """Write shard `index` unless it holds no token; return its record for the staging area."""
-    arrays, tally = converter.convert(chunk)
-    record = None
-    max_token_id = -1
-    if len(arrays.tokens):
-        record = write_shard(output / shard_name(index), arrays)._asdict()
-        max_token_id = int((arrays.tokens & (converter.tokenizer.continues - 1)).max())
-    return {
-        "input_sha256": _chunk_hash(chunk),
-        "shard": record,
-        "max_token_id": max_token_id,
-        "counts": dict(tally.counts),
-        "examples": tally.examples,
-    }
-
-
-_worker_converter: Converter
-
-
-def _start_worker(vocab_file: str, options: ConvertOptions) -> None:
-    global _worker_converter
-    _worker_converter = Converter(vocab_file, options)
-
-
-def _work(output: Path, index: int, chunk: list[Segment]) -> Any:
-    return _convert_chunk(_worker_converter, output, index, chunk)
-
-
-def _convert_all(build: Build, staging: Staging, converter: Converter) -> None:
+def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
     """Convert every chunk that is not done; progress goes by bytes of the sources."""
     sizes = [source.num_bytes for source in build.sources]
     total = None if None in sizes else sum(size for size in sizes if size)
-    with _progress() as progress:
-        task = progress.add_task("sharding", total=total)
-
-        def advance(chunk: list[Segment]) -> None:
-            progress.advance(task, sum(segment.num_source_bytes for segment in chunk))
-
-        todo = _unfinished(build, staging, advance)
-        if build.num_workers == 1:
-            for index, chunk in todo:
-                staging.put(index, _convert_chunk(converter, build.output, index, chunk))
-                advance(chunk)
-        else:
-            for index, chunk, record in _in_pool(build, todo):
-                staging.put(index, record)
-                advance(chunk)
+    with open_progress(total) as progress:
+        tasks = (
+            (build.output, str(build.vocab_file), build.options, index, chunk)
+            for index, chunk in _unfinished(build, staging, progress)
+        )
+        for (*_, index, chunk), record in workers.run(write_piece, tasks):
+            staging.put(index, record)
+            progress.advance(_num_source_bytes(chunk))
 
 
-def _progress() -> Any:
-    from rich import progress
-    from rich.console import Console
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+def _num_source_bytes(chunk: list[Segment]) -> int:
+    return sum(segment.num_source_bytes for segment in chunk)
 
 
 def _unfinished(
-    build: Build, staging: Staging, advance: Any
+    build: Build, staging: Staging, progress: Progress
 ) -> Iterator[tuple[int, list[Segment]]]:
     segment_bytes = min(BLOCK_BYTES, build.shard_bytes)
     chunks = read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
@@ -267,43 +261,23 @@ def _unfinished(
         if finished is None:
             yield index, chunk
             continue
-        if finished["input_sha256"] != _chunk_hash(chunk):
+        if finished["input_sha256"] != chunk_hash(chunk):
             raise UserError(
                 f"the input changed since {build.output} was begun (first at {chunk[0].source}, "
                 f"after byte or row {chunk[0].offset}); begin anew with --overwrite"
             )
-        advance(chunk)
+        progress.advance(_num_source_bytes(chunk), found=True)
 
 
-def _in_pool(
-    build: Build, todo: Iterator[tuple[int, list[Segment]]]
-) -> Iterator[tuple[int, list[Segment], Any]]:
-    """(index, chunk, record) as they are done, with num_workers + 1 chunks in memory at most.
-
-    Workers are spawned: forking a process that has run threads (tokenizers, numba) can hang.
-    """
-    pool = ProcessPoolExecutor(
-        build.num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(str(build.vocab_file), build.options),
+def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
+    """Find the documents that occur twice, and give every shard its place without them."""
+    records = staging.records()
+    files = [keys_file(build.output, index) for index in range(len(records))]
+    reasons = dedup.find_duplicates(files, build.options.clean)
+    tasks = (
+        (build.output, str(build.vocab_file), build.options, index, record["sides"], of_piece)
+        for index, (record, of_piece) in enumerate(zip(records, reasons, strict=True))
+        if staging.get(index, COMPARED) is None
     )
-    pending: dict[Future[Any], tuple[int, list[Segment]]] = {}
-    try:
-        for index, chunk in todo:
-            pending[pool.submit(_work, build.output, index, chunk)] = (index, chunk)
-            if len(pending) > build.num_workers:
-                yield from _take_done(pending)
-        while pending:
-            yield from _take_done(pending)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _take_done(
-    pending: dict[Future[Any], tuple[int, list[Segment]]],
-) -> Iterator[tuple[int, list[Segment], Any]]:
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        index, chunk = pending.pop(future)
-        yield index, chunk, future.result()
+    for (*_, index, _, _), record in workers.run(drop_from_piece, tasks):
+        staging.put(index, record, COMPARED)

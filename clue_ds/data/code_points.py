@@ -36,12 +36,15 @@ _LOWEST_MARK = "\u0334"
 class CodePoints:
     """`entries` uint32 [NUM_CODE_POINTS]: kind << 24 | payload; 0 where not probed yet.
 
-    The payload of ISOLATED (a token by itself: CJK, punctuation) and ORDINARY (part of a word) is
-    the normalised code point; that of EXPANDED is an index into `expansions`, where the number of
+    The payload of ISOLATED (a token by itself: CJK, punctuation) is the id of its token, so that
+    most of a Chinese text is one look-up a character; that of ORDINARY (part of a word) is the
+    normalised code point; that of EXPANDED is an index into `expansions`, where the number of
     code points is followed by the code points.
     """
 
-    def __init__(self, lower_case: bool) -> None:
+    def __init__(self, lower_case: bool, ids: dict[str, int], unk_id: int) -> None:
+        self._ids = ids
+        self._unk_id = unk_id
         self.normalizer = normalizers.BertNormalizer(
             clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower_case
         )
@@ -77,7 +80,7 @@ class CodePoints:
         if self.decompose is not None and self._moves(character):
             return SLOW << KIND_SHIFT
         if len(pieces) == 3 and len(pieces[1]) == 1 and pieces[0] == pieces[2] == "a":
-            return ISOLATED << KIND_SHIFT | ord(pieces[1])
+            return ISOLATED << KIND_SHIFT | self._ids.get(pieces[1], self._unk_id)
         if len(pieces) == 1:
             return self._ordinary(character, pieces[0][1:-1])
         return SLOW << KIND_SHIFT

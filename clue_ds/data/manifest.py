@@ -1,8 +1,8 @@
 """corpus.json: what a finished corpus says about itself, written last.
 
-The account of the input adds up: lines = sentences + blank_lines + lines_not_utf8 +
-lines_without_tokens, and for records likewise (parsing.Tally). Nothing in it depends on where,
-when or by how many processes it was made.
+The account of the input adds up: every line, record and document that was read is in the corpus or
+counted under one reason why not (parsing.Tally). Nothing in it depends on where, when or by how
+many processes it was made.
 """
 
 from __future__ import annotations
@@ -10,19 +10,38 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from clue_ds.data.clean import FOREIGN, REASONS
 from clue_ds.data.convert import ConvertOptions
 from clue_ds.data.parsing import Tally
-from clue_ds.data.shards import FORMAT_VERSION, MANIFEST, VOCAB_FILE, fingerprint, write_json
-from clue_ds.data.staging import Staging
+from clue_ds.data.shards import (
+    FORMAT_VERSION,
+    HELD_OUT,
+    MANIFEST,
+    VOCAB_FILE,
+    fingerprint,
+    manifest_checksum,
+    write_json,
+)
+from clue_ds.data.staging import COMPARED, Staging
 from clue_ds.data.tokenizer import token_dtype
 from clue_ds.data.vocab import read_vocab, vocab_sha256
 from clue_ds.errors import UserError
 
 _REJECTED = ("lines_not_utf8", "records_not_utf8", "records_not_json", "records_without_text")
 _ALWAYS = ("lines", "sentences", "blank_lines", "lines_not_utf8", "lines_without_tokens")
+_DROPPED = (
+    *(f"lines_{reason}" for reason in REASONS[1:FOREIGN]),
+    "documents_emptied",
+    *(f"documents_{reason}" for reason in REASONS[FOREIGN:]),
+    "documents_held_out",
+    "characters_removed",
+    "entities_replaced",
+)
+MAX_UNKNOWN = 100
 
 
 def finish(
@@ -30,43 +49,89 @@ def finish(
 ) -> dict[str, Any]:
     """Copy the vocabulary, write corpus.json, remove the staging area; return the manifest."""
     records = staging.records()
-    shards = [record["shard"] for record in records if record["shard"]]
+    compared = staging.records(COMPARED) if options.clean.compares_documents else []
     tally = Tally()
-    for record in records:
-        tally.add(Tally(Counter(record["counts"]), record["examples"]))
-    if not shards:
+    for record in [*records, *compared]:
+        tally.add(Tally.from_dict(record["tally"]))
+    sides = [record["sides"] for record in compared or records]
+    training, held_out = ([side[i] for side in sides if side[i]] for i in (0, 1))
+    _count_kept(tally, training, held_out)
+    if not training:
         dropped = {name: number for name, number in tally.counts.items() if number}
         staging.remove()
         raise UserError(
             f"there is no text in the input, so {output} would be empty; what was read: "
             f"{dropped or 'nothing'}"
         )
-    shutil.copyfile(vocab_file, output / VOCAB_FILE)
+    if held_out:
+        manifest = _manifest(vocab_file, options, held_out)
+        manifest["counts"] = {name: manifest["num_sentences"] for name in ("lines", "sentences")}
+        manifest["counts"]["documents"] = manifest["num_documents"]
+        _write(output / HELD_OUT, vocab_file, manifest)
+    manifest = _manifest(vocab_file, options, training)
+    names = sorted({name for name, number in tally.counts.items() if number} | {*_ALWAYS})
+    unknown = sorted(tally.unknown.items(), key=lambda item: (-item[1], item[0]))
+    manifest["counts"] = {name: tally.counts[name] for name in names}
+    manifest["statistics"]["unknown"] = dict(unknown[:MAX_UNKNOWN])
+    manifest["samples"] = {rule: tally.samples[rule] for rule in sorted(tally.samples)}
+    manifest["rejected_examples"] = tally.examples
+    _write(output, vocab_file, manifest)
+    staging.remove()
+    return manifest
+
+
+def _count_kept(
+    tally: Tally, training: Iterable[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> None:
+    """`sentences`, and what is held out: known only when all else has been dropped."""
+    tally.counts["sentences"] = sum(side["shard"]["num_sentences"] for side in training)
+    for name, key in (("lines", "num_sentences"), ("documents", "num_documents")):
+        tally.counts[f"{name}_held_out"] = sum(side["shard"][key] for side in held_out)
+
+
+def _manifest(
+    vocab_file: Path, options: ConvertOptions, sides: list[dict[str, Any]]
+) -> dict[str, Any]:
+    shards = [side["shard"] for side in sides]
     num_tokens = len(read_vocab(vocab_file))
+    histograms = {}
+    for name in ("sentence_tokens", "document_tokens"):
+        total: Counter[str] = Counter()
+        for side in sides:
+            total.update(side[name])
+        histograms[name] = {length: total[length] for length in sorted(total, key=int)}
     manifest: dict[str, Any] = {
         "format": "clue_ds corpus",
         "version": FORMAT_VERSION,
         "vocab_sha256": vocab_sha256(vocab_file),
         "vocab_size": num_tokens,
         "token_bytes": token_dtype(num_tokens)(0).nbytes,
-        "max_token_id": max(record["max_token_id"] for record in records),
+        "max_token_id": max(side["max_token_id"] for side in sides),
         "options": options.as_dict() | _tools(options),
         "num_tokens": sum(shard["num_tokens"] for shard in shards),
         "num_sentences": sum(shard["num_sentences"] for shard in shards),
         "num_documents": sum(shard["num_documents"] for shard in shards),
-        "counts": {name: tally.counts[name] for name in sorted({*tally.counts, *_ALWAYS})},
-        "rejected_examples": tally.examples,
+        "statistics": {"num_unknown": sum(side["num_unknown"] for side in sides), **histograms},
         "shards": shards,
     }
     manifest["fingerprint"] = fingerprint(manifest)
-    write_json(output / MANIFEST, manifest)
-    staging.remove()
     return manifest
 
 
+def _write(directory: Path, vocab_file: Path, manifest: dict[str, Any]) -> None:
+    shutil.copyfile(vocab_file, directory / VOCAB_FILE)
+    manifest["checksum"] = manifest_checksum(manifest)
+    write_json(directory / MANIFEST, manifest)
+
+
 def _tools(options: ConvertOptions) -> dict[str, str]:
-    """Versions of what decided on tokens and words."""
-    names = {"tokenizers": True, "rjieba": options.words == "rjieba", "OpenCC": options.t2s}
+    """Versions of what decided on tokens, words and near duplicates."""
+    names = {
+        "tokenizers": True,
+        "rjieba": options.words == "rjieba",
+        "OpenCC": options.t2s,
+        "datasketch": options.clean.near_duplicates > 0,
+    }
     return {
         f"{name.lower()}_version": importlib.metadata.version(name)
         for name, used in names.items()
@@ -83,9 +148,10 @@ def format_counts(output: Path, manifest: dict[str, Any]) -> str:
         f"and {manifest['num_documents']:,} documents, {len(manifest['shards'])} shards, "
         f"{num_bytes / 2**20:,.1f} MiB"
     ]
-    rejected = [
-        f"{counts[name]:,} {name.replace('_', ' ')}" for name in _REJECTED if counts.get(name)
-    ]
-    if rejected:
-        lines.append(f"  dropped: {', '.join(rejected)}; the first are in {output / MANIFEST}")
+    if manifest["options"]["held_out"] and not counts.get("documents_held_out"):
+        lines.append(f"  held out: none of the {counts['documents']:,} documents; they are few")
+    for title, names in (("dropped", _REJECTED), ("by rule", _DROPPED)):
+        found = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name)]
+        if found:
+            lines.append(f"  {title}: {', '.join(found)}; samples are in {output / MANIFEST}")
     return "\n".join(lines)

@@ -21,18 +21,26 @@ OnError = Literal["refuse", "skip"]
 # Text is handled in blocks of about this size: they stay in a processor's cache.
 BLOCK_BYTES = 1 << 22
 MAX_EXAMPLES = 20
+# Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
+MAX_SAMPLES = 5
+MAX_UNKNOWN = 2000
 
 
 @dataclass
 class Tally:
     """What became of the input, and the first few things that were wrong with it.
 
-    lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens;
-    records = records_accepted + records_not_utf8 + records_not_json + records_without_text.
+    lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
+    lines_REASON for each reason of `clean.REASONS`;
+    records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
+    documents = num_documents + documents_held_out + documents_emptied + documents_REASON.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    # What each rule dropped or changed, and which text became [UNK].
+    samples: dict[str, list[str]] = field(default_factory=dict)
+    unknown: Counter[str] = field(default_factory=Counter)
 
     def reject(self, reason: str, message: str, on_error: OnError) -> None:
         """Count one rejected line or record; UserError if it is to be refused."""
@@ -42,9 +50,36 @@ class Tally:
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(message.partition(";")[0])
 
+    def wants_sample(self, rule: str) -> bool:
+        return len(self.samples.get(rule, ())) < MAX_SAMPLES
+
+    def sample(self, rule: str, text: str) -> None:
+        """Keep `text` as an example of what `rule` did, if there are not enough yet."""
+        if self.wants_sample(rule) and text not in self.samples.get(rule, ()):
+            self.samples.setdefault(rule, []).append(text)
+
     def add(self, other: Tally) -> None:
         self.counts.update(other.counts)
+        self.unknown.update(other.unknown)
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
+        for rule, texts in other.samples.items():
+            for text in texts:
+                self.sample(rule, text)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; of the unknown the most frequent."""
+        by_number = sorted(self.unknown.items(), key=lambda item: (-item[1], item[0]))
+        return {
+            "counts": dict(self.counts),
+            "examples": self.examples,
+            "samples": self.samples,
+            "unknown": dict(by_number[:MAX_UNKNOWN]),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Tally:
+        counts, unknown = Counter(value["counts"]), Counter(value["unknown"])
+        return cls(counts, value["examples"], value["samples"], unknown)
 
 
 def text_blocks(

@@ -1,8 +1,9 @@
 """The state of an unfinished corpus: which shards are done, and what the run was asked for.
 
-It lies in OUTPUT/.building: plan.json and one small JSON a finished shard, written after the shard
-itself was synced and renamed. The directory goes when corpus.json is there. A lock on it keeps a
-second run from writing to the same corpus; the system drops the lock when a process dies.
+It lies in OUTPUT/.building: plan.json and one small JSON a finished piece, written after its shards
+were synced and renamed; where duplicates are dropped there is a second one, from when that was
+done. The directory goes when corpus.json is there. A lock on it keeps a second run from writing to
+the same corpus; the system drops the lock when a process dies.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from clue_ds.data.shards import MANIFEST, STATE_DIRECTORY, VOCAB_FILE, shard_name, write_json
+from clue_ds.data.shards import HELD_OUT, MANIFEST, REPORT, STATE_DIRECTORY, VOCAB_FILE, write_json
 from clue_ds.errors import UserError
 
 PLAN = "plan.json"
+LOCK = "lock"
+# The stages of a piece.
+CONVERTED, COMPARED = "converted", "compared"
 
 
 class Staging:
@@ -47,7 +51,7 @@ class Staging:
                 f"output {self.output} is not empty and holds no corpus; choose another directory"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.directory / "lock", "wb")
+        self._lock = open(self.directory / LOCK, "wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,26 +85,31 @@ class Staging:
     def _clear(self) -> None:
         """Remove the corpus that was here: corpus.json first, so that it is never half a corpus."""
         (self.output / MANIFEST).unlink(missing_ok=True)
+        for name in (HELD_OUT, REPORT):
+            shutil.rmtree(self.output / name, ignore_errors=True)
         for path in (self.output / VOCAB_FILE, *self.output.glob("shard-*.bin*")):
             path.unlink(missing_ok=True)
-        for path in self.directory.glob("*.json*"):
-            path.unlink()
+        for path in self.directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
-    def _record_file(self, index: int) -> Path:
-        return self.directory / f"{shard_name(index)}.json"
+    def _record_file(self, index: int, stage: str) -> Path:
+        return self.directory / f"{stage}-{index:06d}.json"
 
-    def get(self, index: int) -> dict[str, Any] | None:
-        """The record of shard `index` if it is finished."""
-        path = self._record_file(index)
+    def get(self, index: int, stage: str = CONVERTED) -> dict[str, Any] | None:
+        """The record of piece `index` if that stage of it is finished."""
+        path = self._record_file(index, stage)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def put(self, index: int, record: dict[str, Any]) -> None:
-        """Say that shard `index` is finished."""
-        write_json(self._record_file(index), record)
+    def put(self, index: int, record: dict[str, Any], stage: str = CONVERTED) -> None:
+        """Say that a stage of piece `index` is finished."""
+        write_json(self._record_file(index, stage), record)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The records of all shards, in order."""
-        paths = sorted(self.directory.glob("shard-*.bin.json"))
+    def records(self, stage: str = CONVERTED) -> list[dict[str, Any]]:
+        """The records of all pieces, in order."""
+        paths = sorted(self.directory.glob(f"{stage}-*.json"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def remove(self) -> None:

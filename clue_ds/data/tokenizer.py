@@ -47,7 +47,7 @@ class Tokenizer:
         self.dtype = token_dtype(len(self.tokens))
         self.continues = continues_bit(self.dtype)
         self._trie = wordpiece.build_trie(self.tokens)
-        self._code_points = CodePoints(lower_case)
+        self._code_points = CodePoints(lower_case, ids, self.unk_id)
         self._library = tokenizers.Tokenizer(WordPiece(ids, unk_token="[UNK]"))
         self._library.normalizer = self._code_points.normalizer
         self._library.pre_tokenizer = self._code_points.pre_tokenizer
@@ -60,6 +60,16 @@ class Tokenizer:
         """Ids of `text`, int32 [tokens], without [CLS] and [SEP]; a line break is a space."""
         ids, _ = self.encode_lines(text.replace("\n", " ").encode())
         return ids
+
+    def text(self, ids: np.ndarray) -> str:
+        """The tokens as somebody would write them: spaces between Latin words only."""
+        text = ""
+        for token in (self.tokens[token_id] for token_id in ids):
+            if token.startswith("##") and len(token) > 2:
+                text += token[2:]
+            else:
+                text += f" {token}" if text[-1:].isascii() and token.isascii() and text else token
+        return text
 
     def encode_lines(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all lines of UTF-8 text, int32 [tokens], and tokens a line, int64 [lines].

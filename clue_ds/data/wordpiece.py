@@ -28,7 +28,7 @@ BYTE, TOKEN, LINE, CHAR, CODE_POINT = range(5)
 
 _KIND_SHIFT = np.uint32(code_points.KIND_SHIFT)
 _PAYLOAD_MASK = np.uint32(code_points.PAYLOAD_MASK)
-_UNPROBED, _DROPPED, _SPACE = code_points.UNPROBED, code_points.DROPPED, code_points.SPACE
+_UNPROBED, _SPACE = code_points.UNPROBED, code_points.SPACE
 _ISOLATED, _ORDINARY = code_points.ISOLATED, code_points.ORDINARY
 _EXPANDED, _SLOW = code_points.EXPANDED, code_points.SLOW
 _HASH = 0x1E3779B97F4A7C15
@@ -151,13 +151,14 @@ def _emit_word(
 def _decode(data: np.ndarray, at: int) -> tuple[int, int]:
     """The code point at byte `at` of valid UTF-8, and its number of bytes."""
     lead = np.int64(data[at])
+    if 0xE0 <= lead < 0xF0:  # Han: asked first
+        low = np.int64(data[at + 1] & 0x3F) << 6 | np.int64(data[at + 2] & 0x3F)
+        return (lead & 0x0F) << 12 | low, 3
     if lead < 0x80:
         return lead, 1
     if lead < 0xE0:
         return (lead & 0x1F) << 6 | np.int64(data[at + 1] & 0x3F), 2
     low = np.int64(data[at + 1] & 0x3F) << 6 | np.int64(data[at + 2] & 0x3F)
-    if lead < 0xF0:
-        return (lead & 0x0F) << 12 | low, 3
     return (lead & 0x07) << 18 | low << 6 | np.int64(data[at + 3] & 0x3F), 4
 
 
@@ -190,7 +191,16 @@ def encode(
             code_point, num_bytes = _decode(data, at)
             entry = entries[code_point]
             kind, payload = entry >> _KIND_SHIFT, np.int64(entry & _PAYLOAD_MASK)
-            if kind == _ORDINARY:
+            if kind == _ISOLATED:
+                if length:
+                    num_tokens = _emit_word(
+                        word, word_starts, length, trie, unk_id, continues, ids, starts, num_tokens
+                    )
+                    length = 0
+                ids[num_tokens] = payload
+                starts[num_tokens] = char
+                num_tokens += 1
+            elif kind == _ORDINARY:
                 if length <= MAX_WORD_CHARS:
                     word[length] = payload
                     word_starts[length] = char
@@ -204,18 +214,11 @@ def encode(
             elif kind == _UNPROBED or kind == _SLOW:
                 state[CODE_POINT] = code_point
                 return NEEDS_PAGE if kind == _UNPROBED else NEEDS_LIBRARY
-            elif kind != _DROPPED:
-                if length:
-                    num_tokens = _emit_word(
-                        word, word_starts, length, trie, unk_id, continues, ids, starts, num_tokens
-                    )
-                    length = 0
-                if kind == _ISOLATED:
-                    node = trie.first[payload]
-                    token = trie.token[node] if node >= 0 else -1
-                    ids[num_tokens] = token if token >= 0 else unk_id
-                    starts[num_tokens] = char
-                    num_tokens += 1
+            elif kind == _SPACE and length:
+                num_tokens = _emit_word(
+                    word, word_starts, length, trie, unk_id, continues, ids, starts, num_tokens
+                )
+                length = 0
             at += num_bytes
             char += 1
         if length:

@@ -1,0 +1,193 @@
+"""`clue-ds bench shard`: the whole verb, text to corpus, against `datasets.map` and tokenizers.
+
+The peer is what the usual script does: a data set of lines, `map` in batches through the fast
+tokenizer of BertTokenizer, `save_to_disk`; it finds no words. All contenders take turns in this
+process, one worker, on files cut from the same text, and processor time is what counts: reading,
+writing and checksums included. The limits are `bytes.decode()` and a copy of the bytes.
+
+Memory is measured apart: `clue-ds shard` with two workers on a file of --memory-megabytes, the
+resident memory of every one of its processes sampled while it runs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from clue_ds.benchmarks.environment import describe
+from clue_ds.data.build import shard as build
+from clue_ds.errors import UserError, existing_file
+
+PEER = "datasets.map + tokenizers + save"
+Contender = Callable[[Path, Path], Any]
+
+
+def shard(
+    text: tyro.conf.Positional[Path],
+    /,
+    vocab: Path,
+    output: Path | None = None,
+    megabytes: float = 64.0,
+    peer_megabytes: float = 2.0,
+    rounds: int = 5,
+    memory_megabytes: float = 0.0,
+) -> None:
+    """Compare `clue-ds shard`, with and without word marks, with datasets.map and tokenizers.
+
+    Args:
+        text: a text file, one sentence a line, perhaps .gz
+        vocab: vocab.txt of a BERT model
+        output: JSON file for the figures, with device, versions and command
+        megabytes: text that our verb gets in each round
+        peer_megabytes: text that the peer gets in each round; it is two orders slower
+        rounds: turns of each contender
+        memory_megabytes: also measure the memory of the verb on a file of this size; 0: don't
+    """
+    existing_file(vocab, "vocabulary")
+    data = existing_file(text, "text").read_bytes()
+    data = gzip.decompress(data) if text.suffix == ".gz" else data
+    if not data:
+        raise UserError(f"text {text} is empty")
+    with tempfile.TemporaryDirectory() as directory:
+        figures = _measure(data, vocab, Path(directory), megabytes, peer_megabytes, rounds)
+        if memory_megabytes:
+            figures["memory"] = _memory(data, vocab, Path(directory), memory_megabytes)
+    _print(figures)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"environment": describe(), "benchmark": "shard", "text": text.name, **figures}
+        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"written to {output}")
+
+
+def _write(path: Path, data: bytes, megabytes: float) -> Path:
+    """The text again and again, until it has `megabytes`, in whole lines."""
+    left = int(megabytes * 1e6)
+    with open(path, "wb") as file:
+        while left > 0:
+            part = data if len(data) <= left else data[: data.find(b"\n", left) + 1 or len(data)]
+            left -= file.write(part)
+    return path
+
+
+def _ours(vocab: Path, words: Any) -> Contender:
+    def run(text: Path, target: Path) -> None:
+        build((str(text),), output=target, vocab=vocab, words=words, workers=1)
+
+    return run
+
+
+def _peer(vocab: Path, directory: Path) -> Contender:
+    import datasets
+    from transformers import BertTokenizer
+
+    datasets.disable_progress_bars()
+    (directory / "tokenizer").mkdir()
+    shutil.copy(vocab, directory / "tokenizer" / "vocab.txt")
+    tokenizer = BertTokenizer.from_pretrained(directory / "tokenizer", do_lower_case=True)
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def run(text: Path, target: Path) -> None:
+        lines = datasets.load_dataset(
+            "text", data_files=str(text), split="train", cache_dir=str(target.with_suffix(".cache"))
+        )
+        lines.map(encode, batched=True, remove_columns=["text"]).save_to_disk(target)
+
+    return run
+
+
+def _measure(
+    data: bytes, vocab: Path, directory: Path, megabytes: float, peer_megabytes: float, rounds: int
+) -> dict[str, Any]:
+    """MB/s of processor time of each contender: median over the rounds; ratios to the peer."""
+    ours = _write(directory / "ours.txt", data, megabytes)
+    theirs = _write(directory / "theirs.txt", data, peer_megabytes)
+    contenders: dict[str, tuple[Contender, Path]] = {
+        "clue-ds shard --words none": (_ours(vocab, "none"), ours),
+        "clue-ds shard (rjieba)": (_ours(vocab, "rjieba"), ours),
+        PEER: (_peer(vocab, directory), theirs),
+        "bytes.decode()": (lambda text, _: text.read_bytes().decode(), ours),
+        "memcpy": (lambda text, _: bytearray(text.read_bytes()), ours),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(-1, rounds):  # one round to warm up
+        for name, (run, text) in contenders.items():
+            target = directory / f"out{number}"
+            begin = time.process_time()
+            run(text, target)
+            seconds = max(time.process_time() - begin, 1e-9)
+            for path in directory.glob(f"{target.name}*"):
+                shutil.rmtree(path)
+            if number >= 0:
+                rates[name].append(text.stat().st_size / 1e6 / seconds)
+    medians = {name: round(float(np.median(values)), 2) for name, values in rates.items()}
+    return {
+        "megabytes": megabytes,
+        "peer_megabytes": peer_megabytes,
+        "rounds": rounds,
+        "megabytes_per_second_per_core": medians,
+        "ratios_to_peer": {
+            name: round(medians[name] / medians[PEER], 1) for name in list(medians)[:2]
+        },
+    }
+
+
+def _memory(data: bytes, vocab: Path, directory: Path, megabytes: float) -> dict[str, Any]:
+    """Largest resident memory of `clue-ds shard --workers 2`: of a process, and of all together."""
+    import psutil
+
+    text = _write(directory / "large.txt", data, megabytes)
+    words = [sys.executable, "-m", "clue_ds.cli", "shard", str(text), "--vocab", str(vocab)]
+    words += ["--output", str(directory / "large"), "--workers", "2"]
+    largest = together = 0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            try:
+                family = [psutil.Process(process.pid)]
+                family += family[0].children(recursive=True)
+                sizes = [one.memory_info().rss for one in family]
+            except psutil.NoSuchProcess:
+                continue
+            largest, together = max(largest, *sizes), max(together, sum(sizes))
+            time.sleep(0.02)
+    if process.returncode:
+        raise UserError(f"clue-ds shard failed on {megabytes} MB of this text; try it by hand")
+    return {
+        "text_megabytes": megabytes,
+        "workers": 2,
+        "largest_process_mebibytes": round(largest / 2**20),
+        "all_processes_mebibytes": round(together / 2**20),
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("contender", "MB/s of a core", title="text file to corpus on disk")
+    for name, rate in figures["megabytes_per_second_per_core"].items():
+        table.add_row(name, f"{rate:,.1f}")
+    console = Console()
+    console.print(table)
+    for name, ratio in figures["ratios_to_peer"].items():
+        console.print(f"{name}: {ratio:.0f} times {PEER}")
+    if "memory" in figures:
+        memory = figures["memory"]
+        console.print(
+            f"memory on {memory['text_megabytes']:,.0f} MB of text with 2 workers: "
+            f"{memory['largest_process_mebibytes']:,} MiB in the largest process, "
+            f"{memory['all_processes_mebibytes']:,} MiB in all"
+        )

@@ -1,0 +1,66 @@
+"""How far a long run is: a bar with rate and time left on a terminal, a line now and then in a log.
+
+The rate is the mean since the run began, without what an earlier run had finished: shards take
+seconds each and several end at once, so a rate over the last few seconds is often unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+LOG_SECONDS = 30.0
+
+
+class Progress:
+    """Bytes done of `total` (None: unknown), written to standard error."""
+
+    def __init__(self, total: int | None, bar: Any, now: float | None = None) -> None:
+        self._total = total
+        self._bar = bar
+        self._task = bar.add_task("sharding", total=total, state="") if bar else None
+        self._start = self._last_line = time.monotonic() if now is None else now
+        self._done = self._found = 0
+
+    def advance(self, num_bytes: int, found: bool = False, now: float | None = None) -> None:
+        """Say that `num_bytes` more are done; `found`: by an earlier run."""
+        now = time.monotonic() if now is None else now
+        self._done += num_bytes
+        self._found += num_bytes * found
+        if self._bar:
+            self._bar.update(self._task, advance=num_bytes, state=self.state(now))
+        elif now - self._last_line >= LOG_SECONDS:
+            self._last_line = now
+            print(f"sharding: {self.state(now)}", file=sys.stderr, flush=True)
+
+    def state(self, now: float) -> str:
+        """Such as "1.2 of 3.4 GB, 95 MB/s, 0:00:23 left"."""
+        worked, seconds = self._done - self._found, now - self._start
+        size = f"{self._done / 1e9:.2f}"
+        size += " GB" if self._total is None else f" of {self._total / 1e9:.2f} GB"
+        if worked <= 0 or seconds <= 0:
+            return size
+        rate = worked / seconds
+        text = f"{size}, {rate / 1e6:.1f} MB/s"
+        if self._total is not None:
+            minutes, left = divmod(int(max(0, self._total - self._done) / rate), 60)
+            text += f", {minutes // 60}:{minutes % 60:02}:{left:02} left"
+        return text
+
+
+@contextlib.contextmanager
+def open_progress(total: int | None) -> Iterator[Progress]:
+    """A bar where standard error is a terminal, lines where it is not."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Progress(total, None)
+        return
+    columns = ("{task.description}", progress.BarColumn(), "{task.fields[state]}")
+    with progress.Progress(*columns, console=console) as bar:
+        yield Progress(total, bar)

@@ -1,0 +1,110 @@
+"""Who does the work: this process, a pool of processes, or the ranks of an MPI job.
+
+All three are an Executor that runs functions with arguments, so nothing else knows which it is.
+Under `mpirun -n N` rank 0 reads and keeps the account, and the other N - 1 ranks convert
+(mpi4py.futures); every rank calls the same verb with the same arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+from clue_ds.errors import UserError
+
+Task = TypeVar("Task", bound=tuple[Any, ...])
+# How launchers tell a process the size of its job: Open MPI; MPICH, Intel MPI and srun --mpi=pmi2.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def mpi_size() -> int:
+    """Processes of the MPI job that this one belongs to; 1 when it was started without MPI."""
+    if "PMIX_RANK" in os.environ and "SLURM_NTASKS" in os.environ:
+        return int(os.environ["SLURM_NTASKS"])
+    return next((int(os.environ[name]) for name in _SIZES if name in os.environ), 1)
+
+
+class Workers:
+    """Runs tasks; without an executor, in this process."""
+
+    def __init__(self, executor: Executor | None, num_workers: int) -> None:
+        self._executor = executor
+        self.num_workers = num_workers
+
+    def run(
+        self, function: Callable[..., Any], tasks: Iterator[Task]
+    ) -> Iterator[tuple[Task, Any]]:
+        """(task, function(*task)) as they are done; num_workers + 1 tasks are taken at most."""
+        if self._executor is None:
+            for task in tasks:
+                yield task, function(*task)
+            return
+        pending: dict[Future[Any], Task] = {}
+        try:
+            for task in tasks:
+                pending[self._executor.submit(function, *task)] = task
+                if len(pending) > self.num_workers:
+                    yield from _take_done(pending)
+            while pending:
+                yield from _take_done(pending)
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _take_done(pending: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    for future in done:
+        task = pending.pop(future)
+        yield task, future.result()
+
+
+@contextlib.contextmanager
+def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
+    """The workers; None on an MPI rank that has served as one, and has nothing left to do.
+
+    Processes are spawned: forking one that has run threads (tokenizers, numba) can hang.
+    """
+    if mpi_size() > 1:
+        if num_workers is not None:
+            raise UserError("--workers is for one machine; under MPI, mpirun -n says how many")
+        with _mpi_ranks() as workers:
+            yield workers
+        return
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0))
+    if num_workers < 1:
+        raise UserError("--workers must be positive")
+    if num_workers == 1:
+        yield Workers(None, 1)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context)
+    try:
+        yield Workers(pool, num_workers)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _mpi_ranks() -> Iterator[Workers | None]:
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"this is one of {mpi_size()} processes of an MPI job, and mpi4py can't be loaded "
+            f"({error}); install it with `pip install 'clue_ds[mpi]'`, for the MPI of this mpirun"
+        ) from None
+    if MPI.COMM_WORLD.Get_size() != mpi_size():
+        raise UserError(
+            f"mpirun started {mpi_size()} processes, and mpi4py sees "
+            f"{MPI.COMM_WORLD.Get_size()}: it was loaded with another MPI library than mpirun's; "
+            "use the mpirun of that library, or install mpi4py for this one"
+        )
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        yield None if executor is None else Workers(executor, MPI.COMM_WORLD.Get_size() - 1)

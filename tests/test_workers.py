@@ -1,0 +1,163 @@
+"""Processes and MPI ranks: the same bytes, whoever does the work and whenever it is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clue_ds.data import Corpus
+from clue_ds.data.progress import Progress
+from clue_ds.data.vocab import learn
+from clue_ds.data.workers import mpi_size
+
+RULES = ("--clean.duplicates", "--clean.repeated-lines", "--held-out", "0.1")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    """Some 200 KB of text with duplicates, its vocabulary, and `whole`: the corpus it makes."""
+    directory = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    lines = [line for line in sample_text.split("\n") if line]
+    documents = [f"{rng.choice(lines)}{i % 900}\n{rng.choice(lines)}\n" for i in range(1200)]
+    (directory / "text.txt").write_text("\n".join(documents))
+    learn((str(directory / "text.txt"),), output=directory / "vocab.txt", size=500)
+    assert run(command(directory, directory / "whole", "--workers", "1")).returncode == 0
+    return directory
+
+
+def command(inputs: Path, output: Path, *arguments: str) -> list[str]:
+    common = ["--vocab", str(inputs / "vocab.txt"), "--shard-megabytes", "0.01", *RULES]
+    verb = [sys.executable, "-m", "clue_ds.cli", "shard", str(inputs / "text.txt")]
+    return [*verb, *common, "--output", str(output), *arguments]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+
+
+def digests(corpus: Path) -> dict[str, str]:
+    files = sorted(path for path in corpus.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture
+def mpirun() -> list[str]:
+    """The start of a command line; the wheel of MPICH brings its own mpirun beside Python."""
+    beside = Path(sys.executable).with_name("mpirun")
+    program = str(beside) if beside.exists() else shutil.which("mpirun")
+    if program is None:
+        pytest.skip("there is no mpirun on this machine")
+    pytest.importorskip("mpi4py")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    is_open_mpi = "Open MPI" in version.stdout
+    return [program, *(["--oversubscribe", "--allow-run-as-root"] if is_open_mpi else [])]
+
+
+def test_mpi_ranks_write_the_same_bytes(inputs: Path, tmp_path: Path, mpirun: list[str]) -> None:
+    """Rank 0 reads, two convert; a user's mistake ends the job with one message."""
+    result = run([*mpirun, "-n", "3", *command(inputs, tmp_path / "c")])
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "c") == digests(inputs / "whole")
+    again = run([*mpirun, "-n", "3", *command(inputs, tmp_path / "c")])
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a finished corpus") == 1
+    assert "Traceback" not in again.stderr
+
+
+def test_workers_option_under_mpi_is_refused(
+    inputs: Path, tmp_path: Path, mpirun: list[str]
+) -> None:
+    result = run([*mpirun, "-n", "2", *command(inputs, tmp_path / "c", "--workers", "2")])
+    assert result.returncode != 0
+    assert "mpirun -n says how many" in result.stderr
+
+
+def test_size_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert mpi_size() == 1
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # srun without MPI: eight tasks, not one job
+    assert mpi_size() == 1
+    monkeypatch.setenv("PMIX_RANK", "3")
+    assert mpi_size() == 8
+
+
+def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for_shards(output: Path, num: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        if len(list(output.glob(".building/converted-*.json"))) >= num:
+            return
+        time.sleep(0.002)
+
+
+def moments() -> Iterator[tuple[str, int]]:
+    rng = random.Random(os.environ.get("KILL_SEED", "0"))
+    for victim in ("a worker", "everything", "a worker of MPI", "everything of MPI"):
+        yield victim, rng.randint(0, 18)
+
+
+@pytest.mark.parametrize(("victim", "num_shards"), list(moments()))
+def test_killed_at_any_moment(
+    inputs: Path, tmp_path: Path, mpirun: list[str], victim: str, num_shards: int
+) -> None:
+    """SIGKILL at a random moment; the same command again completes to the same bytes."""
+    output = tmp_path / "c"
+    if "MPI" in victim:
+        words = [*mpirun, "-n", "3", *command(inputs, output)]
+    else:
+        words = command(inputs, output, "--workers", "2")
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for_shards(output, num_shards, process)
+        time.sleep(random.random() * 0.1)
+        family = children(process)
+        if "everything" in victim:
+            process.kill()
+        else:
+            # The last one that was started: a converting process, not the reader.
+            family = [c for c in family if "shard" in " ".join(c.cmdline()) or "spawn" in c.name()]
+            family = family[-1:] or children(process)[-1:]
+        for child in family:
+            try:
+                child.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        process.wait(timeout=120)
+    if process.returncode != 0:
+        assert not (output / "corpus.json").exists()
+        result = run(command(inputs, output, "--workers", "1"))
+        assert result.returncode == 0, result.stderr
+    assert digests(output) == digests(inputs / "whole")
+    Corpus(output).verify()
+
+
+def test_progress_says_rate_and_time_left_from_the_first_shard_on() -> None:
+    """What an earlier run had finished is no part of the rate."""
+    progress = Progress(1000_000_000, None, now=0.0)
+    progress.advance(500_000_000, found=True, now=0.1)
+    assert progress.state(0.1) == "0.50 of 1.00 GB"
+    progress.advance(100_000_000, now=40.0)
+    assert progress.state(40.0) == "0.60 of 1.00 GB, 2.5 MB/s, 0:02:40 left"
+    unknown = Progress(None, None, now=0.0)
+    unknown.advance(100_000_000, now=20.0)
+    assert unknown.state(20.0) == "0.10 GB, 5.0 MB/s"
