@@ -8,6 +8,7 @@ we with ours. They take turns, and the medians of whole passes are compared.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -49,6 +50,8 @@ def finetune(
         num_examples: training examples of a pass
         turns: passes of each contender; they take turns
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("transformers' Trainer needs accelerate; run: pip install accelerate")
     task = registry.get(TASK)
     read = examples.read(task, examples.find(task, data, "train"))[:num_examples]
     tokenizer = Tokenizer(vocab)

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 
 # Verbs that know about ranks, and the module that runs them.
-MODULES = {"pretrain": "clue_ds.pretrain.train"}
+MODULES = {"pretrain": "clue_ds.pretrain.train", "finetune": "clue_ds.tasks.grid"}
 
 # The same names are in clue_ds/dist.py, which this file may not import.
 FINISHED_DIR_VARIABLE = "CLUE_DS_FINISHED_DIR"
