@@ -8,6 +8,7 @@ we with ours. They take turns, and the medians of whole passes are compared.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -49,6 +50,8 @@ def finetune(
         num_examples: training examples of a pass
         turns: passes of each contender; they take turns
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("transformers' Trainer needs accelerate; run: pip install accelerate")
     task = registry.get(TASK)
     read = examples.read(task, examples.find(task, data, "train"))[:num_examples]
     tokenizer = Tokenizer(vocab)
@@ -69,6 +72,7 @@ def finetune(
                 seconds["clue_ds"].append(ours)
                 seconds["Trainer"].append(theirs)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {name: len(read) / value for name, value in medians.items()}
     figures = {
         "benchmark": "finetune",
         "preset": preset,
@@ -77,10 +81,10 @@ def finetune(
         "max_length": recipe.max_length,
         "largest_loss_difference": difference,
         "seconds": seconds,
-        "examples_per_second": {name: len(read) / value for name, value in medians.items()},
+        "examples_per_second": rates,
         "ratio": medians["Trainer"] / medians["clue_ds"],
     }
-    for name, rate in figures["examples_per_second"].items():
+    for name, rate in rates.items():
         print(f"{name:>8}  {rate:8.1f} examples/s")
     print(f"clue_ds is {figures['ratio']:.2f} times as fast; losses agree to {difference:.1e}")
     if output is not None:

@@ -105,7 +105,7 @@ class PipelineQueue:
     def _run(self, items: list[str]) -> list[Any]:
         from clue_ds.tasks.predict import Prediction
 
-        found = self._pipeline(items, **self._options)
+        found: Any = self._pipeline(items, **self._options)
         return [
             Prediction(row[0]["label"], {each["label"]: each["score"] for each in row})
             for row in found

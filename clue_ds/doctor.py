@@ -124,7 +124,9 @@ def _between_ranks(path: str | None) -> list[Check]:
         text = preflight.check(watch, config, fingerprint, device)
     except UserError as error:
         return [Check("bad", str(error))]
-    lines = dist.gather([check.line() for check in (f() for f in MACHINE) if check.level == "bad"])
+    lines = dist.all_gather(
+        [check.line() for check in (f() for f in MACHINE) if check.level == "bad"]
+    )
     watch.close()
     return [
         Check("ok", f"all ranks answered, agree and finished an all-reduce: {text}"),

@@ -23,8 +23,12 @@ from .errors import LaunchError
 from .hosts import Host
 
 # Verbs that run on all ranks, and the module of a rank; the others are one process.
-ON_RANKS = {"pretrain": "clue_ds.pretrain.train", "doctor": "clue_ds.doctor"}
-ONE_PROCESS = ("shard", "finetune", "export")
+ON_RANKS = {
+    "pretrain": "clue_ds.pretrain.train",
+    "finetune": "clue_ds.tasks.grid",
+    "doctor": "clue_ds.doctor",
+}
+ONE_PROCESS = ("shard", "export")
 # Several processes share the work only if MPI started them.
 ALSO_OVER_MPI = ("shard",)
 

@@ -162,7 +162,7 @@ class Converter:
         if not options.reads_lines:
             return arrays, nothing, empty, empty.reshape(0, 0)
         ends = arrays.document_ends
-        reasons = clean.select(options.clean, *facts, ends)
+        reasons = clean.select(options.clean, facts[0], facts[1], facts[2], ends)
         self._account(arrays, reasons, tally)
         hashes = clean.document_hashes(facts[0], reasons, ends)
         num_kept = np.diff(np.concatenate([[0], np.cumsum(reasons == clean.KEPT)])[ends], prepend=0)

@@ -178,7 +178,7 @@ def _part(position: int, table: OrderTable) -> tuple[int, int]:
     part = np.searchsorted(table.cycle_ends, slot, side="right")
     first = table.cycle_ends[part - 1] if part else 0
     turn = cycle * (table.cycle_ends[part] - first) + slot - first
-    return part, turn * table.num_lanes + lane
+    return np.int64(part), turn * table.num_lanes + lane
 
 
 @compiled

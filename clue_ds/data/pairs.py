@@ -72,7 +72,6 @@ class LabelledPairs:
         self.labels = labels or _label_sets(by_file)
         self.targets = _targets(by_file, self.labels)
         self.num_documents = len(pairs)
-        self.num_bytes = 0  # to be read: order.py never needs lanes for them
         self._tokens, lengths = self._encode([s for pair in pairs for s in pair[:2]])
         self._ends = np.cumsum(lengths)
         self.num_tokens = int(self._ends[-1])
@@ -95,7 +94,7 @@ class LabelledPairs:
     def _encode(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
         text = "\n".join(" ".join(sentence.splitlines()) for sentence in sentences) + "\n"
         tokens, starts, lengths = self._tokenizer.encode_marked(text.encode())
-        mark_words(tokens, starts, lengths, word_lengths(text), self._tokenizer.continues)
+        mark_words(tokens, starts, lengths, word_lengths(text, "rjieba"), self._tokenizer.continues)
         return tokens, lengths
 
     def samples(self, seq_length: int) -> PairSamples:

@@ -134,7 +134,7 @@ def drop_from_piece(
             written.append(record)
             continue
         arrays = map_shard(waiting).arrays
-        num_sentences = np.diff(arrays.document_ends.astype(np.int64), prepend=0)
+        num_sentences: np.ndarray = np.diff(arrays.document_ends.astype(np.int64), prepend=0)
         first = np.cumsum(num_sentences) - num_sentences
         for code in (clean.DUPLICATE, clean.NEAR_DUPLICATE):
             reason, dropped = clean.REASONS[code], of_side == code

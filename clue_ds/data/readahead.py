@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clue_ds.data.order import BLOCK_BYTES, line_samples, windows_at
+from clue_ds.data.pairs import LabelledPairs
 from clue_ds.data.sampler import SampleStream
 
 _MAPPED_AT_ONCE = 1 << 16  # bytes that Linux maps around a touched page
@@ -56,8 +57,8 @@ class ReadAhead:
     """
 
     def __init__(self, stream: SampleStream, rank: int, world_size: int) -> None:
-        assert stream.uses_lanes
-        self._stream = stream
+        assert stream.uses_lanes and not isinstance(stream.corpus, LabelledPairs)
+        self._stream, self._files = stream, stream.corpus.files
         table = stream.order
         size = stream.batch_size(world_size)
         rows_per_lane = table.global_batch_size // table.num_lanes
@@ -112,7 +113,7 @@ class ReadAhead:
 
     def _pieces(self, first_sample: int, end_sample: int) -> Iterator[_Piece]:
         for shard, begin, end in self._stream.token_runs(first_sample, end_sample):
-            file = self._stream.corpus.files[shard]
+            file = self._files[shard]
             item = file.arrays.tokens.itemsize
             yield _Piece(shard, file.first_token + begin * item, file.first_token + end * item)
 
@@ -122,7 +123,7 @@ class ReadAhead:
         A neighbour's pages that go with them are in the page cache and come back when touched.
         """
         for piece in window.pieces:
-            file = self._stream.corpus.files[piece.shard]
+            file = self._files[piece.shard]
             begin = piece.begin // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE
             end = -(-piece.end // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE
             file.data.madvise(mmap.MADV_DONTNEED, begin, min(end, len(file.data)) - begin)
@@ -139,7 +140,7 @@ class ReadAhead:
             window.is_read.set()
 
     def _read(self, piece: _Piece, scratch: memoryview) -> None:
-        path = self._stream.corpus.files[piece.shard].path
+        path = self._files[piece.shard].path
         file = os.open(path, os.O_RDONLY)
         try:
             offset = piece.begin

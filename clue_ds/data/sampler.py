@@ -27,7 +27,7 @@ from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
 from clue_ds.data.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.mixture import Mixture, parts_of, shares_of
-from clue_ds.data.order import BLOCK_BYTES, order_table, places, samples_taken
+from clue_ds.data.order import BLOCK_BYTES, CYCLE, order_table, places, samples_taken
 from clue_ds.data.pairs import LabelledPairs, PairSamples
 from clue_ds.data.samples import Kind, Samples
 from clue_ds.data.shards import Corpus
@@ -53,6 +53,8 @@ def stream_keys(seed: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64]:
 def _uses_lanes(corpus: Corpus | Mixture | LabelledPairs, order: str) -> bool:
     if order not in ORDERS:
         raise UserError(f"order {order!r} is none of {', '.join(ORDERS)}")
+    if isinstance(corpus, LabelledPairs):
+        return False  # they are in memory
     # By the corpus alone: the machine's memory would make it another stream on another machine.
     num_bytes = sum(part.num_bytes for part in parts_of(corpus))
     return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
@@ -112,9 +114,10 @@ class SampleStream:
         order_key, self._mask_key, self._pair_key = keys
         self.part_samples = self._samples.part_samples
         self.uses_lanes = _uses_lanes(corpus, order)
+        shares = np.array([CYCLE]) if isinstance(corpus, LabelledPairs) else shares_of(corpus)
         self.order = order_table(
             num_samples=self.part_samples,
-            shares=shares_of(corpus),
+            shares=shares,
             global_batch_size=global_batch_size,
             uses_lanes=self.uses_lanes,
             block=max(1, BLOCK_BYTES // ((seq_length - 2) * corpus.token_dtype.itemsize)),

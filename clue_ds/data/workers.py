@@ -106,5 +106,6 @@ def _mpi_ranks() -> Iterator[Workers | None]:
             f"{MPI.COMM_WORLD.Get_size()}: it was loaded with another MPI library than mpirun's; "
             "use the mpirun of that library, or install mpi4py for this one"
         )
+    executor: Any  # an Executor on rank 0, None on the others
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         yield None if executor is None else Workers(executor, MPI.COMM_WORLD.Get_size() - 1)

@@ -133,6 +133,7 @@ class BertModel(nn.Module):
         With `cu_seqlens` [B, D + 1] (see SampleStream.batch) each sequence of a row is computed as
         if it were alone: positions begin at 0, attention stays inside; segment types are 0.
         """
+        keep: Tensor | None
         seq_length = input_ids.shape[1]
         if seq_length > self.config.max_position_embeddings:
             raise UserError(

@@ -163,8 +163,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
 def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """CSV as spreadsheets write it; TSV has no quoting. The first line names the columns."""
     csv.field_size_limit(1 << 30)  # the default refuses texts beyond 131,072 characters
-    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(_lines(path), strict=True, **options)
+    if path.suffix == ".tsv":
+        reader = csv.reader(_lines(path), strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(_lines(path), strict=True)
     columns: list[str] | None = None
     begin = 1
     try:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 
 from clue_ds import dist
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, run_command
 from clue_ds.tasks import registry, runs
 from clue_ds.tasks.runs import Request
 from clue_ds.tasks.training import Recipe
@@ -80,7 +81,7 @@ def finetune(
         from_scratch: random weights of the model's shape, for comparison.
         force: discard runs that are there with other settings.
     """
-    given = dict(
+    given: dict[str, Any] = dict(
         lr=lr,
         epochs=epochs,
         batch_size=batch_size,
@@ -117,6 +118,8 @@ def finetune(
         for name in dict.fromkeys(names):
             of_task = [r for r in requests if registry.get(r.task).name == registry.get(name).name]
             _keep_best(output / registry.get(name).name, of_task)
+    dist.barrier()
+    dist.report_end(stopped=False)
 
 
 def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -214,3 +217,14 @@ def _keep_best(directory: Path, requests: list[Request]) -> None:
     link.symlink_to(best.name)
     link.replace(directory / BEST)
     print(f"best: {directory / BEST / 'model'} ({best.name})")
+
+
+def main(argv: list[str]) -> None:
+    """What `clue-ds launch` starts on every rank."""
+    import tyro
+
+    tyro.cli(finetune, prog="clue-ds finetune", args=argv, use_underscores=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("clue-ds finetune", lambda: main(sys.argv[1:])))

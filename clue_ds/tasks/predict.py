@@ -151,6 +151,7 @@ class Predictor:
             )
         self._report_truncation([feature])
         inputs = self._inputs([feature])
+        assert self.pretrained is not None
         out = self.pretrained(
             **inputs, masked_positions=torch.from_numpy(positions)[None].to(self.device)
         )

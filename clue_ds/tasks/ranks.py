@@ -1,7 +1,7 @@
 """Fine-tuning on several ranks: the engine of pretraining, without ZeRO's sharding.
 
 The models that are fine-tuned fit each rank whole, and stage 0 keeps torch's own optimizer, so that
-a state saved by any number of ranks is continued by any other.
+the state file is the same as for one process.
 """
 
 from __future__ import annotations

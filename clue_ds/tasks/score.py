@@ -19,6 +19,7 @@ import tyro
 
 from clue_ds.errors import UserError
 from clue_ds.tasks import registry, runs
+from clue_ds.tasks.registry import Split
 
 # Accuracy on the test sets, from the tables of CLUE and CLUEPretrainedModels.
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -122,7 +123,10 @@ def _settings(result: dict[str, Any]) -> str:
 def _data(result: dict[str, Any]) -> str:
     """How much of CLUE's data the score is made of: "whole", or both splits' counts."""
     task = registry.TASKS.get(result["task"])
-    counts = {"train": result["num_trained_on"], "dev": result["data"]["dev"]["num_examples"]}
+    counts: dict[Split, int] = {
+        "train": result["num_trained_on"],
+        "dev": result["data"]["dev"]["num_examples"],
+    }
     parts = []
     for split, count in counts.items():
         published = task.num_published.get(split) if task else None

@@ -15,7 +15,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,10 +77,10 @@ class Progress:
     """All that changes while it trains, beside weights and moments."""
 
     step: int = 0
-    losses: list[float] | None = None
-    epochs: list[dict[str, Any]] | None = None
-    best_weights: dict[str, Tensor] | None = None
-    best_predictions: list[int] | None = None
+    losses: list[float] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_predictions: list[int] = field(default_factory=list)
 
 
 def train(
@@ -102,7 +102,7 @@ def train(
     ends = np.cumsum([len(batches) for batches in plan]).tolist()
     steps = [rows for batches in plan for rows in batches]
     updater = _updater(network, recipe, len(steps))
-    progress = Progress(0, [], [])
+    progress = Progress()
     if state_file is not None and state_file.exists():
         progress = _resume(state_file, updater)
     for step in range(progress.step, len(steps)):
