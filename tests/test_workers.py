@@ -57,11 +57,11 @@ def digests(corpus: Path) -> dict[str, str]:
 
 @pytest.fixture
 def mpirun() -> list[str]:
-    """The start of a command line; the wheel of MPICH brings its own mpirun beside Python."""
+    """The start of a command line; a wheel of an MPI brings its own mpirun beside Python."""
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
-        pytest.skip("there is no mpirun on this machine")
+        pytest.skip("there is no mpirun here (Debian: openmpi-bin)")
     pytest.importorskip("mpi4py")
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     is_open_mpi = "Open MPI" in version.stdout
