@@ -62,7 +62,13 @@ def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Pat
     asked = request(model, data, tmp_path / "cut", **changes)
     arguments = [asked.task, asked.model, asked.data, str(asked.directory), json.dumps(changes)]
     state = asked.directory / runs.STATE
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    # The order of a sum, and so its last bit, depends on the number of threads.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **threads},
+    )
     while not state.exists() and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
