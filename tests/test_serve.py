@@ -152,6 +152,24 @@ def test_a_full_queue_refuses_at_once_and_answers_what_it_took() -> None:
         batcher.submit("x", [1])
 
 
+def test_a_full_service_says_when_to_come_back(finetuned: Path) -> None:  # noqa: F811
+    running = Running(finetuned, max_wait_s=0.5, max_waiting=2)
+    body = {"texts": ["今天天气很好"]}
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=30)
+                for _ in range(12)
+            ]
+            answers = [each.result() for each in asked]
+    finally:
+        running.close()
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused and len(refused) + sum(a.status_code == 200 for a in answers) == 12
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+    assert "queue" in refused[0].json()["error"]["what"]
+
+
 def test_a_failure_reaches_only_the_requests_that_were_computed_with_it() -> None:
     def fail(kind: Any, items: list[Any]) -> list[Any]:
         if kind == "bad":
