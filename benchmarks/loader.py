@@ -3,9 +3,9 @@
 The peer is what the usual `run_mlm` script does: an Arrow data set of token rows of fixed length,
 shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Other
 peers are in loader_peers.py. All get the same tokens, length and batch size, one thread each, and
-take turns of 8 batches, so that what else the machine does hits all, and no batch but the first of a
-turn begins with another's data in the caches. What is compared is CPU time
-of making batches, no training: wall time where nothing waits, and not sensitive to other load.
+take turns of 8 batches, so that what else the machine does hits all, and only the first of a turn
+begins with another's data in the caches. What is compared is CPU time of making batches, no
+training: wall time where nothing waits, and not sensitive to other load.
 
 The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
 makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
@@ -222,7 +222,7 @@ def _timed(make: Callable[[int], Any]) -> Callable[[int], float]:
 
 
 def _take_turns(timed: dict[str, Callable[[int], float]], num: int) -> dict[str, list[float]]:
-    """Seconds a batch in the turns that make `num` batches of each contender, after one to warm up."""
+    """Seconds a batch, in turns that make `num` batches of each contender after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(1 + -(-num // BATCHES_A_TURN)):
         for name, run in timed.items():
