@@ -172,7 +172,7 @@ def _choose(
     taken = 0
     for i in range(begins[unit], begins[unit + 1]):
         if taken < limit and np.int64(row[i] & (table.continues - 1)) != table.unk_id:
-            chosen[i] = True
+            chosen[i] = 1
             taken += 1
     return taken
 
@@ -240,24 +240,30 @@ def mask_rows(
     begins, sizes = np.empty(width + 1, np.int64), np.empty(width, np.int64)
     keys, order = np.empty(width, np.uint64), np.empty(width, np.uint64)
     ends = np.empty(NUM_BUCKETS, np.int64)
-    chosen = np.empty(width, np.bool_)
+    chosen = np.empty(width, np.uint8)
+    places = np.empty(width + 1, np.int64)
+    id_mask = table.continues - 1
     for b in range(rows.shape[0]):
         row = rows[b]
         length = lengths[b]
         row_key = derive(derive(mask_key, epochs[b]), samples[b])
         num = _find_units(row, length, row_key, table, begins, sizes, keys)
         _sort(keys, num, ends, order)
-        chosen[:] = False
+        chosen[:] = 0
         _choose_all(row, table.goals[length], order, num, begins, sizes, table, chosen)
-        slot = 0
+        # Whether a position is chosen can't be predicted, so nothing branches on it: a plain copy,
+        # then a list of the chosen positions, then their outcomes.
+        num_chosen = 0
         for i in range(length):
-            token = np.int64(row[i] & (table.continues - 1))
-            if chosen[i]:
-                masked_positions[b, slot] = i
-                masked_labels[b, slot] = token
-                token = _outcome(row_key, i - 1, token, table)
-                slot += 1
-            input_ids[b, i] = token
+            input_ids[b, i] = row[i] & id_mask
+            places[num_chosen] = i
+            num_chosen += chosen[i]
+        for slot in range(num_chosen):
+            i = places[slot]
+            token = input_ids[b, i]
+            masked_positions[b, slot] = i
+            masked_labels[b, slot] = token
+            input_ids[b, i] = _outcome(row_key, i - 1, token, table)
         input_ids[b, length:] = table.pad_id
-        masked_positions[b, slot:] = 0
-        masked_labels[b, slot:] = IGNORED_LABEL
+        masked_positions[b, num_chosen:] = 0
+        masked_labels[b, num_chosen:] = IGNORED_LABEL
