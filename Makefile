@@ -57,9 +57,12 @@ bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this ma
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
 	$(BIN)/python -c "from pathlib import Path; from clue_ds.demo import write_texts; write_texts(Path('build/text'))"
 	$(BIN)/clue-ds bench tokenizer $(BENCH_TEXTS) --vocab $(BENCH_VOCAB) --output benchmarks/results/tokenizer.json
-	$(BIN)/clue-ds bench shard $(firstword $(BENCH_TEXTS)) --vocab $(BENCH_VOCAB) --memory-megabytes 600 \
+	$(BIN)/clue-ds bench shard $(firstword $(BENCH_TEXTS)) --vocab $(BENCH_VOCAB) --memory-megabytes 300 \
 		--output benchmarks/results/shard.json
 	$(BIN)/clue-ds bench loader --text build/text/news.txt --output benchmarks/results/loader.json $(ARGS)
+	$(BIN)/clue-ds bench scale --output benchmarks/results/scale.json
+	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
+		--output benchmarks/results/finetune.json
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .
