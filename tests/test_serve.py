@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -215,6 +216,12 @@ def test_verb_ends_on_term_and_answers_everything_in_flight(finetuned: Path) -> 
     finally:
         process.kill()
         process.wait()
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """asyncio leaves Nagle's algorithm on, 40 ms an answer, for a socket of protocol 0."""
+    with serve.bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_taken_port_is_one_message() -> None:
