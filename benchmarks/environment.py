@@ -42,7 +42,7 @@ def _git_commit() -> str | None:
 def _without_directories(argument: str) -> str:
     """A path's last part; other arguments as they are."""
     name, equals, value = argument.partition("=")
-    if equals and os.sep in value:
+    if equals and name.startswith("-") and os.sep in value:
         return f"{name}={Path(value).name}"
     return Path(argument).name if os.sep in argument else argument
 
