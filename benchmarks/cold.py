@@ -51,6 +51,8 @@ def cold(
         seq_length: tokens a sequence
         batch_size: sequences a batch
     """
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"--directory {directory} is not a directory; make it, or name another")
     place = Path(tempfile.mkdtemp(dir=directory))
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
