@@ -31,6 +31,7 @@ from clue_ds.errors import UserError
 
 NUM_CPU_RANKS = 2
 NUM_STEPS = 5_000
+NUM_WARMUP_STEPS = 200
 NUM_HELD_OUT = 2_000
 NUM_LABELLED = 4_000
 VOCAB_SIZE = 6_000
@@ -68,7 +69,7 @@ train:
   micro_batch_size: 16
   lr: 1.5e-3
   beta2: 0.98
-  warmup_steps: 200
+  warmup_steps: {warmup_steps}
 checkpoint:
   every: 1000
 log:
@@ -88,7 +89,9 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     (news, reviews_text), reviews = write_texts(directory / "text")
     vocab, corpus, run_dir = (directory / name for name in ("vocab.txt", "corpus", "run"))
     config = directory / "pretrain.yaml"
-    config.write_text(CONFIG.format(run_dir=run_dir, corpus=corpus, steps=steps), encoding="utf-8")
+    warmup_steps = min(NUM_WARMUP_STEPS, steps // 2)
+    settings = {"run_dir": run_dir, "corpus": corpus, "steps": steps, "warmup_steps": warmup_steps}
+    config.write_text(CONFIG.format(**settings), encoding="utf-8")
     model = run_dir / "export" / "hf"
     ranks = torch.cuda.device_count() or NUM_CPU_RANKS
 
