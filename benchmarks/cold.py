@@ -9,7 +9,6 @@ is the process's largest during each contender, above what it had before. All th
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.synthetic import write_corpus
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.errors import UserError
@@ -66,9 +65,7 @@ def cold(
         shutil.rmtree(place)
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
-        print(f"written to {output}")
+        write_results(output, figures)
 
 
 def drop_from_cache(corpus: Corpus) -> None:

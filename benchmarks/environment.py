@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -72,3 +73,11 @@ def describe() -> dict[str, Any]:
         "command": command_line(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def write_results(output: Path, figures: dict[str, Any]) -> None:
+    """Write figures and where they were measured as JSON, and say so."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = {"environment": describe(), **figures}
+    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {output}")

@@ -9,7 +9,6 @@ we with ours. They take turns, and the medians of whole passes are compared.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
@@ -88,9 +87,7 @@ def finetune(
         print(f"{name:>8}  {rate:8.1f} examples/s")
     print(f"clue_ds is {figures['ratio']:.2f} times as fast; losses agree to {difference:.1e}")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
-        print(f"written to {output}")
+        write_results(output, figures)
 
 
 def _write_model(config: ModelConfig, vocab: Path, directory: Path, labels: list[str]) -> Path:

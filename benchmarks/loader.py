@@ -15,7 +15,6 @@ the same words as we do.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.loader_peers import torch_peers, transformers4, version_of
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.vocab import learn, read_vocab
@@ -69,9 +68,7 @@ def loader(
         torch.set_num_threads(previous)
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
-        print(f"written to {output}")
+        write_results(output, figures)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.synthetic import write_corpus
 
 
@@ -63,9 +63,7 @@ def scale(
     }
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
-        print(f"written to {output}")
+        write_results(output, figures)
 
 
 def _fresh_process(

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.errors import UserError, existing_file
 
 CONTENDERS = {
@@ -68,9 +68,7 @@ def serve(
         figures = _measure(ports, texts, rounds, clients)
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
-        print(f"written to {output}")
+        write_results(output, figures)
 
 
 def _texts(path: Path, count: int) -> list[str]:

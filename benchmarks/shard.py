@@ -12,7 +12,6 @@ resident memory of every one of its processes sampled while it runs.
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.data.build import shard as build
 from clue_ds.errors import UserError, existing_file
 
@@ -65,10 +64,7 @@ def shard(
             figures["memory"] = _memory(data, vocab, Path(directory), memory_megabytes)
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": describe(), "benchmark": "shard", "text": text.name, **figures}
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        print(f"written to {output}")
+        write_results(output, {"benchmark": "shard", "text": text.name, **figures})
 
 
 def _write(path: Path, data: bytes, megabytes: float) -> Path:

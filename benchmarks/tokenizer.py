@@ -9,7 +9,6 @@ other tokens would be worth nothing. `bytes.decode()` and a copy of the bytes ar
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError, existing_file
 
@@ -57,10 +56,7 @@ def tokenizer(
         figures.append({"text": path.name, **_measure(data, vocab, part_megabytes, repeats)})
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": describe(), "benchmark": "tokenizer", "texts": figures}
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        print(f"written to {output}")
+        write_results(output, {"benchmark": "tokenizer", "texts": figures})
 
 
 def _parts(data: bytes, part_bytes: int) -> list[bytes]:
