@@ -1,8 +1,10 @@
 """`clue-ds bench evidence`: does pretraining help? The same network, pretrained and from scratch.
 
 The unlabelled training texts of the tasks, and text files of the user's, are pretrained on; then
-both networks are fine-tuned with the same examples, settings and seeds. Dev and test texts are
-never pretrained on. Every step is a verb that a user could type; a killed run continues.
+both networks are fine-tuned with the same examples, settings and seeds. With a recipe for pairs
+there is a third start for the pair tasks: the pretrained network, trained further on all labelled
+pairs of their train splits. Dev and test texts are never trained on. Every step is a verb that a
+user could type; a killed run continues.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 
 TASKS = ("tnews", "iflytek", "afqmc", "cmnli")
-KINDS = ("pretrained", "from_scratch")
+# What a network starts from when it is fine-tuned, and its colour.
+STARTS = {"pretrained": "tab:blue", "pair": "tab:green", "from_scratch": "tab:orange"}
 
 
 def evidence(
@@ -29,6 +32,7 @@ def evidence(
     config: Path,
     corpora: tuple[Path, ...] = (),
     checkpoint: Path | None = None,
+    pair_config: Path | None = None,
     work: Path = Path("runs/evidence"),
     output: Path | None = None,
     tasks: tuple[str, ...] = TASKS,
@@ -46,6 +50,7 @@ def evidence(
         config: what to pretrain (docs/examples/evidence.yaml).
         corpora: further text files, a sentence a line, a blank line between documents.
         checkpoint: a run that is trained already, instead of pretraining one.
+        pair_config: how to train it further on labelled pairs (docs/examples/evidence_pair.yaml).
         work: where texts, corpus and runs go; a killed command continues there.
         output: JSON file for the figures; a picture goes beside it.
         tasks: what is fine-tuned.
@@ -63,18 +68,23 @@ def evidence(
     model = work / "model"
     if not model.exists():
         _verb("export", checkpoint, "--to", "hf", "--output", model)
-    for kind in KINDS:
-        settings = ["--seeds", seeds, "--limit", limit, "--epochs", epochs, "--lr", lr]
-        settings += ["--max-length", max_length, "--precision", "bf16", "--task", *tasks]
-        settings += ["--from-scratch"] if kind == "from_scratch" else []
-        _verb("finetune", "--model", model, "--data", data, "--output", work / kind, *settings)
-    figures = {"benchmark": "evidence", "log": _log(checkpoint), **_figures(work, tasks, seeds)}
+    starts = {"pretrained": (tasks, model), "from_scratch": (tasks, model)}
+    if pair_config is not None:
+        pair_tasks = tuple(name for name in tasks if registry.get(name).kind == "pair")
+        starts["pair"] = (pair_tasks, _train_on_pairs(work, data, pair_config, pair_tasks, model))
+    settings = ["--seeds", seeds, "--limit", limit, "--epochs", epochs, "--lr", lr]
+    settings += ["--max-length", max_length, "--precision", "bf16"]
+    for start, (names, weights) in starts.items():
+        own = ["--model", weights, "--data", data, "--output", work / start, "--task", *names]
+        own += ["--from-scratch"] if start == "from_scratch" else []
+        _verb("finetune", *own, *settings)
+    rows = {name: _row(work, name, starts, seeds) for name in tasks}
+    figures = {"num_seeds": seeds, "tasks": rows, "log": _log(checkpoint)}
     _print(figures)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"environment": describe(), **figures}, indent=1) + "\n")
+        write_results(output, {"benchmark": "evidence", **figures})
         draw(figures, output.with_suffix(".png"))
-        print(f"written to {output} and {output.with_suffix('.png')}")
+        print(f"the picture is {output.with_suffix('.png')}")
 
 
 def _verb(*words: object) -> None:
@@ -102,6 +112,20 @@ def _pretrain(
     return run_dir
 
 
+def _train_on_pairs(
+    work: Path, data: Path, config: Path, tasks: tuple[str, ...], model: Path
+) -> Path:
+    """The pretrained model, trained further on the labelled pairs of the tasks' train splits."""
+    existing_file(config, "config file")
+    run_dir, pair_model = work / "pair-run", work / "pair-model"
+    if not pair_model.exists():
+        pairs = [examples.find(registry.get(name), data, "train") for name in tasks]
+        place = ["--data.corpus", model, "--model.init", model, "--run_dir", run_dir]
+        _verb("pretrain", "--config", config, *place, "--data.pairs", *pairs)
+        _verb("export", run_dir, "--to", "hf", "--output", pair_model)
+    return pair_model
+
+
 def _write_texts(directory: Path, data: Path) -> list[Path]:
     """One file a task: each training example a document, its label left out."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,44 +150,43 @@ def _log(run_dir: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in lines]
 
 
-def _figures(work: Path, tasks: tuple[str, ...], num_seeds: int) -> dict[str, Any]:
-    """Every run's dev accuracies by epoch, and their means."""
-    rows: dict[str, Any] = {}
-    for task in tasks:
-        row: dict[str, Any] = {}
-        for kind in KINDS:
-            places = [
-                work / kind / task / f"seed={42 + i}" / "result.json" for i in range(num_seeds)
-            ]
-            results = [json.loads(place.read_text(encoding="utf-8")) for place in places]
-            accuracies = [result["best"]["accuracy"] for result in results]
-            row[kind] = {
-                "accuracy": statistics.mean(accuracies),
-                "deviation": statistics.stdev(accuracies) if num_seeds > 1 else 0.0,
-                "f1": statistics.mean(result["best"]["f1"] for result in results),
-                "by_epoch": [[line["accuracy"] for line in r["epochs"]] for r in results],
-            }
-            row |= {"majority": results[0]["majority"]["accuracy"]}
-            row |= {"num_trained_on": results[0]["num_trained_on"], "data": results[0]["data"]}
-        rows[task] = row
-    return {"num_seeds": num_seeds, "tasks": rows}
+def _row(
+    work: Path, task: str, starts: dict[str, tuple[tuple[str, ...], Path]], num_seeds: int
+) -> dict[str, Any]:
+    """A task's dev accuracies by start: every run's by epoch, and the mean of their best."""
+    row: dict[str, Any] = {}
+    for start in (start for start, (names, _) in starts.items() if task in names):
+        places = [work / start / task / f"seed={42 + i}" / "result.json" for i in range(num_seeds)]
+        results = [json.loads(place.read_text(encoding="utf-8")) for place in places]
+        accuracies = [result["best"]["accuracy"] for result in results]
+        row[start] = {
+            "accuracy": statistics.mean(accuracies),
+            "deviation": statistics.stdev(accuracies) if num_seeds > 1 else 0.0,
+            "f1": statistics.mean(result["best"]["f1"] for result in results),
+            "by_epoch": [[line["accuracy"] for line in r["epochs"]] for r in results],
+        }
+        row |= {"majority": results[0]["majority"]["accuracy"]}
+        row |= {"num_trained_on": results[0]["num_trained_on"], "data": results[0]["data"]}
+    return row
 
 
 def _print(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "trained on", "pretrained", "from scratch", "gain", "majority")
+    starts = [start.replace("_", " ") for start in STARTS]
+    table = Table("task", "trained on", *starts, "majority", title="dev accuracy, best epoch")
     for task, row in figures["tasks"].items():
-        cells = [f"{row[k]['accuracy']:.2%} ± {row[k]['deviation']:.2%}" for k in KINDS]
-        gain = 100 * (row["pretrained"]["accuracy"] - row["from_scratch"]["accuracy"])
-        count, guess = f"{row['num_trained_on']:,}", f"{row['majority']:.2%}"
-        table.add_row(task, count, *cells, f"{gain:+.2f}", guess)
+        cells = [
+            f"{row[s]['accuracy']:.2%} ± {row[s]['deviation']:.2%}" if s in row else ""
+            for s in STARTS
+        ]
+        table.add_row(task, f"{row['num_trained_on']:,}", *cells, f"{row['majority']:.2%}")
     Console(highlight=False).print(table)
 
 
 def draw(figures: dict[str, Any], picture: Path) -> None:
-    """Dev accuracy by epoch of every seed, pretrained and from scratch."""
+    """Dev accuracy by epoch of every seed, a colour for each start."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,11 +197,11 @@ def draw(figures: dict[str, Any], picture: Path) -> None:
         1, len(rows), figsize=(3.6 * len(rows), 3.4), layout="constrained", squeeze=False
     )
     for axis, (task, row) in zip(axes[0], rows.items(), strict=True):
-        for kind, color in zip(KINDS, ("tab:blue", "tab:orange"), strict=True):
-            for number, line in enumerate(row[kind]["by_epoch"]):
-                label = kind.replace("_", " ") if number == 0 else None
+        for start in (start for start in STARTS if start in row):
+            for number, line in enumerate(row[start]["by_epoch"]):
+                label = start.replace("_", " ") if number == 0 else None
                 epochs = range(1, len(line) + 1)
-                axis.plot(epochs, line, color=color, marker="o", label=label, alpha=0.8)
+                axis.plot(epochs, line, color=STARTS[start], marker="o", label=label, alpha=0.8)
         axis.axhline(row["majority"], color="grey", linestyle=":", label="majority")
         axis.set_title(f"{task}, {row['num_trained_on']:,} examples")
         axis.set_xlabel("epoch")
