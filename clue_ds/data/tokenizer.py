@@ -91,8 +91,10 @@ class Tokenizer:
         Marked ids (uint16 or uint32) have the top bit on `##` pieces. Characters are code points
         counted from the start of `data`, line feeds included (uint32).
         """
-        num_lines = data.count(b"\n") + (not data.endswith(b"\n") and len(data) > 0)
+        if not data.endswith(b"\n") and data:
+            data += b"\n"
         buffer = np.frombuffer(data, dtype=np.uint8)
+        num_lines = np.count_nonzero(buffer == 10)  # bytes.count: a third of the time of all this
         ids = np.empty(len(data), dtype=self.dtype)
         starts = np.empty(len(data), dtype=np.uint32)
         line_lengths = np.empty(num_lines, dtype=np.int64)
