@@ -296,7 +296,7 @@ def test_rules_are_part_of_the_run(tmp_path: Path, vocab: Path) -> None:
 
 def test_segmented_text(tmp_path: Path, vocab: Path) -> None:
     """The spaces are the words; ids are those of the text without them."""
-    corpus, _ = make(tmp_path, "清晨 的 湖面 abc de\n渔船\n", vocab, words="segmented")
+    corpus, _ = make(tmp_path, "清晨 的 湖面 abc de\n渔船\n", vocab, segmented=True)
     tokens = corpus.shards[0].tokens
     assert (tokens >> 15).tolist() == [0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
     tokenizer = Tokenizer(vocab)

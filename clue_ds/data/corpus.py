@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
+import hashlib
 import re
 import sys
 import zlib
@@ -269,3 +270,15 @@ def read_chunks(
                 chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def chunk_hash(chunk: list[Segment]) -> str:
+    """SHA-256 of a chunk: equal chunks become equal shards."""
+    digest = hashlib.sha256()
+    for segment in chunk:
+        digest.update(f"{segment.format}:{segment.offset}:".encode())
+        if isinstance(segment.data, bytes):
+            digest.update(segment.data)
+        else:
+            digest.update(repr(segment.data).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -31,7 +31,7 @@ class Tally:
     """What became of the input, and the first few things that were wrong with it.
 
     lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
-    lines_REASON for each reason of `clean.REASONS`;
+    lines_REASON for each reason of `options.REASONS`;
     records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
     documents = num_documents + documents_held_out + documents_emptied + documents_REASON.
     """

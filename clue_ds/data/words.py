@@ -9,13 +9,11 @@ loader (five times the loader's whole cost).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from clue_ds.data.jit import compiled
+from clue_ds.data.options import Words
 
-Words = Literal["rjieba", "segmented", "none"]
 # Tab, line feed, carriage return, space, no-break space, ideographic space.
 _SPACES = np.array([0x09, 0x0A, 0x0D, 0x20, 0xA0, 0x3000], dtype=np.uint32)
 
