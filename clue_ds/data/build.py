@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from clue_ds.data.corpus import InputFormat, Segment, Source, chunk_hash, read_chunks, resolve
+from clue_ds.data.corpus import Chunk, InputFormat, Source, chunk_hash, read_chunks, resolve
 from clue_ds.data.manifest import finish, format_counts
 from clue_ds.data.options import Cleaning, ConvertOptions, Words
 from clue_ds.data.parsing import BLOCK_BYTES, OnError
@@ -178,7 +178,7 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     """Do all that is left to do; raise a UserError that says how to go on when something fails."""
     _check_inputs(build)
     _check_room(build)
-    list(workers.run(f"{_PIECES}:prepare", [(str(build.vocab_file), build.options)]))
+    list(workers.run(f"{_PIECES}:prepare", [(None, (str(build.vocab_file), build.options))]))
     try:
         with Staging(build.output, build.identity, overwrite) as staging:
             _convert_all(build, staging, workers)
@@ -238,21 +238,24 @@ def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
     total = None if None in sizes else sum(size for size in sizes if size)
     with open_progress(total) as progress:
         tasks = (
-            (build.output, str(build.vocab_file), build.options, index, chunk)
+            ((index, _num_source_bytes(chunk)), (*_common(build), index, chunk))
             for index, chunk in _unfinished(build, staging, progress)
         )
-        for (*_, index, chunk), record in workers.run(f"{_PIECES}:write_piece", tasks):
+        for (index, num_bytes), record in workers.run(f"{_PIECES}:write_piece", tasks):
             staging.put(index, record)
-            progress.advance(_num_source_bytes(chunk))
+            progress.advance(num_bytes)
 
 
-def _num_source_bytes(chunk: list[Segment]) -> int:
+def _common(build: Build) -> tuple[Path, str, ConvertOptions]:
+    """The arguments that all functions of pieces.py begin with."""
+    return build.output, str(build.vocab_file), build.options
+
+
+def _num_source_bytes(chunk: Chunk) -> int:
     return sum(segment.num_source_bytes for segment in chunk)
 
 
-def _unfinished(
-    build: Build, staging: Staging, progress: Progress
-) -> Iterator[tuple[int, list[Segment]]]:
+def _unfinished(build: Build, staging: Staging, progress: Progress) -> Iterator[tuple[int, Chunk]]:
     segment_bytes = min(BLOCK_BYTES, build.shard_bytes)
     chunks = read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
     for index, chunk in enumerate(chunks):
@@ -272,11 +275,11 @@ def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
     """Find the documents that occur twice, and give every shard its place without them."""
     sides = [record["sides"] for record in staging.records()]
     task = (build.output, len(sides), build.options.clean)
-    ((_, reasons),) = workers.run(f"{_PIECES}:find_duplicates", [task])
+    ((_, reasons),) = workers.run(f"{_PIECES}:find_duplicates", [(None, task)])
     tasks = (
-        (build.output, str(build.vocab_file), build.options, index, of_piece, why)
+        (index, (*_common(build), index, of_piece, why))
         for index, (of_piece, why) in enumerate(zip(sides, reasons, strict=True))
         if staging.get(index, COMPARED) is None
     )
-    for (*_, index, _, _), record in workers.run(f"{_PIECES}:drop_from_piece", tasks):
+    for index, record in workers.run(f"{_PIECES}:drop_from_piece", tasks):
         staging.put(index, record, COMPARED)

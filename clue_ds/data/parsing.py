@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clue_ds.data.corpus import Segment, Source, read_segments
+from clue_ds.data.corpus import MAX_LINE_BYTES, Segment, Source, character_start, read_segments
 from clue_ds.errors import UserError
 
 OnError = Literal["refuse", "skip"]
 # Text is handled in blocks of about this size: they stay in a processor's cache.
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20
+_MAX_LINE_CHARS = MAX_LINE_BYTES // 3
 MAX_EXAMPLES = 20
 # Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
 MAX_SAMPLES = 5
@@ -99,12 +100,13 @@ def text_blocks(
         # The boundary that is put behind the record is no line of the input.
         tally.counts["lines"] += num_blank - 1
         tally.counts["blank_lines"] += num_blank - 1
-        lines += kept
-        lines.append("")
-        size += 3 * len(text)
-        if size >= BLOCK_BYTES:
-            yield "\n".join(lines) + "\n"
-            lines, size = [], 0
+        for line in [*kept, ""]:
+            for begin in range(0, len(line) or 1, _MAX_LINE_CHARS):
+                lines.append(line[begin : begin + _MAX_LINE_CHARS])
+                size += 3 * len(lines[-1])
+                if size >= BLOCK_BYTES:
+                    yield "\n".join(lines) + "\n"
+                    lines, size = [], 0
     if lines:
         yield "\n".join(lines) + "\n"
 
@@ -115,6 +117,8 @@ def _decoded_blocks(
     begin = 0
     while begin < len(data):
         end = data.find(b"\n", begin + BLOCK_BYTES) + 1 or len(data)
+        if end - begin > MAX_LINE_BYTES:
+            end = character_start(data, begin + MAX_LINE_BYTES)
         block = data[begin:end]
         try:
             yield block.decode()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from clue_ds.errors import UserError
 
-Task = TypeVar("Task", bound=tuple[Any, ...])
+Label = TypeVar("Label")
 # How launchers tell a process the size of its job: Open MPI; MPICH, Intel MPI and srun --mpi=pmi2.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -38,16 +38,21 @@ class Workers:
         self._executor = executor
         self.num_workers = num_workers
 
-    def run(self, function: str, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """(task, function(*task)) as they are done; num_workers + 1 tasks are taken at most."""
+    def run(
+        self, function: str, tasks: Iterable[tuple[Label, tuple[Any, ...]]]
+    ) -> Iterator[tuple[Label, Any]]:
+        """(label, function(*arguments)) of each (label, arguments), as they are done.
+
+        Of the tasks, num_workers + 1 are taken at most before one is done.
+        """
         if self._executor is None:
-            for task in tasks:
-                yield task, _call(function, *task)
+            for label, arguments in tasks:
+                yield label, _call(function, *arguments)
             return
-        pending: dict[Future[Any], Task] = {}
+        pending: dict[Future[Any], Label] = {}
         try:
-            for task in tasks:
-                pending[self._executor.submit(_call, function, *task)] = task
+            for label, arguments in tasks:
+                pending[self._executor.submit(_call, function, *arguments)] = label
                 if len(pending) > self.num_workers:
                     yield from _take_done(pending)
             while pending:
@@ -62,11 +67,11 @@ def _call(function: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*arguments)
 
 
-def _take_done(pending: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:
+def _take_done(pending: dict[Future[Any], Label]) -> Iterator[tuple[Label, Any]]:
     done, _ = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
-        task = pending.pop(future)
-        yield task, future.result()
+        label = pending.pop(future)
+        yield label, future.result()
 
 
 @contextlib.contextmanager
