@@ -233,8 +233,8 @@ def _parquet_batches(
     import pyarrow.parquet as pq
 
     try:
-        # Without a buffer the whole column of a row group is read at once.
-        table = pq.ParquetFile(_seekable(raw), buffer_size=READ_BYTES)
+        # As it comes by default, a whole column of a row group is read at once.
+        table = pq.ParquetFile(_seekable(raw), buffer_size=READ_BYTES, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise UserError(f"input {source.name} is not a parquet file: {error}") from None
     if text_field not in table.schema_arrow.names:
@@ -243,7 +243,8 @@ def _parquet_batches(
             f"{', '.join(table.schema_arrow.names)}; choose one with --text-field"
         )
     num_rows = max(1, table.metadata.num_rows)
-    for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[text_field]):
+    batches = table.iter_batches(_BATCH_ROWS, columns=[text_field], use_threads=False)
+    for batch in batches:
         num_bytes = (source.num_bytes or 0) * batch.num_rows // num_rows
         yield batch.column(0).to_pylist(), num_bytes
 
@@ -290,19 +291,19 @@ def _table_segments(
 def read_chunks(
     sources: list[Source], chunk_bytes: int, segment_bytes: int, text_field: str
 ) -> Iterator[Chunk]:
-    """The input in chunks of some `chunk_bytes`: chunk i becomes shard i.
+    """The input in chunks of at most `chunk_bytes`, or of one segment: chunk i becomes shard i.
 
-    A document that is longer than a chunk is cut, so a chunk is never more than about two.
+    A document that is longer than a chunk is cut, so a segment is never much more than a chunk.
     """
     chunk, size = Chunk(), 0
     max_bytes = segment_bytes + chunk_bytes
     for source in sources:
         for segment in read_segments(source, segment_bytes, max_bytes, text_field):
-            chunk.append(segment)
-            size += segment.size
-            if size >= chunk_bytes:
+            if chunk and size + segment.size > chunk_bytes:
                 yield chunk
                 chunk, size = Chunk(), 0
+            chunk.append(segment)
+            size += segment.size
     if chunk:
         yield chunk
 
