@@ -54,6 +54,14 @@ class Converter:
         """The arrays of one shard (perhaps with no tokens at all), and what was dropped."""
         begin, self._seconds_for_words = time.process_time(), 0.0
         tally = Tally()
+        arrays, facts = self._tokenise(chunk, tally)
+        tally.counts["documents"] += len(arrays.document_ends)
+        training, held_out, hashes, keys = self._select(arrays, facts, tally)
+        seconds = (self._seconds_for_words, time.process_time() - begin)
+        return Converted(training, held_out, hashes, keys, tally, seconds)
+
+    def _tokenise(self, chunk: list[Segment], tally: Tally) -> tuple[ShardArrays, np.ndarray]:
+        """All sentences of the chunk, and their facts, uint64 [3, sentences] (`line_facts`)."""
         tokens: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         facts: list[np.ndarray] = []
@@ -76,11 +84,7 @@ class Converter:
             sentence_ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths])),
             document_ends=ends[ends > 0],
         )
-        tally.counts["documents"] += len(arrays.document_ends)
-        all_facts = np.concatenate([np.empty((3, 0), np.uint64), *facts], axis=1)
-        training, held_out, hashes, keys = self._select(arrays, all_facts, tally)
-        seconds = (self._seconds_for_words, time.process_time() - begin)
-        return Converted(training, held_out, hashes, keys, tally, seconds)
+        return arrays, np.concatenate([np.empty((3, 0), np.uint64), *facts], axis=1)
 
     def _convert_block(
         self, original: str, tally: Tally
