@@ -180,7 +180,7 @@ def _byte_segments(
             block = stream.read(READ_BYTES)
             at_end = not block
             buffer += block
-            if len(buffer) > max(segment_bytes, max_bytes) + MAX_RECORD_BYTES:
+            if format == "jsonl" and len(buffer) > segment_bytes + MAX_RECORD_BYTES:
                 raise UserError(
                     f"input {source.name} has a record of more than {MAX_RECORD_BYTES >> 20} MiB "
                     f"after byte {offset}; make several of it"
