@@ -176,7 +176,8 @@ def _byte_segments(
     while not at_end or buffer:
         cut = _cut(buffer, max(searched, segment_bytes - 1), max_bytes, format, at_end)
         if cut is None:
-            searched = buffer.rfind(b"\n")  # a blank line may begin here, but no earlier
+            last = buffer.rfind(b"\n", searched)  # a blank line may begin here, but no earlier
+            searched = last if last >= 0 else len(buffer)
             block = stream.read(READ_BYTES)
             at_end = not block
             buffer += block
