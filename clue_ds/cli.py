@@ -1,8 +1,8 @@
 """`clue-ds VERB ...`: a table of verbs, each imported only when it is called.
 
 A verb is either a function whose annotated arguments and docstring are its command line (tyro makes
-the parser and the help), a dict of such functions (subcommands), or, where the table says `argv`, a
-function that takes the argument list itself.
+the parser and the help), a dict of such functions (subcommands), a table of more verbs, or, where
+the table says `takes_argv`, a function that takes the argument list itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import select
+import signal
 import sys
 from typing import NamedTuple
 
@@ -17,10 +19,27 @@ from clue_ds.errors import UserError, run_command
 
 
 class Verb(NamedTuple):
-    target: str  # "module:name"
+    target: str | dict[str, Verb]  # "module:name", or a table of verbs
     help: str
     takes_argv: bool = False
 
+
+_SUBJECTS = {
+    "tokenizer": "against tokenizers' encode_batch_fast",
+    "shard": "the whole verb against datasets.map and tokenizers",
+    "loader": "against datasets, torch and other loaders",
+    "cold": "a corpus larger than memory, read from a cold disk",
+    "scale": "opening 100 GB: seconds and memory",
+    "pretrain": "tokens a second against a plain training loop",
+    "scaling": "ranks and ZeRO stages against one rank",
+    "kernels": "fused kernels against torch, on a GPU",
+    "finetune": "against transformers' Trainer",
+    "evidence": "pretraining and fine-tuning curves, with a picture",
+    "serve": "answers a second against a transformers pipeline",
+}
+BENCHMARKS = {
+    name: Verb(f"clue_ds.benchmarks.{name}:{name}", help) for name, help in _SUBJECTS.items()
+}
 
 VERBS: dict[str, Verb] = {
     "vocab": Verb("clue_ds.data.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"),
@@ -38,58 +57,80 @@ VERBS: dict[str, Verb] = {
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "doctor": Verb("clue_ds.doctor:main", "check this machine or all hosts of a job", True),
     "status": Verb("clue_ds.status:status", "where a run stands, and whether it is alive"),
-    "bench": Verb("clue_ds.benchmarks:COMMANDS", "compare speed with named peers"),
+    "bench": Verb(BENCHMARKS, "compare speed with named peers"),
     "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),
 }
 
-USAGE = "usage: clue-ds VERB ...   (clue-ds VERB --help says more)"
+_SIGPIPE_STATUS = 128 + signal.SIGPIPE
 
 
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
-    return f"{USAGE}\n\nIn the order in which data flows:\n{verbs}"
+def _usage(prog: str, verbs: dict[str, Verb]) -> str:
+    width = max(map(len, verbs))
+    lines = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in verbs.items())
+    order = "\nIn the order in which data flows:" if verbs is VERBS else ""
+    return f"usage: {prog} VERB ...   ({prog} VERB --help says more)\n{order}\n{lines}"
 
 
-def _run(name: str, argv: list[str]) -> None:
-    module, _, attribute = VERBS[name].target.partition(":")
+def run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
+    """Do what `argv` says, a verb of the table and its arguments, or print the table."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(prog, verbs))
+        return
+    name, rest = argv[0], argv[1:]
+    _check_verb(name, verbs)
+    verb = verbs[name]
+    if isinstance(verb.target, dict):
+        run_verb(f"{prog} {name}", verb.target, rest)
+        return
+    module, _, attribute = verb.target.partition(":")
     target = getattr(importlib.import_module(module), attribute)
-    if VERBS[name].takes_argv:
-        target(argv)
+    if verb.takes_argv:
+        target(rest)
         return
     import tyro
 
-    prog = f"clue-ds {name}"
+    prog = f"{prog} {name}"
     if isinstance(target, dict):
-        tyro.extras.subcommand_cli_from_dict(target, prog=prog, args=argv, use_underscores=False)
+        tyro.extras.subcommand_cli_from_dict(target, prog=prog, args=rest, use_underscores=False)
     else:
-        tyro.cli(target, prog=prog, args=argv, use_underscores=False)
+        tyro.cli(target, prog=prog, args=rest, use_underscores=False)
 
 
-def _check_verb(name: str) -> None:
-    if name in VERBS:
+def _check_verb(name: str, verbs: dict[str, Verb]) -> None:
+    if name in verbs:
         return
     import difflib
 
-    near = difflib.get_close_matches(name, VERBS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+    near = difflib.get_close_matches(name, verbs, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(verbs)}"
     raise UserError(f"there is no verb {name!r}; {hint}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the console script; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         print(f"clue-ds {importlib.metadata.version('clue_ds')}")
         return 0
-    name, rest = argv[0], argv[1:]
     # Two ranks that each take every core run several times slower than two that share them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    status = run_command("clue-ds", lambda: _check_verb(name))
-    return status or run_command(f"clue-ds {name}", lambda: _run(name, rest))
+    command = " ".join(["clue-ds", *(name for name in argv[:1] if name in VERBS)])
+    try:
+        status = run_command(command, lambda: run_verb("clue-ds", VERBS, argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        # `clue-ds ... | head`: what is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE_STATUS
+
+
+def _nobody_reads_stdout() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from clue_ds.data import Corpus, Tokenizer, clean, dedup
 from clue_ds.data.build import shard
-from clue_ds.data.clean import Cleaning, line_facts
+from clue_ds.data.clean import line_facts
+from clue_ds.data.options import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.parsing import Tally
 from clue_ds.data.report import write_report
 from clue_ds.data.vocab import LEADING_TOKENS
@@ -185,8 +186,8 @@ def test_duplicates_do_not_depend_on_parts(tmp_path: Path, monkeypatch: pytest.M
     keys = np.concatenate([np.load(file) for file in files], axis=1)
     for document, reason in enumerate(whole):
         earlier = keys[:, :document] == keys[:, document : document + 1]
-        expected = clean.DUPLICATE if earlier[0].any() else clean.NEAR_DUPLICATE
-        assert reason == (expected if earlier.any() else clean.KEPT)
+        expected = DUPLICATE if earlier[0].any() else NEAR_DUPLICATE
+        assert reason == (expected if earlier.any() else KEPT)
     monkeypatch.setattr(dedup, "PART_KEYS", 7)
     assert np.array_equal(np.concatenate(dedup.find_duplicates(files, rules)), whole)
 
@@ -296,7 +297,7 @@ def test_rules_are_part_of_the_run(tmp_path: Path, vocab: Path) -> None:
 
 def test_segmented_text(tmp_path: Path, vocab: Path) -> None:
     """The spaces are the words; ids are those of the text without them."""
-    corpus, _ = make(tmp_path, "清晨 的 湖面 abc de\n渔船\n", vocab, words="segmented")
+    corpus, _ = make(tmp_path, "清晨 的 湖面 abc de\n渔船\n", vocab, segmented=True)
     tokens = corpus.shards[0].tokens
     assert (tokens >> 15).tolist() == [0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
     tokenizer = Tokenizer(vocab)

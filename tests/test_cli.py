@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +36,44 @@ def test_help_of_every_verb(verb: str) -> None:
     assert f"usage: clue-ds {verb}" in done.stdout
 
 
-def test_listing_the_verbs_imports_none_of_them() -> None:
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["bench", "--help"], ["shard", "--help"], ["vocab", "--help"]]
+)
+def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+    """Nor does the process of `clue-ds shard` that reads the input: it has the same imports."""
     code = (
-        "import sys; from clue_ds import cli; cli.main(['--help']);"
-        "assert not {'torch', 'deepspeed', 'transformers', 'numba'} & set(sys.modules)"
+        f"import sys; from clue_ds import cli\ntry: cli.main({argv})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'numba', 'datasets', 'pyarrow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_benchmark_is_found() -> None:
+    for verb in cli.BENCHMARKS.values():
+        assert isinstance(verb.target, str)
+        assert importlib.util.find_spec(verb.target.partition(":")[0]) is not None
+    done = _run("bench", "kernel")
+    assert done.returncode == 2
+    assert "did you mean kernels?" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`clue-ds ... | head -1`: quiet, with the status of a program that a closed pipe has ended."""
+    code = (
+        "import sys; from clue_ds import cli; cli.VERBS |= {'many': cli.Verb('many:lines', '', 1)}"
+    )
+    module = "class many:\n    lines = lambda argv: [print(i) for i in range(100_000)]"
+    script = f"{code}\n{module}\nsys.modules['many'] = many\nsys.exit(cli.main(['many']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize(

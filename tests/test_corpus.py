@@ -167,13 +167,33 @@ def test_bad_input_is_named_and_refused_or_counted(
     assert "a" in text or "好" in text
 
 
-def test_reading_stops_at_a_line_without_end(
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path, kind: str) -> None:
+    text = "x" + "中文" * 2_000_000
+    contents = {
+        ".txt": text.encode(),
+        ".jsonl": json.dumps({"text": text}).encode(),
+        ".parquet": parquet_bytes([text]),
+    }
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(contents[kind])
+    lines = [
+        line
+        for segment in read_segments(resolve((str(path),))[0], 1 << 20, 1 << 21, "text")
+        for block in text_blocks(segment, "text", "refuse", Tally())
+        for line in block.split("\n")
+    ]
+    assert "".join(lines) == text
+    assert 2 < len([line for line in lines if line]) < 30
+
+
+def test_reading_stops_at_a_record_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(corpus_module, "READ_BYTES", 100)
-    with pytest.raises(UserError, match=r"a\.txt has a line of more than .* after byte 0"):
-        read_all(b"x" * 5000, "a.txt", tmp_path, "refuse")
+    with pytest.raises(UserError, match=r"a\.jsonl has a record of more than .* after byte 0"):
+        read_all(b"x" * 5000, "a.jsonl", tmp_path, "refuse")
 
 
 def cut_all(data: bytes, segment_bytes: int, max_bytes: int, read_bytes: int) -> list[bytes]:
@@ -226,11 +246,12 @@ def test_chunks_hold_whole_segments_of_all_sources(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(TEXT)
     sources = resolve((str(tmp_path / "*.txt"),))
-    chunks = list(read_chunks(sources, 60, 10, "text"))
+    chunks = list(read_chunks(sources, 70, 10, "text"))
     assert len(chunks) > 1
     data = b"".join(s.data for chunk in chunks for s in chunk if isinstance(s.data, bytes))
     assert data == TEXT.encode() * 2
-    assert all(sum(s.size for s in chunk) >= 60 for chunk in chunks[:-1])
+    assert max(map(len, chunks)) > 1
+    assert all(sum(s.size for s in chunk) <= 70 for chunk in chunks)
 
 
 def test_read_lines(tmp_path: Path) -> None:

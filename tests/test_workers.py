@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zstandard
 
 from clue_ds.data import Corpus
 from clue_ds.data.progress import Progress
@@ -109,6 +111,39 @@ def wait_for_shards(output: Path, num: int, process: subprocess.Popen[bytes]) ->
         if len(list(output.glob(".building/converted-*.json"))) >= num:
             return
         time.sleep(0.002)
+
+
+def test_memory_of_all_processes_is_bounded(inputs: Path, tmp_path: Path, sample_text: str) -> None:
+    """256 MiB as one line, unpacked from 50 KiB: some five times what the processes may hold.
+
+    Resident memory of the reader and two workers, library pages that they share counted thrice;
+    rjieba adds 40 MiB a worker (`clue-ds bench shard --memory-megabytes` measures that).
+    """
+    packer = zstandard.ZstdCompressor().compressobj()
+    text = sample_text.replace("\n", "").encode()
+    with open(tmp_path / "text.zst", "wb") as file:
+        for _ in range((256 << 20) // len(text)):
+            file.write(packer.compress(text))
+        file.write(packer.flush())
+    verb = [sys.executable, "-m", "clue_ds.cli", "shard", str(tmp_path / "text.zst")]
+    verb += [
+        "--vocab",
+        str(inputs / "vocab.txt"),
+        "--output",
+        str(tmp_path / "c"),
+        "--words",
+        "none",
+    ]
+    largest = 0
+    with subprocess.Popen([*verb, "--workers", "2"], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = [psutil.Process(process.pid), *children(process)]
+                largest = max(largest, sum(one.memory_info().rss for one in family))
+            time.sleep(0.02)
+    assert process.returncode == 0
+    assert Corpus(tmp_path / "c").num_tokens > 70_000_000
+    assert 200 << 20 < largest < 900 << 20
 
 
 def moments() -> Iterator[tuple[str, int]]:

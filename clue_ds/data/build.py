@@ -20,22 +20,18 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from clue_ds.data import dedup
-from clue_ds.data.clean import Cleaning
-from clue_ds.data.convert import ConvertOptions
-from clue_ds.data.corpus import InputFormat, Segment, Source, read_chunks, resolve
+from clue_ds.data.corpus import Chunk, InputFormat, Source, chunk_hash, read_chunks, resolve
 from clue_ds.data.manifest import finish, format_counts
+from clue_ds.data.options import Cleaning, ConvertOptions, Words
 from clue_ds.data.parsing import BLOCK_BYTES, OnError
-from clue_ds.data.pieces import chunk_hash, converter, drop_from_piece, keys_file, write_piece
 from clue_ds.data.progress import Progress, open_progress
 from clue_ds.data.report import check_report, write_report
 from clue_ds.data.shards import HELD_OUT, MANIFEST, Corpus
 from clue_ds.data.staging import COMPARED, Staging
-from clue_ds.data.words import Words
 from clue_ds.data.workers import Workers, open_workers
 from clue_ds.errors import UserError, existing_file
 
@@ -43,6 +39,7 @@ from clue_ds.errors import UserError, existing_file
 OUTPUT_SHARE = 0.8
 # Gzip and zstandard pack Chinese text to about 0.3 of its size.
 UNPACKED_SHARE = 3.5
+_PIECES = "clue_ds.data.pieces"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,7 +50,8 @@ def shard(
     output: Path,
     vocab: Path | None = None,
     lower_case: bool = True,
-    words: Words = "rjieba",
+    words: Literal["rjieba", "none"] = "rjieba",
+    segmented: bool = False,
     t2s: bool = False,
     format: InputFormat = "auto",
     text_field: str = "text",
@@ -87,8 +85,8 @@ def shard(
         output: the corpus directory to write
         vocab: vocab.txt of the model; copied into the corpus
         lower_case: lower-case the text and remove accents, as BERT does
-        words: what finds the words that whole-word masking masks; segmented: the text's own spaces;
-            none: only ## pieces
+        words: what finds the words that whole-word masking masks; none: only ## pieces are marked
+        segmented: the text is segmented already: its spaces are the words
         t2s: convert traditional characters to simplified ones first (OpenCC)
         format: what the inputs are; auto goes by the file name
         text_field: the column or key that holds the text, for jsonl, parquet and hf:
@@ -108,7 +106,10 @@ def shard(
         if report:
             check_report()
         if inputs or not (verify or report):
-            options = ConvertOptions(lower_case, words, t2s, text_field, on_error, held_out, clean)
+            found_by: Words = "segmented" if segmented else words
+            options = ConvertOptions(
+                lower_case, found_by, t2s, text_field, on_error, held_out, clean
+            )
             run_build(
                 _plan(inputs, output, vocab, options, format, shard_megabytes), opened, overwrite
             )
@@ -177,9 +178,7 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     """Do all that is left to do; raise a UserError that says how to go on when something fails."""
     _check_inputs(build)
     _check_room(build)
-    # Made here first: a bad vocabulary is one error, and compiled code is cached for the workers.
-    warm_up = [Segment("text", "", 0, "暖身\n".encode())]
-    converter(str(build.vocab_file), build.options).convert(warm_up)
+    list(workers.run(f"{_PIECES}:prepare", [(None, (str(build.vocab_file), build.options))]))
     try:
         with Staging(build.output, build.identity, overwrite) as staging:
             _convert_all(build, staging, workers)
@@ -239,21 +238,24 @@ def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
     total = None if None in sizes else sum(size for size in sizes if size)
     with open_progress(total) as progress:
         tasks = (
-            (build.output, str(build.vocab_file), build.options, index, chunk)
+            ((index, _num_source_bytes(chunk)), (*_common(build), index, chunk))
             for index, chunk in _unfinished(build, staging, progress)
         )
-        for (*_, index, chunk), record in workers.run(write_piece, tasks):
+        for (index, num_bytes), record in workers.run(f"{_PIECES}:write_piece", tasks):
             staging.put(index, record)
-            progress.advance(_num_source_bytes(chunk))
+            progress.advance(num_bytes)
 
 
-def _num_source_bytes(chunk: list[Segment]) -> int:
+def _common(build: Build) -> tuple[Path, str, ConvertOptions]:
+    """The arguments that all functions of pieces.py begin with."""
+    return build.output, str(build.vocab_file), build.options
+
+
+def _num_source_bytes(chunk: Chunk) -> int:
     return sum(segment.num_source_bytes for segment in chunk)
 
 
-def _unfinished(
-    build: Build, staging: Staging, progress: Progress
-) -> Iterator[tuple[int, list[Segment]]]:
+def _unfinished(build: Build, staging: Staging, progress: Progress) -> Iterator[tuple[int, Chunk]]:
     segment_bytes = min(BLOCK_BYTES, build.shard_bytes)
     chunks = read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
     for index, chunk in enumerate(chunks):
@@ -271,13 +273,13 @@ def _unfinished(
 
 def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
     """Find the documents that occur twice, and give every shard its place without them."""
-    records = staging.records()
-    files = [keys_file(build.output, index) for index in range(len(records))]
-    reasons = dedup.find_duplicates(files, build.options.clean)
+    sides = [record["sides"] for record in staging.records()]
+    task = (build.output, len(sides), build.options.clean)
+    ((_, reasons),) = workers.run(f"{_PIECES}:find_duplicates", [(None, task)])
     tasks = (
-        (build.output, str(build.vocab_file), build.options, index, record["sides"], of_piece)
-        for index, (record, of_piece) in enumerate(zip(records, reasons, strict=True))
+        (index, (*_common(build), index, of_piece, why))
+        for index, (of_piece, why) in enumerate(zip(sides, reasons, strict=True))
         if staging.get(index, COMPARED) is None
     )
-    for (*_, index, _, _), record in workers.run(drop_from_piece, tasks):
+    for index, record in workers.run(f"{_PIECES}:drop_from_piece", tasks):
         staging.put(index, record, COMPARED)

@@ -14,22 +14,15 @@ keeps what its own training text was like) and lists of bad words (they drop med
 from __future__ import annotations
 
 import html
-import importlib.util
 import re
-from dataclasses import dataclass
 
 import numpy as np
 
 from clue_ds.data.counter_rng import derive, mix
 from clue_ds.data.jit import compiled
+from clue_ds.data.options import FOREIGN, KEPT, REPEATED, TOO_LONG, TOO_SHORT, Cleaning
 from clue_ds.data.parsing import Tally
 from clue_ds.data.shards import ShardArrays
-from clue_ds.errors import UserError
-
-# Why a sentence is dropped; the place in this tuple is its code. Corpus.json counts lines_REASON
-# for each, and documents_REASON for those from FOREIGN on, which drop whole documents.
-REASONS = ("kept", "too_short", "too_long", "repeated", "foreign", "duplicate", "near_duplicate")
-KEPT, TOO_SHORT, TOO_LONG, REPEATED, FOREIGN, DUPLICATE, NEAR_DUPLICATE = range(len(REASONS))
 
 # What BERT's tokenizer drops silently: C0, C1 (without tab and line ends), soft hyphen, zero-width
 # and direction marks, byte order mark, replacement character. Taken out here before words are cut.
@@ -39,56 +32,6 @@ _CONTROLS = re.compile(
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _LINE_ENDS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _SAMPLE_CHARS = 40
-
-
-@dataclass(frozen=True)
-class Cleaning:
-    """The rules. By default nothing is dropped, and no token is other than it was.
-
-    Args:
-        controls: take out NUL, byte order marks, control and zero-width characters
-        html: replace left-over HTML entities (&nbsp; &amp; &#8220;) by what they stand for
-        min_chars: drop lines of fewer characters (0: off); spaces don't count
-        max_chars: drop lines of more characters (0: off)
-        min_han: drop documents of which a smaller share of the characters is Han (0: off)
-        repeated_lines: drop lines that occurred before in the same document
-        duplicates: drop documents that occurred before
-        near_duplicates: drop documents at least so similar to an earlier one (0: off; 0.8 is usual)
-    """
-
-    controls: bool = True
-    html: bool = False
-    min_chars: int = 0
-    max_chars: int = 0
-    min_han: float = 0.0
-    repeated_lines: bool = False
-    duplicates: bool = False
-    near_duplicates: float = 0.0
-
-    def check(self) -> None:
-        """Raise a UserError that names the flag of a value that means nothing."""
-        if self.min_chars < 0 or self.max_chars < 0:
-            raise UserError("--clean.min-chars and --clean.max-chars count characters; 0 is off")
-        if 0 < self.max_chars < self.min_chars:
-            raise UserError("--clean.max-chars is below --clean.min-chars: no line would be left")
-        if not (0 <= self.min_han <= 1 and 0 <= self.near_duplicates <= 1):
-            raise UserError("--clean.min-han and --clean.near-duplicates are shares from 0 to 1")
-        if self.near_duplicates and importlib.util.find_spec("datasketch") is None:
-            raise UserError(
-                "--clean.near-duplicates needs datasketch; install it with "
-                "`pip install 'clue_ds[dedup]'`"
-            )
-
-    @property
-    def compares_documents(self) -> bool:
-        """Whether a document's fate depends on other documents."""
-        return self.duplicates or self.near_duplicates > 0
-
-    @property
-    def reads_lines(self) -> bool:
-        """Whether a rule needs `line_facts`."""
-        limits = self.min_chars or self.max_chars or self.min_han
-        return bool(limits or self.repeated_lines or self.duplicates)
 
 
 def edit(text: str, data: bytes, cleaning: Cleaning, tally: Tally) -> str:

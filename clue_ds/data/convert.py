@@ -11,42 +11,19 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from clue_ds.data import clean
-from clue_ds.data.clean import Cleaning
 from clue_ds.data.corpus import Segment
-from clue_ds.data.parsing import MAX_SAMPLES, OnError, Tally, text_blocks
+from clue_ds.data.options import FOREIGN, KEPT, REASONS, ConvertOptions
+from clue_ds.data.parsing import MAX_SAMPLES, Tally, text_blocks
 from clue_ds.data.shards import ShardArrays
 from clue_ds.data.tokenizer import Tokenizer
-from clue_ds.data.words import Words, mark_words, word_lengths
+from clue_ds.data.words import mark_words, word_lengths
 
 _LATIN_WORD = re.compile("[A-Za-z0-9]{1,12}")
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What decides which tokens a text becomes; recorded in corpus.json."""
-
-    lower_case: bool = True
-    words: Words = "rjieba"
-    t2s: bool = False
-    text_field: str = "text"
-    on_error: OnError = "refuse"
-    held_out: float = 0.0
-    clean: Cleaning = field(default_factory=Cleaning)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def reads_lines(self) -> bool:
-        """Whether anything needs `clean.line_facts`."""
-        compares = self.clean.reads_lines or self.clean.compares_documents
-        return compares or self.held_out > 0
 
 
 class Converted(NamedTuple):
@@ -77,6 +54,14 @@ class Converter:
         """The arrays of one shard (perhaps with no tokens at all), and what was dropped."""
         begin, self._seconds_for_words = time.process_time(), 0.0
         tally = Tally()
+        arrays, facts = self._tokenise(chunk, tally)
+        tally.counts["documents"] += len(arrays.document_ends)
+        training, held_out, hashes, keys = self._select(arrays, facts, tally)
+        seconds = (self._seconds_for_words, time.process_time() - begin)
+        return Converted(training, held_out, hashes, keys, tally, seconds)
+
+    def _tokenise(self, chunk: list[Segment], tally: Tally) -> tuple[ShardArrays, np.ndarray]:
+        """All sentences of the chunk, and their facts, uint64 [3, sentences] (`line_facts`)."""
         tokens: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         facts: list[np.ndarray] = []
@@ -99,11 +84,7 @@ class Converter:
             sentence_ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths])),
             document_ends=ends[ends > 0],
         )
-        tally.counts["documents"] += len(arrays.document_ends)
-        all_facts = np.concatenate([np.empty((3, 0), np.uint64), *facts], axis=1)
-        training, held_out, hashes, keys = self._select(arrays, all_facts, tally)
-        seconds = (self._seconds_for_words, time.process_time() - begin)
-        return Converted(training, held_out, hashes, keys, tally, seconds)
+        return arrays, np.concatenate([np.empty((3, 0), np.uint64), *facts], axis=1)
 
     def _convert_block(
         self, original: str, tally: Tally
@@ -165,8 +146,8 @@ class Converter:
         reasons = clean.select(options.clean, facts[0], facts[1], facts[2], ends)
         self._account(arrays, reasons, tally)
         hashes = clean.document_hashes(facts[0], reasons, ends)
-        num_kept = np.diff(np.concatenate([[0], np.cumsum(reasons == clean.KEPT)])[ends], prepend=0)
-        arrays = clean.take(arrays, reasons == clean.KEPT)
+        num_kept = np.diff(np.concatenate([[0], np.cumsum(reasons == KEPT)])[ends], prepend=0)
+        arrays = clean.take(arrays, reasons == KEPT)
         hashes = hashes[num_kept > 0]
         keys = empty.reshape(0, 0)
         if options.clean.near_duplicates:
@@ -181,9 +162,9 @@ class Converter:
 
     def _account(self, arrays: ShardArrays, reasons: np.ndarray, tally: Tally) -> None:
         """Count the sentences and documents that are dropped, and keep samples of them."""
-        for code, reason in enumerate(clean.REASONS[1:], start=1):
+        for code, reason in enumerate(REASONS[1:], start=1):
             dropped = np.flatnonzero(reasons == code)
-            if code >= clean.FOREIGN:
+            if code >= FOREIGN:
                 # One sentence for each document.
                 document = np.searchsorted(arrays.document_ends, dropped, side="right")
                 dropped_documents, first = np.unique(document, return_index=True)
@@ -193,7 +174,7 @@ class Converter:
                 samples = dropped
             tally.counts[f"lines_{reason}"] += len(dropped)
             add_samples(self.tokenizer, arrays, samples, reason, tally)
-        is_left = (reasons == clean.KEPT) | (reasons == clean.FOREIGN)
+        is_left = (reasons == KEPT) | (reasons == FOREIGN)
         left = np.diff(np.concatenate([[0], np.cumsum(is_left)])[arrays.document_ends], prepend=0)
         tally.counts["documents_emptied"] += int((left == 0).sum())
 

@@ -4,8 +4,9 @@ What is read becomes a sequence of `Segment`s: raw bytes cut at document (text) 
 boundaries, or rows of a table. Cutting is all that the reader does, so one reader feeds many
 workers; parsing and decoding are theirs (convert.py). Where segments are cut depends on the input
 and the sizes asked for and on nothing else, so any number of workers makes the same corpus.
-Memory is bounded by the size of a segment: nothing here holds a whole file, except for a compressed
-.parquet, which can't be read forwards.
+Memory is bounded by the size of a segment and of the largest record: nothing here holds a whole
+file. Parquet can't be read forwards, so a compressed one, or one that comes through a pipe, is put
+into a temporary file first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
+import hashlib
 import re
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +29,12 @@ from clue_ds.errors import UserError
 
 InputFormat = Literal["auto", "text", "jsonl", "parquet"]
 READ_BYTES = 1 << 20
-# A line that is longer than this is not a sentence, and would have to be held in memory.
-MAX_LINE_BYTES = 1 << 30
+# A line of text that goes on behind this is no sentence; it is cut, so as not to fill the memory.
+MAX_LINE_BYTES = 1 << 22
+# A record can't be cut; this is a novel of eleven million characters.
+MAX_RECORD_BYTES = 1 << 25
+# Rows of a table that are taken at a time: documents may be large.
+_BATCH_ROWS = 100
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _MAGIC_GZIP, _MAGIC_ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
@@ -58,6 +66,18 @@ class Segment(NamedTuple):
         if isinstance(self.data, bytes):
             return len(self.data)
         return sum(3 * len(row) for row in self.data if isinstance(row, str))
+
+
+class Chunk(list[Segment]):
+    """The segments that become one shard. Sent to another process it is empty in this one.
+
+    An executor keeps its arguments until there is a result, and so would each generator here.
+    """
+
+    def __reduce__(self) -> Any:
+        segments = list(self)
+        self.clear()
+        return Chunk, (segments,)
 
 
 def resolve(inputs: tuple[str, ...], format: InputFormat = "auto") -> list[Source]:
@@ -131,6 +151,16 @@ def _unpacked(raw: IO[bytes]) -> Any:
     return ZstdReader(raw) if head.startswith(_MAGIC_ZSTD) else raw
 
 
+def _seekable(raw: IO[bytes]) -> IO[bytes]:
+    stream = _unpacked(raw)
+    if stream is raw and raw.seekable():
+        return raw
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed, and gone, with the last reference)
+    shutil.copyfileobj(stream, file, READ_BYTES)
+    file.seek(0)
+    return file
+
+
 def _position(raw: IO[bytes]) -> int:
     return raw.tell() if raw.seekable() else 0
 
@@ -146,14 +176,15 @@ def _byte_segments(
     while not at_end or buffer:
         cut = _cut(buffer, max(searched, segment_bytes - 1), max_bytes, format, at_end)
         if cut is None:
-            searched = buffer.rfind(b"\n")  # a blank line may begin here, but no earlier
+            last = buffer.rfind(b"\n", searched)  # a blank line may begin here, but no earlier
+            searched = last if last >= 0 else len(buffer)
             block = stream.read(READ_BYTES)
             at_end = not block
             buffer += block
-            if len(buffer) > max_bytes + MAX_LINE_BYTES:
+            if format == "jsonl" and len(buffer) > segment_bytes + MAX_RECORD_BYTES:
                 raise UserError(
-                    f"input {source.name} has a line of more than {MAX_LINE_BYTES >> 20} MiB after "
-                    f"byte {offset}; is it text with one sentence a line?"
+                    f"input {source.name} has a record of more than {MAX_RECORD_BYTES >> 20} MiB "
+                    f"after byte {offset}; make several of it"
                 )
             continue
         end, splits_document = cut
@@ -183,9 +214,17 @@ def _cut(
         return blank.end(), False
     if len(buffer) < max_bytes:
         return everything
-    end = buffer.find(b"\n", max_bytes - 1)
+    limit = max_bytes + MAX_LINE_BYTES
+    end = buffer.find(b"\n", max_bytes - 1, limit)
     # A line feed that is the last byte read may end the text: only more of it can tell.
-    return (end + 1, True) if 0 <= end < len(buffer) - 1 else everything
+    if 0 <= end < len(buffer) - 1:
+        return end + 1, True
+    return (character_start(buffer, limit), True) if len(buffer) > limit else everything
+
+
+def character_start(data: bytes | bytearray, at: int) -> int:
+    """Where the UTF-8 character begins to which byte `at` belongs."""
+    return next((i for i in (at, at - 1, at - 2, at - 3) if data[i] & 0xC0 != 0x80), at)
 
 
 def _parquet_batches(
@@ -194,10 +233,9 @@ def _parquet_batches(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stream = _unpacked(raw)
-    seekable = stream is raw and raw.seekable()
     try:
-        table = pq.ParquetFile(raw if seekable else pa.BufferReader(stream.read()))
+        # As it comes by default, a whole column of a row group is read at once.
+        table = pq.ParquetFile(_seekable(raw), buffer_size=READ_BYTES, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise UserError(f"input {source.name} is not a parquet file: {error}") from None
     if text_field not in table.schema_arrow.names:
@@ -206,7 +244,8 @@ def _parquet_batches(
             f"{', '.join(table.schema_arrow.names)}; choose one with --text-field"
         )
     num_rows = max(1, table.metadata.num_rows)
-    for batch in table.iter_batches(batch_size=1000, columns=[text_field]):
+    batches = table.iter_batches(_BATCH_ROWS, columns=[text_field], use_threads=False)
+    for batch in batches:
         num_bytes = (source.num_bytes or 0) * batch.num_rows // num_rows
         yield batch.column(0).to_pylist(), num_bytes
 
@@ -229,7 +268,7 @@ def _dataset_batches(source: Source, text_field: str) -> Iterator[tuple[list[Any
             f"data set {source.name} has no column {text_field!r}; its columns: "
             f"{', '.join(rows.column_names)}; choose one with --text-field"
         )
-    for batch in rows.iter(batch_size=1000):
+    for batch in rows.iter(batch_size=_BATCH_ROWS):
         yield list(batch[text_field]), 0
 
 
@@ -252,20 +291,31 @@ def _table_segments(
 
 def read_chunks(
     sources: list[Source], chunk_bytes: int, segment_bytes: int, text_field: str
-) -> Iterator[list[Segment]]:
-    """The input in chunks of some `chunk_bytes`: chunk i becomes shard i.
+) -> Iterator[Chunk]:
+    """The input in chunks of at most `chunk_bytes`, or of one segment: chunk i becomes shard i.
 
-    A document that is longer than a chunk is cut, so a chunk is never more than about two.
+    A document that is longer than a chunk is cut, so a segment is never much more than a chunk.
     """
-    chunk: list[Segment] = []
-    size = 0
+    chunk, size = Chunk(), 0
     max_bytes = segment_bytes + chunk_bytes
     for source in sources:
         for segment in read_segments(source, segment_bytes, max_bytes, text_field):
+            if chunk and size + segment.size > chunk_bytes:
+                yield chunk
+                chunk, size = Chunk(), 0
             chunk.append(segment)
             size += segment.size
-            if size >= chunk_bytes:
-                yield chunk
-                chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def chunk_hash(chunk: list[Segment]) -> str:
+    """SHA-256 of a chunk: equal chunks become equal shards."""
+    digest = hashlib.sha256()
+    for segment in chunk:
+        digest.update(f"{segment.format}:{segment.offset}:".encode())
+        if isinstance(segment.data, bytes):
+            digest.update(segment.data)
+        else:
+            digest.update(repr(segment.data).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

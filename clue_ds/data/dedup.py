@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from clue_ds.data.clean import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
+from clue_ds.data.options import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.shards import ShardArrays
 
 NUM_HASHES = 128

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clue_ds.data.clean import FOREIGN, REASONS
-from clue_ds.data.convert import ConvertOptions
+from clue_ds.data.options import FOREIGN, REASONS, ConvertOptions
 from clue_ds.data.parsing import Tally
 from clue_ds.data.shards import (
     FORMAT_VERSION,
@@ -24,10 +23,10 @@ from clue_ds.data.shards import (
     VOCAB_FILE,
     fingerprint,
     manifest_checksum,
+    token_dtype,
     write_json,
 )
-from clue_ds.data.staging import COMPARED, Staging
-from clue_ds.data.tokenizer import token_dtype
+from clue_ds.data.staging import COMPARED, CONVERTED, Staging
 from clue_ds.data.vocab import read_vocab, vocab_sha256
 from clue_ds.errors import UserError
 
@@ -48,12 +47,12 @@ def finish(
     output: Path, vocab_file: Path, options: ConvertOptions, staging: Staging
 ) -> dict[str, Any]:
     """Copy the vocabulary, write corpus.json, remove the staging area; return the manifest."""
-    records = staging.records()
-    compared = staging.records(COMPARED) if options.clean.compares_documents else []
-    tally = Tally()
-    for record in [*records, *compared]:
-        tally.add(Tally.from_dict(record["tally"]))
-    sides = [record["sides"] for record in compared or records]
+    tally, sides = Tally(), []
+    for stage in (CONVERTED, COMPARED) if options.clean.compares_documents else (CONVERTED,):
+        sides = []
+        for record in staging.records(stage):
+            tally.add(Tally.from_dict(record["tally"]))
+            sides.append(record["sides"])
     training, held_out = ([side[i] for side in sides if side[i]] for i in (0, 1))
     _count_kept(tally, training, held_out)
     if not training:

@@ -8,18 +8,20 @@ a table) and goes on. Rejected: decoding with errors="replace", which would teac
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clue_ds.data.corpus import Segment, Source, read_segments
+from clue_ds.data.corpus import MAX_LINE_BYTES, Segment, Source, character_start, read_segments
 from clue_ds.errors import UserError
 
 OnError = Literal["refuse", "skip"]
 # Text is handled in blocks of about this size: they stay in a processor's cache.
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20
+_MAX_LINE_CHARS = MAX_LINE_BYTES // 3
 MAX_EXAMPLES = 20
 # Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
 MAX_SAMPLES = 5
@@ -31,7 +33,7 @@ class Tally:
     """What became of the input, and the first few things that were wrong with it.
 
     lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
-    lines_REASON for each reason of `clean.REASONS`;
+    lines_REASON for each reason of `options.REASONS`;
     records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
     documents = num_documents + documents_held_out + documents_emptied + documents_REASON.
     """
@@ -99,12 +101,13 @@ def text_blocks(
         # The boundary that is put behind the record is no line of the input.
         tally.counts["lines"] += num_blank - 1
         tally.counts["blank_lines"] += num_blank - 1
-        lines += kept
-        lines.append("")
-        size += 3 * len(text)
-        if size >= BLOCK_BYTES:
-            yield "\n".join(lines) + "\n"
-            lines, size = [], 0
+        for line in [*kept, ""]:
+            for begin in range(0, len(line) or 1, _MAX_LINE_CHARS):
+                lines.append(line[begin : begin + _MAX_LINE_CHARS])
+                size += 3 * len(lines[-1])
+                if size >= BLOCK_BYTES:
+                    yield "\n".join(lines) + "\n"
+                    lines, size = [], 0
     if lines:
         yield "\n".join(lines) + "\n"
 
@@ -115,6 +118,8 @@ def _decoded_blocks(
     begin = 0
     while begin < len(data):
         end = data.find(b"\n", begin + BLOCK_BYTES) + 1 or len(data)
+        if end - begin > MAX_LINE_BYTES:
+            end = character_start(data, begin + MAX_LINE_BYTES)
         block = data[begin:end]
         try:
             yield block.decode()
@@ -191,8 +196,9 @@ def _values(
             yield f"row {row}", value
         return
     assert isinstance(segment.data, bytes)
-    lines = segment.data.split(b"\n")
-    for line, offset in zip(lines, _line_offsets(lines, segment.offset), strict=True):
+    next_offset = segment.offset
+    for line in io.BytesIO(segment.data):  # one at a time: a record may be tens of megabytes
+        offset, next_offset = next_offset, next_offset + len(line)
         if not line.strip():
             continue
         tally.counts["records"] += 1

@@ -8,7 +8,6 @@ them; each returns the JSON that the staging area keeps as proof that the piece 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,9 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from clue_ds.data import clean
-from clue_ds.data.convert import Converter, ConvertOptions, add_samples, is_held_out
-from clue_ds.data.corpus import Segment
+from clue_ds.data import clean, dedup
+from clue_ds.data.convert import Converter, add_samples, is_held_out
+from clue_ds.data.corpus import Segment, chunk_hash
+from clue_ds.data.options import (
+    DUPLICATE,
+    KEPT,
+    NEAR_DUPLICATE,
+    REASONS,
+    Cleaning,
+    ConvertOptions,
+)
 from clue_ds.data.parsing import Tally
 from clue_ds.data.shards import (
     HELD_OUT,
@@ -39,19 +46,12 @@ def converter(vocab_file: str, options: ConvertOptions) -> Converter:
     return Converter(vocab_file, options)
 
 
-def chunk_hash(chunk: list[Segment]) -> str:
-    """SHA-256 of a chunk: equal chunks become equal shards."""
-    digest = hashlib.sha256()
-    for segment in chunk:
-        digest.update(f"{segment.format}:{segment.offset}:".encode())
-        if isinstance(segment.data, bytes):
-            digest.update(segment.data)
-        else:
-            digest.update(repr(segment.data).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def prepare(vocab_file: str, options: ConvertOptions) -> None:
+    """Convert a line: a bad vocabulary is one error, and compiled code is there for all."""
+    converter(vocab_file, options).convert([Segment("text", "", 0, "暖身\n".encode())])
 
 
-def keys_file(output: Path, index: int) -> Path:
+def _keys_file(output: Path, index: int) -> Path:
     """Where the hashes and keys of piece `index`'s documents are until duplicates are known."""
     return output / STATE_DIRECTORY / f"keys-{index:06d}.npy"
 
@@ -67,10 +67,10 @@ def write_piece(
         directory = output / WAITING
         (directory / HELD_OUT).mkdir(parents=True, exist_ok=True)
         rows = [converted.hashes[np.newaxis], converted.keys][: 1 + bool(converted.keys.size)]
-        temporary = keys_file(output, index).with_suffix(".tmp")
+        temporary = _keys_file(output, index).with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.save(file, np.concatenate(rows))
-        os.replace(temporary, keys_file(output, index))
+        os.replace(temporary, _keys_file(output, index))
     sides = (directory, converted.training), (directory / HELD_OUT, converted.held_out)
     return {
         "input_sha256": chunk_hash(chunk),
@@ -106,6 +106,11 @@ def _histogram(ends: np.ndarray) -> dict[str, int]:
     return {str(1 << power): n for power, n in enumerate(np.bincount(powers).tolist()) if n}
 
 
+def find_duplicates(output: Path, num_pieces: int, cleaning: Cleaning) -> list[np.ndarray]:
+    """Why each document is dropped, uint8 [documents] for each piece."""
+    return dedup.find_duplicates([_keys_file(output, i) for i in range(num_pieces)], cleaning)
+
+
 def drop_from_piece(
     output: Path,
     vocab_file: str,
@@ -120,7 +125,7 @@ def drop_from_piece(
     it was killed: what waits is removed last, when its record is there (`Staging.remove`).
     """
     worker = converter(vocab_file, options)
-    aside = is_held_out(np.load(keys_file(output, index))[0], options.held_out)
+    aside = is_held_out(np.load(_keys_file(output, index))[0], options.held_out)
     tally = Tally(Counter())
     written: list[dict[str, Any] | None] = []
     for side, directory in enumerate(("", HELD_OUT)):
@@ -136,11 +141,11 @@ def drop_from_piece(
         arrays = map_shard(waiting).arrays
         num_sentences: np.ndarray = np.diff(arrays.document_ends.astype(np.int64), prepend=0)
         first = np.cumsum(num_sentences) - num_sentences
-        for code in (clean.DUPLICATE, clean.NEAR_DUPLICATE):
-            reason, dropped = clean.REASONS[code], of_side == code
+        for code in (DUPLICATE, NEAR_DUPLICATE):
+            reason, dropped = REASONS[code], of_side == code
             tally.counts[f"lines_{reason}"] += int(num_sentences[dropped].sum())
             tally.counts[f"documents_{reason}"] += int(dropped.sum())
             add_samples(worker.tokenizer, arrays, first[dropped], reason, tally)
-        kept = clean.take(arrays, np.repeat(of_side == clean.KEPT, num_sentences))
+        kept = clean.take(arrays, np.repeat(of_side == KEPT, num_sentences))
         written.append(_write_side(output / directory, index, kept, worker))
     return {"sides": written, "tally": tally.as_dict()}

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clue_ds.data.clean import FOREIGN, REASONS
+from clue_ds.data.options import FOREIGN, REASONS
 from clue_ds.data.shards import REPORT, Corpus, write_json
 from clue_ds.errors import UserError
 

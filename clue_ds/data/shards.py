@@ -38,6 +38,8 @@ MAGIC = b"CLUE-DS\x01"
 _HEADER = struct.Struct("<8sQQQQ")
 HEADER_BYTES = 64
 ALIGNMENT = 64
+# Ids of at most 15 bits leave room for the word mark in 16 (words.py).
+MAX_SMALL_VOCAB = 1 << 15
 
 
 class ShardArrays(NamedTuple):
@@ -66,6 +68,16 @@ class ShardRecord(NamedTuple):
     num_documents: int
     num_bytes: int
     sha256: str
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """How a token is stored: uint16 where the vocabulary leaves bit 15 free, else uint32."""
+    return np.uint16 if vocab_size <= MAX_SMALL_VOCAB else np.uint32
+
+
+def continues_bit(dtype: type[np.uint16] | type[np.uint32]) -> int:
+    """The top bit: this token continues the word that the token before it belongs to."""
+    return 1 << (8 * np.dtype(dtype).itemsize - 1)
 
 
 def shard_name(index: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +68,7 @@ class Staging:
         plan_file = self.directory / PLAN
         if finished or (self._overwrite and plan_file.is_file()):
             self._clear()
-        if self.records():  # a run that failed before its first shard has nothing to lose
+        if any(self.records()):  # a run that failed before its first shard has nothing to lose
             begun = json.loads(plan_file.read_text(encoding="utf-8"))
             differences = [
                 f"{key}: {_shorten(begun.get(key))} then, {_shorten(value)} now"
@@ -107,10 +108,10 @@ class Staging:
         """Say that a stage of piece `index` is finished."""
         write_json(self._record_file(index, stage), record)
 
-    def records(self, stage: str = CONVERTED) -> list[dict[str, Any]]:
-        """The records of all pieces, in order."""
-        paths = sorted(self.directory.glob(f"{stage}-*.json"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    def records(self, stage: str = CONVERTED) -> Iterator[dict[str, Any]]:
+        """The records of all pieces, in order; read one by one, as there may be thousands."""
+        for path in sorted(self.directory.glob(f"{stage}-*.json")):
+            yield json.loads(path.read_text(encoding="utf-8"))
 
     def remove(self) -> None:
         """Remove the staging area: the corpus is complete."""

@@ -2,6 +2,7 @@
 
 zstandard's own stream_reader returns end of file where a frame breaks off, and a corpus would lose
 its tail without a word. Several frames one after the other (pzstd, `cat a.zst b.zst`) are one text.
+Compressed bytes are taken a few at a time: repetitive text unpacks to thousands of times more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import IO
 
 import zstandard
+
+PACKED_BYTES = 1 << 11
 
 
 class ZstdReader:
@@ -19,18 +22,18 @@ class ZstdReader:
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._frame_begun = False
 
-    def read(self, num_bytes: int = -1) -> bytes:
-        """What the next `num_bytes` compressed bytes hold, or all that is left; b"" at the end."""
+    def read(self, num_bytes: int) -> bytes:
+        """The next `num_bytes` of text or some more; fewer, and b"" after that, at the end."""
         parts: list[bytes] = []
-        while True:
-            block = self._raw.read(num_bytes)
+        while num_bytes > 0:
+            block = self._raw.read(PACKED_BYTES)
             if not block:
                 if self._frame_begun:
                     raise EOFError("the last zstandard frame is cut off")
-                return b"".join(parts)
+                break
             parts.append(self._unpack(block))
-            if num_bytes >= 0 and parts[-1]:
-                return parts[-1]
+            num_bytes -= len(parts[-1])
+        return b"".join(parts)
 
     def _unpack(self, block: bytes) -> bytes:
         parts = []

@@ -15,22 +15,10 @@ from tokenizers.models import WordPiece
 
 from clue_ds.data import wordpiece
 from clue_ds.data.code_points import CodePoints
+from clue_ds.data.shards import continues_bit, token_dtype
 from clue_ds.data.vocab import SPECIAL_TOKENS, read_vocab
 from clue_ds.data.wordpiece import BYTE, CHAR, CODE_POINT, LINE, TOKEN
 from clue_ds.errors import UserError
-
-# Ids of at most 15 bits leave room for the word mark in 16 (docs/shard-format.md).
-MAX_SMALL_VOCAB = 1 << 15
-
-
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """How a token is stored: uint16 where the vocabulary leaves bit 15 free, else uint32."""
-    return np.uint16 if vocab_size <= MAX_SMALL_VOCAB else np.uint32
-
-
-def continues_bit(dtype: type[np.uint16] | type[np.uint32]) -> int:
-    """The top bit: this token continues the word that the token before it belongs to."""
-    return 1 << (8 * np.dtype(dtype).itemsize - 1)
 
 
 class Tokenizer:
@@ -91,8 +79,10 @@ class Tokenizer:
         Marked ids (uint16 or uint32) have the top bit on `##` pieces. Characters are code points
         counted from the start of `data`, line feeds included (uint32).
         """
-        num_lines = data.count(b"\n") + (not data.endswith(b"\n") and len(data) > 0)
+        if not data.endswith(b"\n") and data:
+            data += b"\n"
         buffer = np.frombuffer(data, dtype=np.uint8)
+        num_lines = np.count_nonzero(buffer == 10)  # bytes.count: a third of the time of all this
         ids = np.empty(len(data), dtype=self.dtype)
         starts = np.empty(len(data), dtype=np.uint32)
         line_lengths = np.empty(num_lines, dtype=np.int64)

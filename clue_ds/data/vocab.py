@@ -19,7 +19,6 @@ import tyro
 from clue_ds.data.clue_vocab import slim_vocab
 from clue_ds.data.corpus import InputFormat, resolve
 from clue_ds.data.parsing import read_lines
-from clue_ds.data.vocab_trainer import train_wordpiece
 from clue_ds.errors import UserError, existing_file
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -101,6 +100,9 @@ def learn(
             f"--size {size} leaves no room beside the {len(LEADING_TOKENS)} special tokens; "
             "8021 is CLUE's size, 21128 Google's"
         )
+    # Not for those who only read a vocabulary: it brings numba.
+    from clue_ds.data.vocab_trainer import train_wordpiece
+
     sources = resolve(inputs, format)
     lines = _converted(read_lines(sources, text_field), t2s)
     tokens = train_wordpiece(lines, LEADING_TOKENS, size, min_frequency, lower_case)

@@ -1,6 +1,8 @@
 """Who does the work: this process, a pool of processes, or the ranks of an MPI job.
 
 All three are an Executor that runs functions with arguments, so nothing else knows which it is.
+Functions are named ("module:function") and imported where they run: the process that reads the
+input is spared the compiled code and the dictionaries, 150 MiB of memory.
 Under `mpirun -n N` rank 0 reads and keeps the account, and the other N - 1 ranks convert
 (mpi4py.futures); every rank calls the same verb with the same arguments.
 """
@@ -8,15 +10,16 @@ Under `mpirun -n N` rank 0 reads and keeps the account, and the other N - 1 rank
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
 from clue_ds.errors import UserError
 
-Task = TypeVar("Task", bound=tuple[Any, ...])
+Label = TypeVar("Label")
 # How launchers tell a process the size of its job: Open MPI; MPICH, Intel MPI and srun --mpi=pmi2.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -36,17 +39,20 @@ class Workers:
         self.num_workers = num_workers
 
     def run(
-        self, function: Callable[..., Any], tasks: Iterator[Task]
-    ) -> Iterator[tuple[Task, Any]]:
-        """(task, function(*task)) as they are done; num_workers + 1 tasks are taken at most."""
+        self, function: str, tasks: Iterable[tuple[Label, tuple[Any, ...]]]
+    ) -> Iterator[tuple[Label, Any]]:
+        """(label, function(*arguments)) of each (label, arguments), as they are done.
+
+        Of the tasks, num_workers + 1 are taken at most before one is done.
+        """
         if self._executor is None:
-            for task in tasks:
-                yield task, function(*task)
+            for label, arguments in tasks:
+                yield label, _call(function, *arguments)
             return
-        pending: dict[Future[Any], Task] = {}
+        pending: dict[Future[Any], Label] = {}
         try:
-            for task in tasks:
-                pending[self._executor.submit(function, *task)] = task
+            for label, arguments in tasks:
+                pending[self._executor.submit(_call, function, *arguments)] = label
                 if len(pending) > self.num_workers:
                     yield from _take_done(pending)
             while pending:
@@ -56,11 +62,16 @@ class Workers:
                 future.cancel()
 
 
-def _take_done(pending: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:
+def _call(function: str, *arguments: Any) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def _take_done(pending: dict[Future[Any], Label]) -> Iterator[tuple[Label, Any]]:
     done, _ = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
-        task = pending.pop(future)
-        yield task, future.result()
+        label = pending.pop(future)
+        yield label, future.result()
 
 
 @contextlib.contextmanager
