@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,68 @@ def test_a_chain_gives_up_after_three_restarts_without_a_checkpoint(
 
 
 def test_plain_srun_needs_no_launcher(corpus: Path, slurm: dict[str, str], tmp_path: Path) -> None:
-    import sys
-
     config = write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2})
     command = ["srun", *NODES, sys.executable, "-m", "clue_ds.pretrain.train", "--config", config]
     subprocess.run(command, env=slurm, cwd=tmp_path, check=True, timeout=PATIENCE_S)
     assert read_log(tmp_path / "run")[-1]["step"] == 20
+
+
+PIPELINE = ("shard", "pretrain", "export", "finetune")
+
+
+def pipeline(slurm: dict[str, str], folder: Path, **variables: str | Path) -> dict[str, str]:
+    """Hand in slurm/pipeline.sh's jobs; their numbers by name."""
+    # The files ask for more cores than the nodes of this Slurm have.
+    options = {f"{name}_OPTIONS": "--cpus-per-task=1" for name in ("SHARD", "EXPORT", "FINETUNE")}
+    result = subprocess.run(
+        [SBATCH / "pipeline.sh", TIME, *NODES],
+        env={**slurm, **options, **{name: str(value) for name, value in variables.items()}},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return {words[0]: words[1] for words in lines if words[0] in PIPELINE}
+
+
+def test_the_pipeline_goes_from_text_to_a_finetuned_model(
+    corpus: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 32), ("dev", 8)):
+        lines = [{"text": f"第{n}句", "label": ("是", "否")[n % 2]} for n in range(count)]
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (tmp_path / "data" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    task = "name: parity\ntext: [text]\nlabels: [是, 否]\nepochs: 1\nmax_length: 16\n"
+    (tmp_path / "parity.yaml").write_text(task, encoding="utf-8")
+    jobs = pipeline(
+        slurm,
+        tmp_path,
+        TEXT=corpus.parent / "te*.txt",
+        VOCAB=corpus.parent / "vocab.txt",
+        CONFIG=write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2}),
+        TASK="parity.yaml",
+        DATA="data",
+    )
+    assert list(jobs) == list(PIPELINE)
+    assert state(slurm, jobs["finetune"]) == "PENDING"  # it waits for the others
+    for job in jobs.values():
+        wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    assert read_log(tmp_path / "run")[-1]["step"] == 20
+    assert (tmp_path / "run" / "export" / "hf" / "model.safetensors").is_file()
+    assert list((tmp_path / "run" / "finetune").glob("parity/best/model/*.safetensors"))
+
+
+def test_when_a_job_of_the_pipeline_fails_the_next_ones_are_cancelled(
+    corpus: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    jobs = pipeline(slurm, tmp_path, TEXT="nothing.txt", VOCAB="vocab.txt", CONFIG=config)
+    assert list(jobs) == ["shard", "pretrain", "export"]
+    deadline = time.monotonic() + PATIENCE_S
+    expected = {"shard": "FAILED", "pretrain": "CANCELLED", "export": "CANCELLED"}
+    while (now := {name: state(slurm, job) for name, job in jobs.items()}) != expected:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.3)
+    assert "nothing.txt" in log_of(tmp_path, jobs["shard"])
