@@ -12,6 +12,7 @@
 # OUTPUT            where fine-tuning writes, default: RUN/finetune
 # SHARD_OPTIONS, EXPORT_OPTIONS, FINETUNE_OPTIONS
 #                   more for the sbatch of these jobs, e.g. SHARD_OPTIONS="--cpus-per-task=64"
+# The same command again does what is left: a finished corpus is kept, and a run continues.
 # The arguments go to the sbatch of pretrain: nodes, GPUs, time. For all four jobs at once Slurm itself reads
 # SBATCH_PARTITION and SBATCH_ACCOUNT.
 set -Eeuo pipefail
@@ -34,7 +35,8 @@ submit() {
     echo "$1 $job"
 }
 
-submit shard ${SHARD_OPTIONS:-} "$here/shard.sbatch" "$TEXT" --vocab "$VOCAB" --output "$CORPUS"
+# corpus.json is written last. An unfinished corpus is resumed.
+[ -e "$CORPUS/corpus.json" ] || submit shard ${SHARD_OPTIONS:-} "$here/shard.sbatch" "$TEXT" --vocab "$VOCAB" --output "$CORPUS"
 submit pretrain "$@" "$here/pretrain.sbatch" --config "$CONFIG" --data.corpus "$CORPUS" --run_dir "$RUN"
 submit export ${EXPORT_OPTIONS:-} "$here/export.sbatch" "$RUN" --to hf --force
 if [ -n "${TASK:-}" ]; then

@@ -176,15 +176,14 @@ def test_the_pipeline_goes_from_text_to_a_finetuned_model(
         (tmp_path / "data" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     task = "name: parity\ntext: [text]\nlabels: [是, 否]\nepochs: 1\nmax_length: 16\n"
     (tmp_path / "parity.yaml").write_text(task, encoding="utf-8")
-    jobs = pipeline(
-        slurm,
-        tmp_path,
-        TEXT=corpus.parent / "te*.txt",
-        VOCAB=corpus.parent / "vocab.txt",
-        CONFIG=write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2}),
-        TASK="parity.yaml",
-        DATA="data",
-    )
+    variables = {
+        "TEXT": corpus.parent / "te*.txt",
+        "VOCAB": corpus.parent / "vocab.txt",
+        "CONFIG": write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2}),
+        "TASK": "parity.yaml",
+        "DATA": "data",
+    }
+    jobs = pipeline(slurm, tmp_path, **variables)
     assert list(jobs) == list(PIPELINE)
     assert state(slurm, jobs["finetune"]) == "PENDING"  # it waits for the others
     for job in jobs.values():
@@ -192,6 +191,9 @@ def test_the_pipeline_goes_from_text_to_a_finetuned_model(
     assert read_log(tmp_path / "run")[-1]["step"] == 20
     assert (tmp_path / "run" / "export" / "hf" / "model.safetensors").is_file()
     assert list((tmp_path / "run" / "finetune").glob("parity/best/model/*.safetensors"))
+    again = pipeline(slurm, tmp_path, **variables)
+    subprocess.run(["scancel", *again.values()], env=slurm, check=True)
+    assert list(again) == ["pretrain", "export", "finetune"]  # the corpus is there
 
 
 def test_when_a_job_of_the_pipeline_fails_the_next_ones_are_cancelled(
