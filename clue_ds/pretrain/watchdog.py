@@ -124,18 +124,17 @@ class Watchdog:
         """The section in which a checkpoint is written."""
         return self.section("save", self.health.save_seconds)
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, command: str) -> None:
         """The main thread raised: find out whose fault it is, tell all, and leave if not ours."""
-        if self._world_size == 1:
-            return
         if isinstance(error, UserError):
-            verdict = self._verdict("user error", str(error), [])
+            # Said at once: a launcher ends this rank as soon as another has left.
+            if self._publish(self._verdict("user error", str(error), [])):
+                print(f"{command}: error: {error}", file=sys.stderr, flush=True)
         else:
             if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
                 self._suspicion = str(error)[:500]
                 self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
-            verdict = self._verdict("exception", verdicts.raised(error), [self._rank])
-        self._publish(verdict)
+            self._publish(self._verdict("exception", verdicts.raised(error), [self._rank]))
         self._let_others_read()
 
     def close(self) -> None:
@@ -244,11 +243,13 @@ class Watchdog:
         stacks = {str(self._rank): self._stack()} if self._rank in ranks else {}
         return verdicts.make(kind, text, ranks, self._meeting.peers, stacks)
 
-    def _publish(self, verdict: Verdict) -> None:
-        """Make it everybody's verdict, unless there is one already."""
+    def _publish(self, verdict: Verdict) -> bool:
+        """Make it everybody's verdict; False when there is one already."""
+        text, is_ours = json.dumps(verdict._asdict()), True
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set("verdict", "", json.dumps(verdict._asdict()))
+            is_ours = self._store.compare_set("verdict", "", text).decode() == text
         verdicts.write(verdict)
+        return is_ours
 
     # -------------------------------------------------------------------------- watching
 
@@ -328,18 +329,19 @@ def start(health: HealthSection) -> Watchdog:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """An error that ends this rank is told to the others, so that they don't wait for it."""
+def reporting(command: str) -> Iterator[None]:
+    """An error that ends this rank of `command` is told to the others, so that none waits for it.
+
+    A UserError leaves as SystemExit once it has been said.
+    """
     try:
         yield
-    except UserError as error:
-        if _watchdog is not None:
-            _watchdog.failed(error)
-        raise
     except Exception as error:
         if _watchdog is None or dist.world_size() == 1:
             raise
-        _watchdog.failed(error)  # doesn't return where another rank is the cause
+        _watchdog.failed(error, command)  # doesn't return where another rank is the cause
+        if isinstance(error, UserError):
+            raise SystemExit(verdicts.STATUS["user error"]) from None
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(verdicts.STATUS["exception"])
