@@ -188,6 +188,17 @@ def test_exit_status_is_true(
     assert processes.true_status(status, tmp_path, num_ranks=2) == expected
 
 
+def test_a_rank_that_never_ends_is_ended_after_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "SECONDS_AFTER_FIRST_END", 1.0)
+    command = ["sh", "-c", f"touch {tmp_path}/finished-0; exec sleep 1000"]
+    both = [hosts.Host("h1", 1), hosts.Host("h2", 1)]
+    job = commands.Job(command, {}, num_ranks=2, hosts=both)
+    assert processes.run(job, dict(os.environ), "a-stuck-job", tmp_path) == 72
+    assert "rank 1 on h2 did not end within 1 s" in capsys.readouterr().err
+
+
 def test_a_verdict_of_the_ranks_decides_the_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

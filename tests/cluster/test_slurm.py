@@ -126,24 +126,79 @@ def test_an_array_continues_one_run_and_finds_it_done(
     assert_same_weights(tmp_path / "run", undisturbed)
 
 
+def test_preempted_by_a_higher_partition_it_saves_requeues_and_continues(
+    corpus: Path, slurm: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    job = submit(slurm, tmp_path, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    wait_for_steps(tmp_path / "run", 50)
+    # It needs both nodes whole, so Slurm takes them from ours.
+    urgent = submit(
+        slurm, tmp_path, "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1"
+    )
+    wait_for_state(slurm, urgent, tmp_path, "COMPLETED")
+    wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    text = log_of(tmp_path, job)
+    assert "stopped on request after step" in text
+    assert "resuming after step" in text and "done:" in text
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_singleton_chain_continues_where_jobs_may_not_requeue(
+    corpus: Path, slurm: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    options = [*NODES, "--no-requeue", "--dependency=singleton", "--job-name=chain"]
+    first, second = (
+        submit(slurm, tmp_path, *options, SBATCH / "pretrain.sbatch", "--config", config)
+        for _ in range(2)
+    )
+    wait_for_steps(tmp_path / "run", 50)
+    assert state(slurm, second) == "PENDING"
+    subprocess.run(["scancel", "--signal=USR1", first], env=slurm, check=True)
+    wait_for_state(slurm, second, tmp_path, "COMPLETED")
+    assert "the same command continues" in log_of(tmp_path, first)
+    assert "resuming after step" in log_of(tmp_path, second)
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
 def test_a_chain_gives_up_after_three_restarts_without_a_checkpoint(
     corpus: Path, slurm: dict[str, str], tmp_path: Path
 ) -> None:
+    """The third restart in a row still trains; it dies before it has saved, and the fourth ends."""
     config = write_config(corpus, tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "restarts.json").write_text(json.dumps({"step": 0, "restarts": 3}))
-    job = submit(slurm, tmp_path, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    restarts = tmp_path / "run" / "restarts.json"
+    restarts.parent.mkdir()
+    restarts.write_text(json.dumps({"step": 0, "restarts": 2}))
+    job = submit(
+        slurm, tmp_path, *NODES, "--array=1-2%1", SBATCH / "pretrain.sbatch", "--config", config
+    )
+    wait_for_steps(tmp_path / "run", 10)
+    assert json.loads(restarts.read_text()) == {"step": 0, "restarts": 3}
+    subprocess.run(["scancel", "--signal=KILL", f"{job}_1"], env=slurm, check=True)
     deadline = time.monotonic() + PATIENCE_S
-    while state(slurm, job) != "FAILED":
+    while [state(slurm, f"{job}_{number}") for number in (1, 2)] != ["FAILED"] * 2:
         assert time.monotonic() < deadline, log_of(tmp_path, job)
         time.sleep(0.3)
-    assert "4 restarts in a row began at step 0" in log_of(tmp_path, job)
+    text = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "4 restarts in a row began at step 0" in text
 
 
 def test_plain_srun_needs_no_launcher(corpus: Path, slurm: dict[str, str], tmp_path: Path) -> None:
     config = write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2})
     command = ["srun", *NODES, sys.executable, "-m", "clue_ds.pretrain.train", "--config", config]
     subprocess.run(command, env=slurm, cwd=tmp_path, check=True, timeout=PATIENCE_S)
+    assert read_log(tmp_path / "run")[-1]["step"] == 20
+
+
+def test_deepspeeds_own_slurm_launcher(corpus: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """It starts scripts only, reads no comments in .deepspeed_env, and sets no RANK."""
+    config = write_config(corpus, tmp_path, train={"steps": 20, "warmup_steps": 2})
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nDS_ACCELERATOR=cpu\n")
+    options = {**slurm, "LAUNCH_OPTIONS": "--launcher slurm --bind-cores"}
+    job = submit(options, tmp_path, *NODES, SBATCH / "pretrain.sbatch", "--config", config)
+    wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    assert "2 ranks on 1 host" in log_of(tmp_path, job)
     assert read_log(tmp_path / "run")[-1]["step"] == 20
 
 
