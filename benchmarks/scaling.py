@@ -1,18 +1,20 @@
 """Weak scaling of training on CPU ranks: what do ranks cost each other, by ZeRO stage?
 
-Each setting trains N ranks twice on the same machine at the same time of day: as one job, and as N
-jobs of one rank that run side by side. Both share the cores in the same way and do the same work a
-rank, so the difference is communication, and sharding where there is any. Steps at the beginning
-don't count (they warm up); losses of the job are checked to be numbers that fall.
+Each setting trains N ranks twice, one after the other: as one job, and as N jobs of one rank that
+run side by side. Both share the cores in the same way and do the same work a rank, so what the job
+takes longer is communication, and sharding where there is any. Processor time tells the two halves
+of it apart: copying and adding up is work, the rest is waiting for other ranks. Every rank computes
+with one thread. Steps at the beginning don't count (they warm up); losses must fall.
 
 Rejected: one rank alone as the baseline (on few cores N ranks then seem to scale badly because they
-share caches and memory), and a timer around collectives (it would count waiting for a late rank).
+share caches and memory), and a timer around collectives (it can't tell sending from waiting).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.errors import UserError
 
 WARMUP_LINES = 2  # of the log
@@ -49,20 +51,28 @@ def scaling(
     """
     if steps < STEPS_A_LINE * (WARMUP_LINES + 2):
         raise UserError(f"steps must be at least {STEPS_A_LINE * (WARMUP_LINES + 2)}")
+    num_cores = len(os.sched_getaffinity(0))
+    if max(ranks) > num_cores:
+        print(
+            f"{num_cores} cores for {max(ranks)} ranks: some take turns, so that only the shares "
+            "are worth reading, not the times"
+        )
+    print("| ranks | stage | ms a step | ms without the others | communication | of it waiting |")
+    print("|---|---|---|---|---|---|")
     rows = []
     for num_ranks in ranks:
         for stage in stages:
             row = _compare(corpus, num_ranks, stage, steps, hidden_size, micro_batch_size)
             rows.append(row)
             print(
-                f"{num_ranks} ranks, stage {stage}: {row['together_s'] * 1e3:.0f} ms a step, "
-                f"{row['side_by_side_s'] * 1e3:.0f} ms without the others, "
-                f"communication {row['communication_share']:.0%}",
+                f"| {num_ranks} | {stage} | {1e3 * row['together_s']:.0f} | "
+                f"{1e3 * row['side_by_side_s']:.0f} | {row['communication_share']:.0%} | "
+                f"{row['waiting_share']:.0%} |",
                 flush=True,
             )
-    result = {**describe(), "hidden_size": hidden_size, "steps": steps, "rows": rows}
     if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        shape = {"hidden_size": hidden_size, "micro_batch_size": micro_batch_size, "steps": steps}
+        write_results(output, {"benchmark": "scaling", **shape, "rows": rows})
 
 
 def _compare(
@@ -86,48 +96,74 @@ def _compare(
             },
             "log": {"every": STEPS_A_LINE, "tensorboard": False},
         }
-        together = _start(values, Path(folder, "together"), num_ranks, micro_batch_size)
-        _wait([together])
-        alone = [
-            _start(values, Path(folder, f"alone-{number}"), 1, micro_batch_size)
-            for number in range(num_ranks)
-        ]
-        _wait(alone)
-        together_s = _seconds_a_step(Path(folder, "together"))
-        alone_s = statistics.median(
-            _seconds_a_step(Path(folder, f"alone-{number}")) for number in range(num_ranks)
-        )
+        (together,) = _train(values, [Path(folder, "together")], num_ranks, micro_batch_size)
+        alone = [together]
+        if num_ranks > 1:
+            paths = [Path(folder, f"alone-{number}") for number in range(num_ranks)]
+            alone = _train(values, paths, 1, micro_batch_size)
+    wall, cpu = together
+    wall_alone, cpu_alone = (statistics.median(column) for column in zip(*alone, strict=True))
+    # What a rank could have used of the processor, if it had never waited.
+    available = wall * min(1.0, len(os.sched_getaffinity(0)) / num_ranks)
+    share = max(0.0, 1 - wall_alone / wall)
     return {
         "num_ranks": num_ranks,
         "stage": stage,
-        "together_s": together_s,
-        "side_by_side_s": alone_s,
-        "efficiency": alone_s / together_s,
-        "communication_share": max(0.0, 1 - alone_s / together_s),
+        "together_s": wall,
+        "side_by_side_s": wall_alone,
+        "cpu_together_s": cpu,
+        "cpu_side_by_side_s": cpu_alone,
+        "efficiency": wall_alone / wall,
+        "communication_share": share,
+        "waiting_share": min(share, max(0.0, share - (cpu - cpu_alone) / available)),
     }
 
 
-def _start(
-    values: dict[str, Any], run_dir: Path, num_ranks: int, micro_batch_size: int
-) -> subprocess.Popen[bytes]:
-    train = {**values["train"], "global_batch_size": num_ranks * micro_batch_size}
-    run_dir.mkdir()
-    # JSON is YAML.
-    given = json.dumps({**values, "train": train, "run_dir": str(run_dir)})
-    (run_dir / "given.yaml").write_text(given, encoding="utf-8")
-    launch = [sys.executable, "-m", "clue_ds.cli", "launch", "--local", str(num_ranks), "--"]
-    command = [*launch, "pretrain", "--config", str(run_dir / "given.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+def _train(
+    values: dict[str, Any], run_dirs: list[Path], num_ranks: int, micro_batch_size: int
+) -> list[tuple[float, float]]:
+    """Train a run in each directory, all at the same time; seconds and processor seconds a step."""
+    ranks = []
+    for run_dir in run_dirs:
+        run_dir.mkdir()
+        train = {**values["train"], "global_batch_size": num_ranks * micro_batch_size}
+        # JSON is YAML.
+        given = json.dumps({**values, "train": train, "run_dir": str(run_dir)})
+        (run_dir / "given.yaml").write_text(given, encoding="utf-8")
+        ranks += _start(run_dir / "given.yaml", num_ranks)
+    try:
+        for rank in ranks:
+            if rank.wait():
+                raise RuntimeError(f"a rank of the benchmark ended with {rank.returncode}")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return [_seconds_a_step(run_dir) for run_dir in run_dirs]
 
 
-def _wait(jobs: list[subprocess.Popen[bytes]]) -> None:
-    for job in jobs:
-        if job.wait():
-            raise RuntimeError(f"a run of the benchmark ended with {job.returncode}")
+def _start(config: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The ranks of one job, each with one thread, without a launcher of its own to wait for."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "clue_ds.pretrain.train", "--config", str(config)]
+    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(num_ranks)
+    ]
 
 
-def _seconds_a_step(run_dir: Path) -> float:
+def _seconds_a_step(run_dir: Path) -> tuple[float, float]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"], lines
-    return statistics.median(line["seconds_per_step"] for line in lines[WARMUP_LINES:])
+    counted = lines[WARMUP_LINES:]
+    names = ("seconds_per_step", "cpu_seconds_per_step")
+    wall, cpu = (statistics.median(line[name] for line in counted) for name in names)
+    return wall, cpu

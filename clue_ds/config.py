@@ -192,12 +192,16 @@ class HealthSection(Section):
 
     start_seconds: float = Field(60, gt=0, description="until every rank has answered at start")
     beat_seconds: float = Field(60, ge=10, description="until a rank that says nothing is given up")
-    step_seconds: float = Field(100, gt=0, description="until a step that doesn't end is a hang")
+    step_seconds: float = Field(
+        100,
+        gt=0,
+        description="until a step that doesn't end is a hang; elsewhere, until no rank has worked",
+    )
     setup_seconds: float = Field(
-        900, gt=0, description="the same for loading, building, and the first step (it compiles)"
+        900, gt=0, description="until loading, building and the first step are one, busy or not"
     )
     save_seconds: float = Field(
-        900, gt=0, description="the same for a checkpoint and for an evaluation"
+        900, gt=0, description="until a checkpoint or an evaluation is one, busy or not"
     )
 
 

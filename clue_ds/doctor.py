@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", help="also compare this run's config and corpus on all hosts")
     arguments = parser.parse_args(argv)
-    with watchdog.reporting(), dist.one_voice():
+    with watchdog.reporting("clue-ds doctor"), dist.one_voice():
         checks = [check() for check in MACHINE] + _programs() if dist.rank() == 0 else []
         checks += _between_ranks(arguments.config)
         if dist.rank() == 0:

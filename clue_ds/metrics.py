@@ -81,8 +81,8 @@ class Meter:
         self._num_steps = 0
         self._pair_sums: list[Tensor] = []
         self._num_tokens = self._sum_squares = self._num_predicted = 0.0
-        self._wait = self._excluded = 0.0
-        self._began = time.perf_counter()
+        self._wait = self._excluded = self._excluded_cpu = 0.0
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -94,9 +94,10 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent in here counts for nothing (saving a checkpoint)."""
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         yield
         self._excluded += time.perf_counter() - began
+        self._excluded_cpu += time.process_time() - began_cpu
 
     def add_batch(self, batch: dict[str, Tensor]) -> None:
         """Count the real tokens of this rank's batch (still on the host)."""
@@ -129,8 +130,9 @@ class Meter:
         losses = torch.stack(self._losses).reshape(num_steps, -1).sum(1).tolist()
         losses = [total / dist.world_size() for total in dist.all_reduce(losses)]
         correct = float(torch.stack(self._counts).sum())
-        sums = [correct, self._num_predicted, self._num_tokens, self._sum_squares, self._wait]
-        correct, predicted, tokens, squares, wait = dist.all_reduce(sums)
+        cpu = time.process_time() - self._began_cpu - self._excluded_cpu
+        sums = [correct, self._num_predicted, self._num_tokens, self._sum_squares, self._wait, cpu]
+        correct, predicted, tokens, squares, wait, cpu = dist.all_reduce(sums)
         pair = self._pair_figures()
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -153,6 +155,8 @@ class Meter:
             "mfu": mfu,
             "data_wait_ms": 1000 * wait / dist.world_size() / num_steps,
             "seconds_per_step": seconds / num_steps,
+            # Of the processor, with all threads; a mean over the ranks.
+            "cpu_seconds_per_step": cpu / dist.world_size() / num_steps,
             "memory_gib": peak_memory_gib(self.device),
         }
 

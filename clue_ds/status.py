@@ -12,11 +12,10 @@ import tyro
 from clue_ds import config as run_config
 from clue_ds.errors import UserError
 from clue_ds.metrics import format_seconds
-from clue_ds.pretrain import manifest
-from clue_ds.pretrain.watchdog import ALIVE_FILE, SECONDS_BETWEEN_SIGNS
+from clue_ds.pretrain import alive, manifest
 
 # A sign may be late by a slow disk; a run that missed three is gone.
-SECONDS_UNTIL_DEAD = 3 * SECONDS_BETWEEN_SIGNS
+SECONDS_UNTIL_DEAD = 3 * alive.SECONDS_BETWEEN_SIGNS
 
 
 def status(run: tyro.conf.Positional[Path]) -> None:
@@ -64,7 +63,7 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 
 def _alive(run: Path, is_done: bool) -> str:
-    path = run / ALIVE_FILE
+    path = run / alive.FILE
     try:
         age = time.time() - path.stat().st_mtime
         process = json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,8 @@
 
     local     deepspeed's launcher on this machine
     hostfile  deepspeed's launcher over pdsh and ssh, or over OpenMPI
-    slurm     srun, one task a rank, or one a node with deepspeed's launcher in it (--no_ssh)
+    slurm     srun, one task a rank; or one a node with deepspeed's launcher in it (--no_ssh);
+              or deepspeed's launcher, which calls srun itself
     mpi       mpirun
 
 Guarantees: a command depends only on the arguments and the environment; nothing is started here.
@@ -33,6 +34,7 @@ ONE_PROCESS = ("shard", "export")
 ALSO_OVER_MPI = ("shard",)
 
 SWEEP = str(Path(__file__).with_name("sweep.py"))
+RUN_MODULE = str(Path(__file__).with_name("run_module.py"))
 
 # USR1 is ignored until a rank has its own handler: it would end a Python that is still importing,
 # and deepspeed's launcher, which has none. An ignored signal stays ignored across exec.
@@ -45,7 +47,7 @@ IGNORE_USR1_ON_NODE = """trap '' USR1; exec "$@" --node_rank="$SLURM_NODEID" $RE
 class Options:
     """What the user asked for, beyond where to run."""
 
-    launcher: str = "pdsh"
+    launcher: str | None = None
     per: str = "rank"
     interface: str | None = None
     bind_cores: bool = False
@@ -130,14 +132,15 @@ def hostfile(
 ) -> Job:
     """One rank a slot on every host of a hostfile."""
     command = _deepspeed(port, options)
-    command += [f"--hostfile={path.resolve()}", f"--launcher={options.launcher}"]
+    launcher = options.launcher or "pdsh"
+    command += [f"--hostfile={path.resolve()}", f"--launcher={launcher}"]
     # Our own check asked every host; DeepSpeed's asks the first.
     command += [f"--master_addr={address}", "--force_multi", "--no_ssh_check"]
     variables = env.defaults(max(host.slots for host in hosts), user)
     if options.interface:
         variables |= env.interface(options.interface)
     exported = {**variables, **env.forwarded(user), **env.read_deepspeed_env(user)}
-    if options.launcher == "pdsh":
+    if launcher == "pdsh":
         appended = [user.get("PDSH_SSH_ARGS_APPEND", ""), *machines.SSH_OPTIONS]
         variables["PDSH_SSH_ARGS_APPEND"] = " ".join(appended).strip()
         verb = [verb[0], *map(_for_pdsh, verb[1:])]
@@ -198,7 +201,9 @@ def slurm(
         one = [*srun, "--nodes=1", "--ntasks=1"] + ([f"--cpus-per-task={cores}"] if cores else [])
         return Job([*one, sys.executable, *module_arguments(verb)], {}, num_ranks=0)
     num_ranks = len(nodes) * ranks_per_node
-    variables = {**env.defaults(ranks_per_node, user), "MASTER_ADDR": address}
+    # srun hands its own environment to the ranks.
+    variables = {**env.defaults(ranks_per_node, user), **env.read_deepspeed_env(user)}
+    variables["MASTER_ADDR"] = address
     variables |= {"MASTER_PORT": str(port), env.MAX_RESTARTS_VARIABLE: str(options.max_restarts)}
     if cores:
         variables["OMP_NUM_THREADS"] = cores
@@ -206,16 +211,24 @@ def slurm(
         variables |= env.interface(options.interface)
     hosts = [Host(node, ranks_per_node) for node in nodes]
     srun += [f"--nodes={len(nodes)}"]
+    runner = [*_deepspeed(port, options), f"--master_addr={address}"]
+    runner.append(f"--hostfile={job_dir / 'hostfile'}")
     if options.per == "rank":
         srun += [f"--ntasks={num_ranks}", f"--ntasks-per-node={ranks_per_node}"]
         srun += [f"--cpus-per-task={cores}"] if cores else []
         srun += ["--cpu-bind=cores"] if options.bind_cores else []
+        if options.launcher == "slurm":
+            runner += ["--launcher=slurm", "--force_multi", "--no_ssh_check"]
+            runner += [f"--launcher_args={shlex.join(srun[1:])}", RUN_MODULE, ON_RANKS[verb[0]]]
+            # Its own reader of .deepspeed_env fails on comments.
+            variables["DS_ENV_FILE"] = "/dev/null"
+            removed = ("DS_ENV_FILE",)
+            return Job([*runner, *verb[1:]], variables, num_ranks, hosts, removed, hostfile=True)
         rank = [sys.executable, "-u", *module_arguments(verb)]
         command = [*srun, "sh", "-c", IGNORE_USR1, "sh", *rank]
         return Job(command, variables, num_ranks, hosts)
     srun += [f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
-    runner = [*_deepspeed(port, options), "--no_ssh", f"--master_addr={address}"]
-    runner.append(f"--hostfile={job_dir / 'hostfile'}")
+    runner.append("--no_ssh")
     script = IGNORE_USR1_ON_NODE.replace("$REST", shlex.join(_verb_by_deepspeed(verb)))
     command = [*srun, "sh", "-c", script, "sh", *runner]
     return Job(command, variables, num_ranks, hosts, hostfile=True)

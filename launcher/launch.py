@@ -77,9 +77,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--launcher",
-        choices=("pdsh", "openmpi"),
-        default="pdsh",
-        help="with --hostfile: how DeepSpeed reaches the hosts",
+        choices=("pdsh", "openmpi", "slurm"),
+        help="how DeepSpeed starts ranks: with --hostfile pdsh (default) or openmpi; in a Slurm "
+        "job slurm (default: our own srun, which needs no DeepSpeed launcher)",
     )
     parser.add_argument(
         "--per",
@@ -128,9 +128,18 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ar
             parser.error(f"{verb} is one process, which uses the cores and devices by itself")
         if arguments.mpi is not None and verb not in ALSO_OVER_MPI:
             parser.error(f"{verb} is one process; over MPI there are: {', '.join(ALSO_OVER_MPI)}")
-    if arguments.requeue and arguments.slurm is False and "SLURM_JOB_ID" not in os.environ:
+    if arguments.launcher in ("pdsh", "openmpi") and arguments.hostfile is None:
+        parser.error(f"--launcher {arguments.launcher} needs --hostfile")
+    if arguments.launcher == "slurm" and (not _finds_slurm(arguments) or arguments.per == "node"):
+        parser.error("--launcher slurm is for a Slurm job, and starts one task a rank")
+    if arguments.requeue and not _finds_slurm(arguments):
         parser.error("--requeue is for a Slurm job; use it inside an sbatch file")
     return arguments
+
+
+def _finds_slurm(arguments: argparse.Namespace) -> bool:
+    elsewhere = (arguments.local, arguments.hostfile, arguments.mpi)
+    return arguments.slurm or ("SLURM_JOB_ID" in os.environ and elsewhere == (None, None, None))
 
 
 def _is_rank(user: environment.Variables) -> bool:
@@ -152,9 +161,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         arguments.max_restarts,
     )
     path = arguments.hostfile
+    if _finds_slurm(arguments):
+        return _in_slurm(arguments, options, user)
     if arguments.local is None and arguments.mpi is None and path is None:
-        if arguments.slurm or "SLURM_JOB_ID" in user:
-            return _in_slurm(arguments, options, user)
         if DEEPSPEED_HOSTFILE.is_file() and arguments.verb[0] in ON_RANKS:
             path = DEEPSPEED_HOSTFILE
     if path is not None:

@@ -2,7 +2,7 @@
 
 Guarantees: status 0 only when every rank said that it had finished; whatever ends this process,
 INT, TERM or KILL, no rank outlives it by more than seconds; a rank that hangs can't keep the job
-once another rank has said what is wrong.
+once another rank has said what is wrong, or has finished.
 
 DeepSpeed 0.19.8's runner returns 0 when its child dies of a signal, leaves all ranks behind when it
 is killed itself, and waits for ever for a host that is gone. Hence a session of its own for the
@@ -32,10 +32,13 @@ FINISHED, STOPPED, VERDICT, STOP_REQUEST = "finished-*", "stopped-*", "verdict.j
 
 # Stopped on request with everything saved: start again to continue (sysexits' EX_TEMPFAIL).
 STATUS_STOPPED = 75
+STATUS_HANG = 72
 INTERNAL_ERROR = 1
 SECONDS_TO_END = 10.0
 # From a verdict until ranks that didn't leave by themselves are ended.
 SECONDS_AFTER_VERDICT = 8.0
+# Ranks end together: one that is still there this long after the first is stuck.
+SECONDS_AFTER_FIRST_END = 100.0
 POLL_SECONDS = 0.2
 
 
@@ -90,25 +93,49 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
     process = subprocess.Popen(job.command, env=environment, start_new_session=True)
     with _guard(process.pid, identifier, sweeps), _signals(process.pid, identifier, sweeps, folder):
         status = _wait(process, folder)
+        hangs = status is None
         if status is None or status:
             end_session(process.pid)
             sweep_everywhere(identifier, sweeps)
             status = process.wait() if status is None else status
     # A process that is still there now lost its parent: nobody else will end it.
     end_session(process.pid)
+    if hangs and not (folder / VERDICT).exists():
+        return _say_who_hangs(folder, job)
     return true_status(status, folder, job.num_ranks)
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
-    """The command's status; None when a verdict is out and the command doesn't end."""
-    deadline = None
+    """The command's status; None when the job is over and the command doesn't end."""
+    deadline = float("inf")
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=POLL_SECONDS)
-        if deadline is None and (folder / VERDICT).exists():
-            deadline = time.monotonic() + SECONDS_AFTER_VERDICT
-        if deadline is not None and time.monotonic() > deadline:
+        now = time.monotonic()
+        if (folder / VERDICT).exists():
+            deadline = min(deadline, now + SECONDS_AFTER_VERDICT)
+        elif _ended(folder):
+            deadline = min(deadline, now + SECONDS_AFTER_FIRST_END)
+        if now > deadline:
             return None
+
+
+def _ended(folder: Path) -> set[int]:
+    """Ranks that said that they had finished, or saved and stopped."""
+    paths = (*folder.glob(FINISHED), *folder.glob(STOPPED))
+    return {int(path.name.rpartition("-")[2]) for path in paths}
+
+
+def _say_who_hangs(folder: Path, job: Job) -> int:
+    hosts = [host.name for host in job.hosts for _ in range(host.slots)]
+    stuck = sorted(set(range(job.num_ranks)) - _ended(folder))
+    names = ", ".join(f"rank {r}" + (f" on {hosts[r]}" if hosts else "") for r in stuck)
+    print(
+        f"clue-ds launch: error: {names or 'the launcher below'} did not end within "
+        f"{SECONDS_AFTER_FIRST_END:.0f} s after another rank had; what was to be saved is saved",
+        file=sys.stderr,
+    )
+    return STATUS_HANG
 
 
 def true_status(status: int, folder: Path, num_ranks: int) -> int:
@@ -123,8 +150,7 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
         return 128 - status
     if status or not num_ranks:
         return status
-    num_stopped = len(list(folder.glob(STOPPED)))
-    num_finished = len(list(folder.glob(FINISHED))) + num_stopped
+    num_finished = len(_ended(folder))
     if num_finished != num_ranks:
         print(
             f"clue-ds launch: error: only {num_finished} of {num_ranks} ranks said that they had "
@@ -133,7 +159,7 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
             file=sys.stderr,
         )
         return INTERNAL_ERROR
-    return STATUS_STOPPED if num_stopped else 0
+    return STATUS_STOPPED if any(folder.glob(STOPPED)) else 0
 
 
 @contextlib.contextmanager

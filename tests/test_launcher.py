@@ -137,13 +137,29 @@ def test_a_killed_rank_fails_the_job_and_the_next_start_resumes(
     assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 401))
 
 
+def test_two_jobs_of_one_user_run_beside_each_other(corpus: Path, tmp_path: Path) -> None:
+    jobs = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        config = write_config(corpus, tmp_path / name, steps=4)
+        jobs.append(start(["pretrain", "--config", str(config)], tmp_path))
+    for job in jobs:
+        _, errors = job.communicate(timeout=2 * PATIENCE_S)
+        assert job.returncode == 0, errors
+    assert all(len(read_log(tmp_path / name / "run")) == 4 for name in ("one", "other"))
+
+
 def test_dry_run_prints_a_command_that_a_shell_reads_back(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MASTER_PORT", "OMP_NUM_THREADS", "PYTHONSAFEPATH"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("HF_TOKEN", "NCCL_AUTH_KEY", "MY_SETTING"):
+        monkeypatch.setenv(name, "hidden")
     launch.main(["--local", "3", "--dry-run", "--", "pretrain", "--config", "my run.yaml"])
-    words = shlex.split(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert "hidden" not in output
+    words = shlex.split(output)
     assert words[-2:] == ["--config", "my run.yaml"]
     variables = dict(word.split("=", 1) for word in words[: words.index(sys.executable)])
     cores = len(os.sched_getaffinity(0))
@@ -186,6 +202,17 @@ def test_exit_status_is_true(
     for number in range(stopped):
         (tmp_path / f"stopped-{number}").touch()
     assert processes.true_status(status, tmp_path, num_ranks=2) == expected
+
+
+def test_a_rank_that_never_ends_is_ended_after_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "SECONDS_AFTER_FIRST_END", 1.0)
+    command = ["sh", "-c", f"touch {tmp_path}/finished-0; exec sleep 1000"]
+    both = [hosts.Host("h1", 1), hosts.Host("h2", 1)]
+    job = commands.Job(command, {}, num_ranks=2, hosts=both)
+    assert processes.run(job, dict(os.environ), "a-stuck-job", tmp_path) == 72
+    assert "rank 1 on h2 did not end within 1 s" in capsys.readouterr().err
 
 
 def test_a_verdict_of_the_ranks_decides_the_status(

@@ -58,6 +58,7 @@ def test_meter_counts_real_tokens_and_means_over_parts_and_steps() -> None:
     assert line["grad_norm"] == 2.5
     assert line["mfu"] is None
     assert line["tokens_per_second"] * line["seconds_per_step"] * 2 == pytest.approx(24)
+    assert 0 < line["cpu_seconds_per_step"]
 
 
 def test_a_loss_that_is_no_number_names_its_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clue_ds.config import HealthSection
 from clue_ds.pretrain import verdicts
 from clue_ds.pretrain.rendezvous import Peer
 
@@ -19,6 +20,7 @@ def beat(number: int, **changes: Any) -> dict[str, Any]:
         "section": "step",
         "stuck_s": 0.0,
         "overdue": False,
+        "idle_s": 0.0,
         "stack": WAITING,
         "suspicion": None,
         "neighbours": {},
@@ -41,7 +43,7 @@ def rounds(judge: verdicts.Judge, silent: set[int], until: float, **of_0: Any) -
 
 
 def test_a_silent_rank_is_unreachable_after_the_deadline() -> None:
-    verdict, seconds = rounds(verdicts.Judge(PEERS, 60, 8), {3}, 100)
+    verdict, seconds = rounds(verdicts.Judge(PEERS, HealthSection(), 8), {3}, 100)
     assert (verdict.kind, verdict.status, verdict.ranks) == ("unreachable", 73, [3])
     assert "rank 3 on h1" in verdict.summary
     assert 60 < seconds <= 64
@@ -49,36 +51,40 @@ def test_a_silent_rank_is_unreachable_after_the_deadline() -> None:
 
 def test_a_failed_collective_shortens_the_deadline() -> None:
     verdict, seconds = rounds(
-        verdicts.Judge(PEERS, 60, 8), {3}, 100, suspicion="Connection closed by peer"
+        verdicts.Judge(PEERS, HealthSection(), 8), {3}, 100, suspicion="Connection closed by peer"
     )
     assert (verdict.kind, verdict.status) == ("died", 71)
     assert seconds <= 12
 
 
 def test_a_neighbour_knows_what_became_of_a_process() -> None:
-    verdict, seconds = rounds(verdicts.Judge(PEERS, 60, 8), set(), 9, neighbours={"1": "dead"})
+    verdict, seconds = rounds(
+        verdicts.Judge(PEERS, HealthSection(), 8), set(), 9, neighbours={"1": "dead"}
+    )
     assert (verdict.kind, verdict.ranks, seconds) == ("died", [1], 0)
-    verdict, _ = rounds(verdicts.Judge(PEERS, 60, 8), {1}, 100, neighbours={"1": "stopped"})
+    verdict, _ = rounds(
+        verdicts.Judge(PEERS, HealthSection(), 8), {1}, 100, neighbours={"1": "stopped"}
+    )
     assert (verdict.kind, verdict.status) == ("hang", 72)
     assert "SIGSTOP" in verdict.summary
 
 
 def test_a_pause_of_rank_0_itself_is_nobodys_silence() -> None:
-    judge = verdicts.Judge(PEERS, 60, 8)
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
     beats = [beat(1) for _ in range(4)]
     assert judge.judge(beats, set(), 0.0) is None
     assert judge.judge(beats, set(), 300.0) is None
 
 
 def test_a_rank_that_has_taken_leave_is_not_missed() -> None:
-    judge = verdicts.Judge(PEERS, 60, 8)
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
     for now in range(0, 200, 2):
         beats = [beat(1 if rank == 2 else now) for rank in range(4)]
         assert judge.judge(beats, {2}, float(now)) is None
 
 
 def test_the_odd_one_out_of_a_hang_is_the_one_that_does_not_wait() -> None:
-    judge = verdicts.Judge(PEERS, 60, 8)
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
     beats = [beat(1, overdue=True, stuck_s=100.0) for _ in range(4)]
     beats[2] |= {"stack": ELSEWHERE}
     verdict = judge.judge(beats, set(), 0.0)
@@ -92,3 +98,17 @@ def test_a_rank_behind_by_a_step_is_odd_even_if_it_waits() -> None:
     beats = {rank: beat(1, step=4 if rank == 1 else 5) for rank in range(4)}
     assert verdicts.odd_ones_out(beats) == [1]
     assert verdicts.odd_ones_out({rank: beat(1) for rank in range(4)}) == [0, 1, 2, 3]
+
+
+def test_a_long_save_is_no_hang_while_one_rank_works() -> None:
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
+    beats = [beat(1, section="save", idle_s=500.0) for _ in range(4)]
+    beats[0] |= {"idle_s": 3.0}
+    assert judge.judge(beats, set(), 0.0) is None
+    beats[0] |= {"idle_s": 101.0, "stack": ELSEWHERE}
+    verdict = judge.judge(beats, set(), 0.0)
+    assert verdict is not None
+    assert (verdict.kind, verdict.ranks) == ("hang", [0])
+    assert "no progress for 101 s in save after step 5, and the other 3 ranks wait" in (
+        verdict.summary
+    )

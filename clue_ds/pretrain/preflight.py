@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
+from clue_ds.pretrain import resume
 from clue_ds.pretrain.watchdog import Watchdog
 
 ALL_REDUCE_SECONDS = 60.0
@@ -54,18 +55,29 @@ def report(
 
 
 def differences(reports: list[dict[str, Any]]) -> list[str]:
-    """One line for each thing in which ranks differ, with the hosts of each value."""
+    """One line for each thing in which ranks differ, with the hosts of each value.
+
+    Ranks are named too where those of one host differ.
+    """
     lines = []
-    for key in reports[0]["same"]:
-        hosts: dict[str, list[str]] = defaultdict(list)
+    for key in sorted({key for one in reports for key in one["same"]}):
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for one in reports:
-            name = one["host"]
-            if name not in hosts[one["same"][key]]:
-                hosts[one["same"][key]].append(name)
-        if len(hosts) > 1:
-            values = (f"{value} on {_some(names)}" for value, names in sorted(hosts.items()))
+            groups[str(one["same"].get(key))].append(one)
+        if len(groups) > 1:
+            homes = Counter(name for ones in groups.values() for name in {o["host"] for o in ones})
+            values = (f"{v} on {_some(_names(ones, homes))}" for v, ones in sorted(groups.items()))
             lines.append(f"{key}: {'; '.join(values)}")
     return lines
+
+
+def _names(ones: list[dict[str, Any]], homes: Counter[str]) -> list[str]:
+    """Hosts, each once; with the rank where a host is also among the others."""
+    names = (
+        f"{one['host']} (rank {one['rank']})" if homes[one["host"]] > 1 else one["host"]
+        for one in ones
+    )
+    return list(dict.fromkeys(names))
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -95,6 +107,8 @@ def check(
         reports = dist.all_gather(report(config, corpus_fingerprint, device))
     assert total == dist.world_size()
     if lines := differences(reports):
+        if any(line.startswith("config:") for line in lines):
+            lines += differences(dist.all_gather(_settings(config)))  # which of them
         raise UserError(
             f"ranks are not the same program on the same data: {'; '.join(lines)}. Install the "
             "same environment on every host and give all of them the same files"
@@ -105,6 +119,12 @@ def check(
             "--shm-size=1g, or set NCCL_SHM_DISABLE=1"
         )
     return describe(reports)
+
+
+def _settings(config: RunConfig | None) -> dict[str, Any]:
+    """Every setting by its full name, to be compared like a report."""
+    values = {} if config is None else dict(resume.flatten(config.model_dump()))
+    return {"host": socket.gethostname(), "rank": dist.rank(), "same": values}
 
 
 def describe(reports: list[dict[str, Any]]) -> str:

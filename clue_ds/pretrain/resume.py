@@ -100,8 +100,8 @@ def _set_aside(choice: Choice) -> None:
 def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     """Settings whose change would make the continued run another run than the one that saved."""
     changed = []
-    flat_now = dict(_flatten(now.model_dump()))
-    for key, old in _flatten(saved.model_dump()):
+    flat_now = dict(flatten(now.model_dump()))
+    for key, old in flatten(saved.model_dump()):
         new = flat_now[key]
         if old != new and key not in MAY_CHANGE:
             changed.append(f"{key} was {old!r}, is {new!r}")
@@ -114,10 +114,10 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     return changed
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and prefix + key not in MAY_CHANGE:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -32,6 +32,7 @@ from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import (
+    alive,
     batches,
     checkpoint,
     ds_json,
@@ -65,7 +66,7 @@ class Run:
 
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
-    with watchdog.reporting(), dist.one_voice():
+    with watchdog.reporting("clue-ds pretrain"), dist.one_voice():
         config = parse(argv)
         run = build(config)
         done = train(run)
@@ -242,7 +243,7 @@ def close(run: Run, stopped_at: int | None = None) -> None:
     run.writers.close()
     run.engine.close()
     run.watch.close()
-    Path(run.config.run_dir, watchdog.ALIVE_FILE).unlink(missing_ok=True)
+    alive.withdraw(run.config.run_dir)
     dist.report_end(stopped_at is not None)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from clue_ds import dist
+from clue_ds.config import HealthSection
 from clue_ds.pretrain.rendezvous import Peer
 
 FILE = "verdict.json"  # in dist.job_dir()
@@ -64,12 +67,18 @@ def silence(state: str | None, seconds: float) -> str:
     )
 
 
+def raised(error: BaseException) -> str:
+    """What an exception on a rank is called in a verdict."""
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
+    return f"raised {type(error).__name__}: {str(error)[:500]}{place}"
+
+
 class Judge:
     """Rank 0's view of all ranks, one call a round of beats."""
 
-    def __init__(self, peers: list[Peer], beat_seconds: float, suspicious_seconds: float) -> None:
-        self._peers = peers
-        self._limit, self._suspicious = beat_seconds, suspicious_seconds
+    def __init__(self, peers: list[Peer], health: HealthSection, suspicious_seconds: float) -> None:
+        self._peers, self._health, self._suspicious = peers, health, suspicious_seconds
         self._heard: dict[int, tuple[int, float]] = {}
         self._last_round: float | None = None
 
@@ -78,7 +87,7 @@ class Judge:
         self._forgive_own_pause(now)
         silent, seen = {}, _neighbours_say(beats)
         suspicion = next((b["suspicion"] for b in beats if b["suspicion"]), None)
-        limit = self._suspicious if suspicion else self._limit
+        limit = self._suspicious if suspicion else self._health.beat_seconds
         for rank, beat in enumerate(beats):
             number, since = self._heard.get(rank, (-1, now))
             if number != beat["number"]:
@@ -93,8 +102,10 @@ class Judge:
         # One alone is late at the end of a step; all are when something hangs.
         overdue = [r for r, beat in enumerate(beats) if beat["overdue"] and r not in gone]
         if overdue:
-            return self._about_hang(overdue, beats, gone)
-        return None
+            return self._about_hang(beats[overdue[0]]["stuck_s"], beats, gone)
+        # While one saves, the others may wait for it as long as it works.
+        idle = min((b["idle_s"] for r, b in enumerate(beats) if r not in gone), default=0.0)
+        return self._about_hang(idle, beats, gone) if idle > self._health.step_seconds else None
 
     def _forgive_own_pause(self, now: float) -> None:
         """Time in which rank 0 itself was not running is nobody's silence."""
@@ -124,22 +135,27 @@ class Judge:
         kind = {"stopped": "hang", "dead": "died"}.get(state or "", "unreachable")
         return self._verdict(kind, ranks, silence(state, silent[ranks[0]]), beats)
 
-    def _about_hang(
-        self, overdue: list[int], beats: list[dict[str, Any]], gone: set[int]
-    ) -> Verdict:
+    def _about_hang(self, seconds: float, beats: list[dict[str, Any]], gone: set[int]) -> Verdict:
         alive = [rank for rank in range(len(beats)) if rank not in gone]
         odd = odd_ones_out({rank: beats[rank] for rank in alive})
-        late = beats[overdue[0]]
+        others = len(alive) - len(odd)
         text = (
-            f"hangs: no progress for {late['stuck_s']:.0f} s in {late['section']} after step "
-            f"{late['step']}, and the other {len(alive) - len(odd)} ranks wait"
+            f"hangs: no progress for {seconds:.0f} s in {beats[odd[0]]['section']} after step "
+            f"{beats[odd[0]]['step']}"
         )
+        if others:
+            text += f", and the other {others} rank{'s wait' if others > 1 else ' waits'}"
         return self._verdict("hang", odd, text, beats)
 
 
 def _neighbours_say(beats: list[dict[str, Any]]) -> dict[int, str]:
     """What ranks see of processes on their own host."""
     return {int(r): state for beat in beats for r, state in beat["neighbours"].items()}
+
+
+def waits(stack: list[str]) -> bool:
+    """Whether a rank is waiting for others, by its stack."""
+    return any(name in line for line in stack for name in COLLECTIVE)
 
 
 def odd_ones_out(beats: dict[int, dict[str, Any]]) -> list[int]:
@@ -149,7 +165,7 @@ def odd_ones_out(beats: dict[int, dict[str, Any]]) -> list[int]:
     if behind:
         return behind
     stacks = {rank: "\n".join(beat["stack"]) for rank, beat in beats.items()}
-    waiting = {rank for rank, stack in stacks.items() if any(c in stack for c in COLLECTIVE)}
+    waiting = {rank for rank, beat in beats.items() if waits(beat["stack"])}
     if waiting and len(waiting) < len(beats):
         return [rank for rank in beats if rank not in waiting]
     commonest, count = Counter(stacks.values()).most_common(1)[0]

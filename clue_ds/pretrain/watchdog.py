@@ -7,8 +7,9 @@ silent, that the launcher is gone, and signals, which it reads from a pipe, beca
 inside a collective runs no Python handler.
 
 Guarantees: a rank that raises, is killed, is stopped, hangs, or is cut off ends every other rank
-after the deadlines of config.health (under two minutes for steps) with the exit status of the
-kind; one rank prints the verdict, with the last known stacks of the odd ones out.
+after the deadlines of config.health (under two minutes) with the exit status of the kind; one rank
+prints the verdict, with the last known stacks of the odd ones out. Setup and saving may take long
+as long as some rank works (activity.py); those that wait for it don't count.
 
 Rejected: timeouts of collectives (DeepSpeed's groups ignore what is asked for, and they say that
 something took long, not which rank is to blame); beats from everybody to everybody (quadratic).
@@ -37,7 +38,7 @@ from typing import Any
 from clue_ds import dist
 from clue_ds.config import HealthSection
 from clue_ds.errors import UserError
-from clue_ds.pretrain import rendezvous, verdicts
+from clue_ds.pretrain import activity, alive, rendezvous, verdicts
 from clue_ds.pretrain.stop import StopRequest
 from clue_ds.pretrain.verdicts import Verdict
 
@@ -45,8 +46,6 @@ SECONDS_BETWEEN_BEATS = 2.0
 # After a collective failed somewhere, a rank that misses this much of beats is the cause.
 SECONDS_UNDER_SUSPICION = 8.0
 SECONDS_FOR_A_VERDICT = 20.0
-# Touched in the run directory, for `clue-ds status`.
-ALIVE_FILE, SECONDS_BETWEEN_SIGNS = "alive.json", 10.0
 SECONDS_FOR_GOODBYES = 15.0
 # A step may take several times as long as the slowest one yet.
 SLOWER_STEP = 5.0
@@ -64,14 +63,15 @@ class Watchdog:
         self._meeting = meeting
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread()
+        self._work, self._worked_at = 0, time.monotonic()
         self._number, self._step, self._slowest, self._stepping = 0, 0, 0.0, False
         self._suspicion: str | None = None
         self._section, self._limit, self._since = "setup", health.setup_seconds, time.monotonic()
         self._last_talk = time.monotonic()
         self._closing, self._left = threading.Event(), threading.Lock()
         self._parent = os.getppid()
-        self._judge = verdicts.Judge(meeting.peers, health.beat_seconds, SECONDS_UNDER_SUSPICION)
+        self._judge = verdicts.Judge(meeting.peers, health, SECONDS_UNDER_SUSPICION)
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._install_handlers()
@@ -105,42 +105,36 @@ class Watchdog:
 
     @contextlib.contextmanager
     def section(self, name: str, seconds: float) -> Iterator[None]:
-        """Until the block ends, `seconds` is the time without progress that counts as a hang."""
+        """Until the block ends, `seconds` is the time that counts as a hang even of a busy rank."""
         before = self._section, self._limit
-        self._section, self._limit, self._since = name, seconds, time.monotonic()
+        self._enter(name, seconds)
         yield
-        self._section, self._limit = before
-        self._since = time.monotonic()
+        self._enter(*before)
+
+    def _enter(self, section: str, limit: float) -> None:
+        self._section, self._limit = section, limit
+        self._since = self._worked_at = time.monotonic()
 
     def announce(self, run_dir: str | Path) -> None:
-        """Let `clue-ds status` see that this run is alive; rank 0, from a thread of its own."""
+        """Let `clue-ds status` see that this run is alive; rank 0 does it."""
         if self._rank == 0:
-            path = Path(run_dir) / ALIVE_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"host": self._me.host, "pid": self._me.pid}) + "\n")
-            threading.Thread(target=self._sign_forever, args=(path,), daemon=True).start()
-
-    def _sign_forever(self, path: Path) -> None:
-        while not self._closing.wait(SECONDS_BETWEEN_SIGNS):
-            with contextlib.suppress(OSError):  # a full or slow disk is not the run's death
-                path.touch()
+            alive.announce(run_dir, self._me, self._closing)
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """The section in which a checkpoint is written."""
         return self.section("save", self.health.save_seconds)
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, command: str) -> None:
         """The main thread raised: find out whose fault it is, tell all, and leave if not ours."""
-        if self._world_size == 1:
-            return
         if isinstance(error, UserError):
-            verdict = self._verdict("user error", str(error), [])
+            # Said at once: a launcher ends this rank as soon as another has left.
+            if self._publish(self._verdict("user error", str(error), [])):
+                print(f"{command}: error: {error}", file=sys.stderr, flush=True)
         else:
             if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
                 self._suspicion = str(error)[:500]
                 self._closing.wait(SECONDS_FOR_A_VERDICT)  # a verdict ends this process
-            verdict = self._verdict("exception", _last_line(error), [self._rank])
-        self._publish(verdict)
+            self._publish(self._verdict("exception", verdicts.raised(error), [self._rank]))
         self._let_others_read()
 
     def close(self) -> None:
@@ -166,22 +160,36 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._number += 1
-        stuck = time.monotonic() - self._since
+        stuck, stack = time.monotonic() - self._since, self._stack()
         beat = {
             "number": self._number,
             "step": self._step,
             "section": self._section,
             "stuck_s": stuck,
             "overdue": stuck > self._limit,
-            "stack": self._stack(),
+            "idle_s": self._idle(stack),
+            "stack": stack,
             "suspicion": self._suspicion,
             "neighbours": self._neighbours(),
         }
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
+    def _idle(self, stack: list[str]) -> float:
+        """Seconds in which the main thread has done nothing but wait; 0 in a step, which is short.
+
+        On a GPU waiting for other ranks keeps the processor busy, so the stack counts too.
+        """
+        if self._section == "step":
+            return 0.0
+        work = activity.work_of_thread(self._main.native_id or 0)
+        if work != self._work and not verdicts.waits(stack):
+            self._worked_at = time.monotonic()
+        self._work = work
+        return time.monotonic() - self._worked_at
+
     def _stack(self) -> list[str]:
         """Where the main thread is, innermost call last."""
-        frame = sys._current_frames().get(self._main or 0)
+        frame = sys._current_frames().get(self._main.ident or 0)
         lines = []
         for entry in traceback.extract_stack(frame)[-STACK_DEPTH:] if frame else []:
             lines.append(f"{entry.filename}:{entry.lineno} in {entry.name}")
@@ -193,7 +201,7 @@ class Watchdog:
         for rank, peer in enumerate(self._meeting.peers):
             if rank == self._rank or peer[::2] != self._me[::2]:
                 continue
-            state = _process_state(peer.pid)
+            state = activity.state(peer.pid)
             if state in ("dead", "stopped"):
                 found[str(rank)] = state
         return found
@@ -235,11 +243,13 @@ class Watchdog:
         stacks = {str(self._rank): self._stack()} if self._rank in ranks else {}
         return verdicts.make(kind, text, ranks, self._meeting.peers, stacks)
 
-    def _publish(self, verdict: Verdict) -> None:
-        """Make it everybody's verdict, unless there is one already."""
+    def _publish(self, verdict: Verdict) -> bool:
+        """Make it everybody's verdict; False when there is one already."""
+        text, is_ours = json.dumps(verdict._asdict()), True
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set("verdict", "", json.dumps(verdict._asdict()))
+            is_ours = self._store.compare_set("verdict", "", text).decode() == text
         verdicts.write(verdict)
+        return is_ours
 
     # -------------------------------------------------------------------------- watching
 
@@ -305,20 +315,6 @@ class Watchdog:
             time.sleep(2 * SECONDS_BETWEEN_BEATS + 0.5)
 
 
-def _last_line(error: BaseException) -> str:
-    where = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
-    return f"raised {type(error).__name__}: {str(error)[:500]}{place}"
-
-
-def _process_state(pid: int) -> str:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "dead"
-    return {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}.get(state, "alive")
-
-
 _watchdog: Watchdog | None = None
 
 
@@ -333,18 +329,19 @@ def start(health: HealthSection) -> Watchdog:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """An error that ends this rank is told to the others, so that they don't wait for it."""
+def reporting(command: str) -> Iterator[None]:
+    """An error that ends this rank of `command` is told to the others, so that none waits for it.
+
+    A UserError leaves as SystemExit once it has been said.
+    """
     try:
         yield
-    except UserError as error:
-        if _watchdog is not None:
-            _watchdog.failed(error)
-        raise
     except Exception as error:
         if _watchdog is None or dist.world_size() == 1:
             raise
-        _watchdog.failed(error)  # doesn't return where another rank is the cause
+        _watchdog.failed(error, command)  # doesn't return where another rank is the cause
+        if isinstance(error, UserError):
+            raise SystemExit(verdicts.STATUS["user error"]) from None
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(verdicts.STATUS["exception"])
