@@ -29,6 +29,7 @@ from rich.text import Text as Styled
 
 from clue_ds import dist
 from clue_ds.errors import UserError, existing_file, run_command
+from clue_ds.model import ops
 from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
 from clue_ds.tasks.features import Features, Text
@@ -59,6 +60,7 @@ def predict(
     top_k: int = 5,
     batch_size: int = 32,
     max_length: int | None = None,
+    kernels: ops.Kernels = "torch",
     force: bool = False,
 ) -> None:
     """Classify texts, fill their masks, embed or compare them with a trained model.
@@ -81,6 +83,7 @@ def predict(
         top_k: candidates shown for each mask.
         batch_size: texts that the model reads together.
         max_length: tokens read of a text; default what the task is trained with.
+        kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
         force: replace the output if it exists.
     """
     wanted = [bool(text), file is not None, bool(fill_mask), similarity is not None]
@@ -92,6 +95,7 @@ def predict(
         warnings.showwarning = _say_warning
         if dist.world_size() > 1:
             _join_ranks(out)
+        ops.choose_kernels(kernels)
         predictor = Predictor(model, task, batch_size, max_length)
         if fill_mask:
             _print_candidates(predictor, fill_mask, top_k)
