@@ -27,6 +27,7 @@ from .hosts import Host
 ON_RANKS = {
     "pretrain": "clue_ds.pretrain.train",
     "finetune": "clue_ds.tasks.grid",
+    "predict": "clue_ds.tasks.predict_files",
     "doctor": "clue_ds.doctor",
 }
 ONE_PROCESS = ("shard", "export")

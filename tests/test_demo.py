@@ -33,6 +33,7 @@ def test_demo_from_start_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "NUM_LABELLED", 64)
+    monkeypatch.setattr(demo, "NUM_DEV", 40)
     monkeypatch.setattr(demo, "NUM_HELD_OUT", 200)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     demo.demo(tmp_path / "demo", steps=210)
@@ -42,4 +43,4 @@ def test_demo_from_start_to_end(
     assert json.loads(log[-1])["step"] == 210
     assert json.loads(log[-1])["loss"] < json.loads(log[0])["loss"]
     assert (tmp_path / "demo" / "loss.png").stat().st_size > 10_000
-    assert (tmp_path / "demo" / "reviews" / "config.json").is_file()
+    assert (tmp_path / "demo" / "reviews" / "pretrained" / "config.json").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,9 @@ import transformers
 
 import clue_ds.export as export
 from clue_ds.errors import UserError
-from clue_ds.model import BertForPreTraining
+from clue_ds.model import BertForPreTraining, ops
 from clue_ds.presets import ModelConfig
-from clue_ds.tasks import Predictor, features
+from clue_ds.tasks import Predictor, features, grid, predict_files
 from clue_ds.tasks.finetune import Recipe, finetune
 from clue_ds.tasks.training import _epoch
 
@@ -110,6 +111,35 @@ def test_pretrained_weights_are_used_unless_from_scratch(model: Path) -> None:
     }
     assert losses[model, False] != losses[other, False]
     assert losses[model, True] == losses[other, True]
+
+
+def test_kernels_train_and_predict_what_their_twins_do(
+    model: Path, tmp_path: Path, kernel_device: torch.device
+) -> None:
+    still = CONFIG.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = export.save(
+        still, BertForPreTraining(still).state_dict(), model / "vocab.txt", tmp_path / "still"
+    )
+    rows = [json.dumps({"sentence": text, "label": label}) for text, label in examples(20, 1)]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    row = tmp_path / "tone.yaml"
+    row.write_text("name: tone\ntext: [sentence]\nlabels: [好, 坏]\nbatch_size: 8\n", "utf-8")
+    losses, answers = [], []
+    for kernels in ("torch", "triton"):
+        out = tmp_path / kernels
+        grid.finetune(
+            (str(row),), str(plain), str(tmp_path), out, lr=1e-4, epochs=1, kernels=kernels
+        )
+        losses.append(json.loads((out / "tone" / "best" / "result.json").read_text())["losses"])
+        file, lines = tmp_path / "dev.jsonl", tmp_path / f"{kernels}.jsonl"
+        predict_files.predict(out / "tone/best/model", file=file, out=lines, kernels=kernels)
+        answers.append([json.loads(line) for line in lines.read_text("utf-8").splitlines()])
+    ops.choose_kernels("torch")
+    # Other orders of sums, through three AdamW steps.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for one, other in zip(*answers, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-3)
 
 
 def test_an_epoch_has_every_example_once_with_little_padding(model: Path) -> None:

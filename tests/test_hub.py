@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
-import os
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loopback_hub import Hub, serving
 from models import random_model, same_bits, write_vocab
 
 from clue_ds import export
@@ -28,75 +24,7 @@ CONFIG = ModelConfig(
     intermediate_size=40,
     max_position_embeddings=16,
 )
-COMMIT = "c" * 40
 TINY = "clue/roberta_chinese_clue_tiny"
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves one directory under several names; `asked` says which files were fetched."""
-
-    def __init__(self, names: set[str], directory: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.names, self.directory, self.asked = names, directory, set[str]()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        parts = path.removeprefix("/api/models").strip("/").split("/")
-        name = "/".join(parts[:2])
-        if name not in self.server.names:
-            self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api/models/"):
-            self._api(name, parts[2:])
-        else:
-            self._file("/".join(parts[4:]))
-
-    def _api(self, name: str, rest: list[str]) -> None:
-        files = sorted(path.name for path in self.server.directory.iterdir())
-        if rest[:1] == ["tree"]:
-            tree = [
-                {
-                    "type": "file",
-                    "path": file,
-                    "size": (self.server.directory / file).stat().st_size,
-                    "oid": "0" * 40,
-                }
-                for file in files
-            ]
-            self._send(200, json.dumps(tree).encode(), {})
-            return
-        siblings = [{"rfilename": file} for file in files]
-        info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": []}
-        self._send(200, json.dumps(info | {"private": False, "downloads": 0}).encode(), {})
-
-    def _file(self, file: str) -> None:
-        path = self.server.directory / file
-        if not path.is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        if self.command == "GET":
-            self.server.asked.add(file)
-        content = path.read_bytes()
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self._send(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -112,25 +40,12 @@ def server(tmp_path: Path, state: StateDict) -> Iterator[Hub]:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     (directory / "modeling_evil.py").write_text("raise SystemExit")
-    with Hub({TINY}, directory) as hub_server:
-        thread = threading.Thread(target=hub_server.serve_forever)
-        thread.start()
+    with serving({f"models/{TINY}": directory}) as hub_server:
         yield hub_server
-        hub_server.shutdown()
-        thread.join()
 
 
 def run(server: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: huggingface_hub reads its environment once."""
-    environment = {
-        **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    command = [sys.executable, "-m", "clue_ds.cli", *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return server.run(tmp_path, "-m", "clue_ds.cli", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +56,7 @@ def test_published_model_is_imported_by_name(
     name: str, weights: str, server: Hub, state: StateDict, tmp_path: Path
 ) -> None:
     if weights == "pytorch_model.bin":
-        (server.directory / "model.safetensors").unlink()
+        (server.repositories[f"models/{TINY}"] / "model.safetensors").unlink()
     done = run(server, tmp_path, "import", name, "--output", "out")
     assert done.returncode == 0, done.stderr
     found = export.load(tmp_path / "out")[1]

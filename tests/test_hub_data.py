@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
-import os
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import pytest
+from loopback_hub import Hub, serving
+from models import random_model, write_vocab
 
-COMMIT = "d" * 40
+from clue_ds import export
+from clue_ds.presets import ModelConfig
+
 ROWS = [
     {"sentence1": "甲", "sentence2": "乙", "label": 1, "idx": 0},
     {"sentence1": "丙", "sentence2": "丁", "label": -1, "idx": 1},
@@ -27,83 +25,10 @@ configs:
   data_files:
   - split: train
     path: cmnli/train-*
+  - split: validation
+    path: cmnli/validation-*
 ---
 """
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """The few requests that `datasets` makes of a repository of parquet files."""
-
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length).decode()
-        # huggingface_hub sends a form, or JSON.
-        asked = json.loads(body)["paths"] if body[0] == "{" else parse_qs(body)["paths"]
-        found = [entry for entry in self._tree() if entry["path"] in asked]
-        self._send(200, json.dumps(found).encode(), {})
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if "/datasets/clue/clue" not in path:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api/") and "/tree/" in path:
-            folder = path.split("/tree/")[1].partition("/")[2]
-            inside = folder + "/" if folder else ""
-            entries = [e for e in self._tree() if str(e["path"]).startswith(inside)]
-            if "recursive=true" not in self.path.lower():
-                entries = [e for e in entries if "/" not in str(e["path"])[len(inside) :]]
-            self._send(200, json.dumps(entries).encode(), {})
-        elif path.startswith("/api/"):
-            siblings = [{"rfilename": entry["path"]} for entry in self._tree() if entry["size"]]
-            info = {"id": "clue/clue", "sha": COMMIT, "siblings": siblings, "tags": []}
-            more = {"private": False, "downloads": 0, "gated": False, "disabled": False}
-            self._send(200, json.dumps(info | more).encode(), {})
-        else:
-            self._file(path.split("/resolve/")[1].partition("/")[2])
-
-    def _tree(self) -> list[dict[str, object]]:
-        root = self.server.directory
-        return [
-            {
-                "type": "file" if path.is_file() else "directory",
-                "path": str(path.relative_to(root)),
-                "size": path.stat().st_size if path.is_file() else 0,
-                "oid": "0" * 40,
-            }
-            for path in sorted(root.rglob("*"))
-        ]
-
-    def _file(self, name: str) -> None:
-        path = self.server.directory / name
-        if not path.is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        content = path.read_bytes()
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self._send(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    def __init__(self, directory: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.directory = directory
 
 
 @pytest.fixture
@@ -119,26 +44,14 @@ def server(tmp_path: Path) -> Iterator[Hub]:
         {"sentence1": text, "sentence2": text, "label": label, "idx": datasets.Value("int32")}
     )
     rows = datasets.Dataset.from_list(ROWS, features=features)
-    rows.to_parquet(str(directory / "cmnli" / "train-00000-of-00001.parquet"))
+    for split in ("train", "validation"):
+        rows.to_parquet(str(directory / "cmnli" / f"{split}-00000-of-00001.parquet"))
     (directory / "README.md").write_text(CARD, encoding="utf-8")
-    with Hub(directory) as hub:
-        thread = threading.Thread(target=hub.serve_forever)
-        thread.start()
+    with serving({"datasets/clue/clue": directory}) as hub:
         yield hub
-        hub.shutdown()
-        thread.join()
 
 
 def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: huggingface_hub reads its environment once."""
-    environment = {
-        **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
     code = (
         "import json, sys; from clue_ds.errors import run_command;"
         "from clue_ds.tasks import hub_data, registry\n"
@@ -147,8 +60,7 @@ def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[
         "    print(json.dumps([list(found), found.num_skipped, found.sha256]))\n"
         "sys.exit(run_command('read', show))"
     )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return server.run(tmp_path, "-c", code)
 
 
 def test_a_task_is_read_with_its_labels_by_name(server: Hub, tmp_path: Path) -> None:
@@ -163,3 +75,36 @@ def test_a_task_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -
     done = read(server, tmp_path, "afqmc")
     assert done.returncode == 2
     assert "can't fetch afqmc" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_fine_tuning_needs_no_file_but_what_the_hub_has(server: Hub, tmp_path: Path) -> None:
+    """Model and data by their names, to a finished run."""
+    config = ModelConfig(
+        vocab_size=30,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=40,
+        max_position_embeddings=16,
+    )
+    state = dict(random_model(config, 0).state_dict())
+    vocab_file = write_vocab(tmp_path / "vocab.txt", config.vocab_size)
+    name = "clue/roberta_chinese_clue_tiny"
+    server.repositories[f"models/{name}"] = export.save(
+        config, state, vocab_file, tmp_path / "model"
+    )
+    words = ["-m", "clue_ds.cli", "finetune", "--task", "cmnli", "--model", name, "--data", "hub"]
+    done = server.run(tmp_path, *words, "--epochs", "1", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out/cmnli/best/result.json").read_text())
+    assert result["model"] == name and result["data"]["dev"]["num_examples"] == 2
+    assert (tmp_path / "out/cmnli/best/model/config.json").is_file()
+    # A preset's name means the published model.
+    words[words.index(name)] = "roberta_tiny_clue"
+    again = server.run(tmp_path, *words, "--epochs", "1", "--output", "again")
+    assert again.returncode == 0, again.stderr
+    losses = [
+        json.loads((tmp_path / out / "cmnli/best/result.json").read_text())["losses"]
+        for out in ("out", "again")
+    ]
+    assert losses[0] == losses[1]

@@ -21,6 +21,7 @@ from clue_ds import kernels
 from clue_ds.errors import UserError
 
 Attention = Literal["sdpa", "masked_softmax"]
+Kernels = Literal["auto", "triton", "torch"]
 
 # `kernels` or their twins. Until the kernels have run on a GPU, a model takes them on request only.
 _operations: Any = kernels.reference
@@ -28,7 +29,7 @@ _operations: Any = kernels.reference
 dropout = kernels.reference.dropout
 
 
-def choose_kernels(name: str) -> None:
+def choose_kernels(name: Kernels) -> None:
     """Which implementation runs in this process from now on: auto, triton or torch."""
     global _operations
     try:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from clue_ds import dist
 from clue_ds.errors import UserError, run_command
+from clue_ds.model import ops
 from clue_ds.tasks import registry, runs
 from clue_ds.tasks.runs import Request
 from clue_ds.tasks.training import Recipe
@@ -43,6 +45,7 @@ def finetune(
     weight_decay: float | None = None,
     patience: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
+    kernels: ops.Kernels = "torch",
     seed: int = 42,
     seeds: int = 1,
     grid: tuple[str, ...] = (),
@@ -72,6 +75,7 @@ def finetune(
         weight_decay: not on LayerNorm and biases.
         patience: stop after this many epochs without a better dev accuracy; default never.
         precision: of the forward pass; bf16 is faster where the hardware has it.
+        kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
         seed: of the head, the order and dropout; the first one where there are several.
         seeds: number of seeds: seed, seed + 1, ...
         grid: values to try, every combination: lr=1e-4,4e-4 epochs=5,8.
@@ -114,7 +118,7 @@ def finetune(
         for point in points
     ]
     with dist.one_voice():
-        _do(_share(requests, array_task), workers)
+        _do(_share(requests, array_task), workers, kernels)
         for name in dict.fromkeys(names):
             of_task = [r for r in requests if registry.get(r.task).name == registry.get(name).name]
             _keep_best(output / registry.get(name).name, of_task)
@@ -154,7 +158,8 @@ def _share(requests: list[Request], array_task: str | None) -> list[Request]:
     return requests[int(index) :: int(count)]
 
 
-def _do(requests: list[Request], workers: int) -> None:
+def _do(requests: list[Request], workers: int, kernels: ops.Kernels) -> None:
+    ops.choose_kernels(kernels)
     if dist.world_size() > 1:
         if workers > 1:
             raise UserError("--workers is for one process; launched ranks do one run together")
@@ -168,14 +173,17 @@ def _do(requests: list[Request], workers: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spawned, not forked: torch's threads don't survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _quiet, (threads,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, _prepare, (threads, kernels)
+    ) as pool:
         jobs = {pool.submit(runs.run, request, False): request for request in requests}
         for job in concurrent.futures.as_completed(jobs):
             _say(jobs[job], job.result())
 
 
-def _quiet(num_threads: int) -> None:
+def _prepare(num_threads: int, kernels: ops.Kernels) -> None:
     torch.set_num_threads(num_threads)
+    ops.choose_kernels(kernels)
 
 
 def _say(request: Request, result: dict[str, Any]) -> None:
@@ -191,14 +199,18 @@ def _say(request: Request, result: dict[str, Any]) -> None:
 
 def _keep_best(directory: Path, requests: list[Request]) -> None:
     """Point DIRECTORY/best at the best run and delete the other models, once all runs are done."""
-    results = {}
-    for request in requests:
-        path = request.directory / runs.RESULT
-        if not path.is_file():
-            return  # another job of the array will do it
-        results[request.directory] = json.loads(path.read_text(encoding="utf-8"))
     if dist.rank() > 0:
         return
+    done = [r.directory for r in requests if (r.directory / runs.RESULT).is_file()]
+    if len(done) < len(requests):
+        print(
+            f"{len(done)} of {len(requests)} runs in {directory} are done; the job of the array "
+            "that ends last chooses the best"
+        )
+        return
+    results = {
+        run_dir: json.loads((run_dir / runs.RESULT).read_text(encoding="utf-8")) for run_dir in done
+    }
     by_settings: dict[str, list[Path]] = {}
     for run_dir, result in results.items():
         settings = json.dumps({**result["recipe"], "seed": None})
@@ -212,8 +224,8 @@ def _keep_best(directory: Path, requests: list[Request]) -> None:
     for run_dir in results:
         if run_dir != best:
             shutil.rmtree(run_dir / "model", ignore_errors=True)
-    link = directory / f".{BEST}"
-    link.unlink(missing_ok=True)
+    # Two jobs may end at once; they choose the same one.
+    link = directory / f".{BEST}-{socket.gethostname()}-{os.getpid()}"
     link.symlink_to(best.name)
     link.replace(directory / BEST)
     print(f"best: {directory / BEST / 'model'} ({best.name})")

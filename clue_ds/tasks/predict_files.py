@@ -1,7 +1,8 @@
 """`clue-ds predict`: texts and files in, answers out, one a line and in the same order.
 
 Guarantees: a file of any size takes the memory of a few thousand lines; the output appears complete
-or not at all; a mistake names file and line; every answer says whether its text was cut.
+or not at all; a mistake names file and line; every answer says whether its text was cut; several
+ranks write what one process writes.
 
 Texts are sorted by length within CHUNK lines only. More would gain nothing (a batch is a hundredth
 of that) and would need the whole file.
@@ -19,22 +20,32 @@ import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from clue_ds.errors import UserError, existing_file
-from clue_ds.tasks import examples
+from clue_ds import dist
+from clue_ds.errors import UserError, existing_file, run_command
+from clue_ds.model import ops
+from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
-from clue_ds.tasks.features import Text
+from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.predict import MASK, Prediction, Predictor
 from clue_ds.tasks.registry import Row
 
 CHUNK = 4096  # lines that are read, sorted by length and answered together
 FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
+
+
+class Answered(NamedTuple):
+    """A line of the input, what the model read of it, and its class or embedding."""
+
+    example: Example
+    features: Features
+    answer: Prediction | np.ndarray
 
 
 def predict(
@@ -49,9 +60,13 @@ def predict(
     top_k: int = 5,
     batch_size: int = 32,
     max_length: int | None = None,
+    kernels: ops.Kernels = "torch",
     force: bool = False,
 ) -> None:
     """Classify texts, fill their masks, embed or compare them with a trained model.
+
+    A large file on several GPUs or ranks:
+    clue-ds launch --local 2 -- predict --model M --file in.jsonl --out out.jsonl
 
     Args:
         model: a run directory, one of its checkpoints, or a Hugging Face directory.
@@ -68,6 +83,7 @@ def predict(
         top_k: candidates shown for each mask.
         batch_size: texts that the model reads together.
         max_length: tokens read of a text; default what the task is trained with.
+        kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
         force: replace the output if it exists.
     """
     wanted = [bool(text), file is not None, bool(fill_mask), similarity is not None]
@@ -75,17 +91,30 @@ def predict(
         raise UserError("give one of --text, --file, --fill-mask and --similarity")
     if out is not None and file is None:
         raise UserError("--out is for the answers to a --file; those to a --text are printed")
-    predictor = Predictor(model, task, batch_size, max_length)
     with warnings.catch_warnings():
         warnings.showwarning = _say_warning
+        if dist.world_size() > 1:
+            _join_ranks(out)
+        ops.choose_kernels(kernels)
+        predictor = Predictor(model, task, batch_size, max_length)
         if fill_mask:
             _print_candidates(predictor, fill_mask, top_k)
         elif similarity is not None:
             print(f"{predictor.similarity([similarity[0]], [similarity[1]])[0]:.4f}")
         elif file is None:
-            write_answers(predictor, _given(predictor, text), sys.stdout, embed)
+            write_answers(answered(predictor, _given(predictor, text), embed), sys.stdout)
         else:
             predict_file(predictor, file, out, embed, force)
+    dist.barrier()
+    dist.report_end(stopped=False)
+
+
+def _join_ranks(out: Path | None) -> None:
+    if out is None:
+        raise UserError("several ranks share the work of a --file; give one, and --out")
+    from clue_ds.pretrain import engine
+
+    engine.start()
 
 
 def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -143,27 +172,37 @@ def predict_file(
     """Answer every line of a file, into `out` or to the terminal, and say how many."""
     begin = time.perf_counter()
     rows = read_unlabelled(predictor, existing_file(file, "input"))
+    chunks = answered(predictor, rows, embed)
     if out is None:
-        write_answers(predictor, rows, sys.stdout, embed)
+        write_answers(chunks, sys.stdout)
+        return
+    if dist.rank() > 0:
+        _check_free(out, force)
+        for _ in chunks:
+            pass  # rank 0 writes them
         return
     with appearing(out, force) as stream:
         if embed and out.suffix == ".npy":
-            num_texts, num_cut = write_array(predictor, rows, stream)
+            num_texts, num_cut = write_array(chunks, predictor.config.hidden_size, stream)
         else:
             with open(stream.fileno(), "w", encoding="utf-8", closefd=False) as lines:
-                num_texts, num_cut = write_answers(predictor, rows, lines, embed)
+                num_texts, num_cut = write_answers(chunks, lines)
     rate = num_texts / (time.perf_counter() - begin)
     cut = f", {num_cut:,} of them cut to {predictor.max_length} tokens" if num_cut else ""
     print(f"wrote {out}: {num_texts:,} answers{cut}, {rate:,.0f} a second")
 
 
-@contextlib.contextmanager
-def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
-    """A file that takes its name only when it is complete."""
+def _check_free(out: Path, force: bool) -> None:
     if out.is_dir():
         raise UserError(f"{out} is a directory; give the path of a file for the answers")
     if out.exists() and not force:
         raise UserError(f"{out} exists; give --force to replace it, or another path")
+
+
+@contextlib.contextmanager
+def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
+    """A file that takes its name only when it is complete."""
+    _check_free(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
@@ -175,26 +214,41 @@ def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
         raise UserError(f"can't write {out}: {error}; free some space or choose another") from None
 
 
-def _chunks(rows: Iterable[Example]) -> Iterator[list[Example]]:
+def answered(
+    predictor: Predictor, rows: Iterable[Example], embed: bool = False
+) -> Iterator[list[Answered]]:
+    """The examples with their answers, in order, a chunk of the file at a time."""
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
-def write_answers(
-    predictor: Predictor, rows: Iterable[Example], stream: IO[str], embed: bool = False
-) -> tuple[int, int]:
-    """One JSON object a line, in the order of `rows`; numbers of texts and of those cut."""
-    num_texts = num_cut = 0
-    for chunk in _chunks(rows):
         encoded = predictor.encode([example.text for example in chunk])
-        answers: Iterable[Prediction | np.ndarray]
-        answers = predictor.pool(encoded) if embed else predictor.classify(encoded)
-        for example, feature, answer in zip(chunk, encoded, answers, strict=True):
+        yield list(map(Answered, chunk, encoded, _answers(predictor, encoded, embed)))
+
+
+def _answers(predictor: Predictor, encoded: list[Features], embed: bool) -> list[Any]:
+    """A class or an embedding for each text.
+
+    Of several ranks each takes whole batches, the very ones of one process: the last bits of an
+    answer depend on what else is in its batch.
+    """
+    answer = predictor.pool if embed else predictor.classify
+    batches = features.batches_by_length(encoded, predictor.batch_size)
+    mine = [i for batch in batches[dist.rank() :: dist.world_size()] for i in batch]
+    result: list[Any] = [None] * len(encoded)
+    for part in dist.all_gather((mine, answer([encoded[i] for i in mine]))):
+        for i, one in zip(*part, strict=True):
+            result[i] = one
+    return result
+
+
+def write_answers(chunks: Iterable[list[Answered]], stream: IO[str]) -> tuple[int, int]:
+    """One JSON object a line, in order; numbers of texts and of those cut."""
+    num_texts = num_cut = 0
+    for chunk in chunks:
+        for example, feature, answer in chunk:
             line = {"id": example.id, **_answer(answer), "truncated": feature.truncated}
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            num_cut += feature.truncated
         num_texts += len(chunk)
-        num_cut += sum(feature.truncated for feature in encoded)
     return num_texts, num_cut
 
 
@@ -205,23 +259,19 @@ def _answer(answer: Prediction | np.ndarray) -> dict[str, Any]:
     return {"embedding": [round(float(value), 6) for value in answer]}
 
 
-def write_array(
-    predictor: Predictor, rows: Iterable[Example], stream: IO[bytes]
-) -> tuple[int, int]:
+def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes]) -> tuple[int, int]:
     """Embeddings as one .npy, float32 [texts, H]; numbers of texts and of those cut.
 
     numpy leaves room in the header for the number of rows, which is known only at the end.
     """
     num_texts = num_cut = 0
     header = {"descr": "<f4", "fortran_order": False}
-    width = predictor.config.hidden_size
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (0, width)})
     begin = stream.tell()
-    for chunk in _chunks(rows):
-        encoded = predictor.encode([example.text for example in chunk])
-        stream.write(predictor.pool(encoded).astype("<f4").tobytes())
+    for chunk in chunks:
+        stream.write(np.stack([answer for _, _, answer in chunk]).astype("<f4").tobytes())
         num_texts += len(chunk)
-        num_cut += sum(feature.truncated for feature in encoded)
+        num_cut += sum(feature.truncated for _, feature, _ in chunk)
     stream.seek(0)
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (num_texts, width)})
     assert stream.tell() == begin, "the header grew over the first row"
@@ -239,3 +289,15 @@ def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) 
         for row in zip(*candidates, strict=True):
             table.add_row(*(Styled(f"{token} {100 * p:5.1f}%") for token, p in row))
         console.print(table)
+
+
+def main(argv: list[str]) -> None:
+    """What `clue-ds launch` starts on every rank."""
+    import tyro
+
+    with dist.one_voice():
+        tyro.cli(predict, prog="clue-ds predict", args=argv, use_underscores=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("clue-ds predict", lambda: main(sys.argv[1:])))
