@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import normalization, reference, registered, tiles
 
 
 @triton.jit
@@ -49,28 +49,29 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     z = ()
+    # One part after the other: step by step for all of them comes to 112 registers at 312.
     for part in tl.static_range(2 if TAIL else 1):
         cols = tiles.columns(part, BLOCK, TAIL)
         inside = (rows < num_rows)[:, None] & (cols < H)
-        local = tl.arange(0, ROWS)[:, None] * H + cols
-        value = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
+        value = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
         if bias_ptr is not None:
             value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
         if NUM_DROPPED > 0:
             keep = tiles.keep_tile(
-                seed_ptr, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
+                tl.load(seed_ptr), first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
             )
             value = tl.where(keep, value * KEEP_SCALE, 0.0)
             if mask_ptr is not None:
-                tl.store(mask_ptr + first * H + local, keep, mask=inside)
+                tl.store(mask_ptr + at, keep, mask=inside)
         if residual_ptr is not None:
-            value += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+            value += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
         # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
         # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
         kept = value.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + first * H + local, kept, mask=inside)
+        tl.store(sum_ptr + at, kept, mask=inside)
         z += (kept.to(ACC),)
-    tiles.store_layer_norm(
+    normalization.store(
         z, weight_ptr, ln_bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
         EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
@@ -96,44 +97,41 @@ def backward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dln_bias = tl.zeros((ROWS, BLOCK), ACC)
+    seed = 0
+    if NUM_DROPPED > 0:
+        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dln_bias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        z = tl.load(sum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        dweight += dy * normed
-        dln_bias += dy
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        z = tiles.load_rows(sum_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        dz, dweight, dln_bias = normalization.gradient(
+            dy, z, weight, mean_ptr, rstd_ptr, first, num_rows, dweight, dln_bias, H, ROWS
+        )
         if dsum_ptr is not None:
-            dz += tl.load(dsum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+            dsum = tiles.load_rows(dsum_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+            dz = tiles.add(dz, dsum)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + first * H + local, dz, mask=inside)
+            tiles.store_rows(dresidual_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-            dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
-        tl.store(dx_ptr + first * H + local, dz, mask=inside)
+            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
+            dz = tiles.drop(dz, keep, KEEP_SCALE)
+        tiles.store_rows(dx_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if dbias_ptr is not None:
-            dbias += tl.where(inside, dz, 0.0)
-    partial = tl.program_id(0) * H + cols
+            dbias = tiles.add(dbias, dz)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dln_bias_ptr + partial, tl.sum(dln_bias, axis=0, keep_dims=True), mask=cols < H)
+        tiles.store_sums(dbias_ptr, dbias, H, BLOCK, TAIL)
+    tiles.store_sums(dweight_ptr, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(dln_bias_ptr, dln_bias, H, BLOCK, TAIL)
 
 
 def forward(
@@ -225,8 +223,8 @@ def backward(
             weight, seed, statistics[0], statistics[1], dx,
             dresidual if dresidual.numel() else None, partials[0] if has_bias else None,
             partials[1], partials[2], num_rows, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
-            H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x_dtype),
-            STAGES=tiles.STAGES, num_warps=tile.num_warps,
+            H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
+            ACC=tiles.accumulator(x_dtype), STAGES=tiles.STAGES, num_warps=tile.num_warps,
         )  # fmt: skip
         first = 0 if has_bias else 1
         torch.sum(partials[first:], dim=1, out=parameters[first:])

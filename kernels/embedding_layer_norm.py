@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import normalization, reference, registered, tiles
 
 
 @triton.jit
@@ -29,31 +29,41 @@ def gather(
     word_ptr: tl.tensor,
     position_ptr: tl.tensor,
     token_type_ptr: tl.tensor,
-    rows: tl.tensor,
+    first: tl.tensor,
     num_rows: tl.tensor,
-    cols: tl.tensor,
     V: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
     H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
-) -> tl.tensor:
-    """Sums of the three tables' rows [ROWS, BLOCK] in ACC; 0 outside of the matrix."""
-    in_rows = rows < num_rows
-    inside = in_rows[:, None] & (cols < H)
-    ids = tl.load(ids_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+) -> tl.tuple:
+    """Sums of the three tables' rows in parts [ROWS, columns] in ACC; 0 in columns outside.
+
+    Rows outside read the tables' first rows; nobody stores what comes of them.
+    """
+    rows = first + tl.arange(0, ROWS)
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
-    word = tl.load(word_ptr + ids[:, None] * H + cols, mask=inside & known[:, None], other=0.0)
-    position = tl.load(position_ptr + (rows % S)[:, None] * H + cols, mask=inside, other=0.0)
-    z = word.to(ACC) + position.to(ACC)
-    if types_ptr is None:
-        z += tl.load(token_type_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    else:
-        types = tl.load(types_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    types = tl.zeros((ROWS,), tl.int64)
+    if types_ptr is not None:
+        types = tl.load(types_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
         known &= (types >= 0) & (types < T)
-        at = types[:, None] * H + cols
-        z += tl.load(token_type_ptr + at, mask=inside & known[:, None], other=0.0).to(ACC)
-    return tl.where(inside, tl.where(known[:, None], z, float("nan")), 0.0)
+    # No mask but that of the columns, which the compiler knows: ids are made safe instead.
+    word_rows = word_ptr + tl.where(known, ids, 0)[:, None] * H
+    position_rows = position_ptr + (rows % S)[:, None] * H
+    type_rows = token_type_ptr + tl.where(known, types, 0)[:, None] * H
+    poison = tl.where(known, 0.0, float("nan"))[:, None].to(ACC)
+    parts = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        word = tl.load(word_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        position = tl.load(position_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        token_type = tl.load(type_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        parts += (word + position + token_type + poison,)
+    return parts
 
 
 @triton.jit
@@ -83,17 +93,11 @@ def forward_kernel(
     ACC: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    z = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
-        z += (
-            gather(
-                ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
-                V, T, S, H, ACC,
-            ),
-        )  # fmt: skip
-    tiles.store_layer_norm(
+    z = gather(
+        ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
+        V, T, S, H, ROWS, BLOCK, TAIL, ACC,
+    )  # fmt: skip
+    normalization.store(
         z, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
         EPS, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
@@ -123,36 +127,32 @@ def backward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    seed = 0
+    if NUM_DROPPED > 0:
+        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     # No stages: the addresses come from a load, which the pipeliner does not look through.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
         z = gather(
-            ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
-            V, T, S, H, ACC,
+            ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
+            V, T, S, H, ROWS, BLOCK, TAIL, ACC,
         )  # fmt: skip
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-            dy = tl.where(keep, dy * KEEP_SCALE, 0.0)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        tl.store(dsum_ptr + first * H + local, dz, mask=inside)
-        dweight += dy * normed
-        dbias += dy
-    partial = tl.program_id(0) * H + cols
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
+            dy = tiles.drop(dy, keep, KEEP_SCALE)
+        dz, dweight, dbias = normalization.gradient(
+            dy, z, weight, mean_ptr, rstd_ptr, first, num_rows, dweight, dbias, H, ROWS
+        )
+        tiles.store_rows(dsum_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
+    tiles.store_sums(dweight_ptr, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(dbias_ptr, dbias, H, BLOCK, TAIL)
 
 
 def forward(
@@ -242,7 +242,7 @@ def backward(
                 seed, statistics[0], statistics[1], dsum, partials[0], partials[1], num_rows,
                 NUM_DROPPED=num_dropped, KEEP_SCALE=scale, V=word.shape[0],
                 T=token_type.shape[0], S=seq_length, H=width, ROWS=tile.rows, BLOCK=tile.block,
-                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
+                TAIL=tile.tail, ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
             )  # fmt: skip
             torch.sum(partials, dim=1, out=parameters)
     scatter = torch.ops.aten.embedding_dense_backward

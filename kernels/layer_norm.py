@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import registered, tiles
+from . import normalization, registered, tiles
 
 
 @triton.jit
@@ -36,16 +36,9 @@ def forward_kernel(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
     first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    x = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        local = tl.arange(0, ROWS)[:, None] * H + cols
-        x += (tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC),)
-    tiles.store_layer_norm(
+    x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+    normalization.store(
         x, weight_ptr, bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
         EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
@@ -65,35 +58,26 @@ def backward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     # Only tl.range with stages prefetches the next tile while this one is reduced.
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        x = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
-        dx = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        tl.store(dx_ptr + first * H + local, dx, mask=inside)
-        dweight += dy * normed
-        dbias += dy
-    partial = tl.program_id(0) * H + cols
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        dx, dweight, dbias = normalization.gradient(
+            dy, x, weight, mean_ptr, rstd_ptr, first, num_rows, dweight, dbias, H, ROWS
+        )
+        tiles.store_rows(dx_ptr, dx, first, num_rows, H, ROWS, BLOCK, TAIL)
+    tiles.store_sums(dweight_ptr, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(dbias_ptr, dbias, H, BLOCK, TAIL)
 
 
 def forward(
@@ -140,7 +124,7 @@ def backward(
     with torch.cuda.device_of(x):
         backward_kernel[(num_programs,)](
             dy_rows, rows, weight, statistics[0], statistics[1], dx, partials[0], partials[1],
-            num_rows, H=width, ROWS=tile.rows, BLOCK=tile.block,
+            num_rows, H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
             ACC=tiles.accumulator(x.dtype), STAGES=tiles.STAGES, num_warps=tile.num_warps,
         )  # fmt: skip
         torch.sum(partials, dim=1, out=parameters)

@@ -72,7 +72,7 @@ def forward_kernel(
     probabilities = weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out_ptr + first * K + local, probabilities, mask=inside)
     if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        keep = tiles.keep_tile(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK)
         dropped = tl.where(keep, probabilities * KEEP_SCALE, 0.0)
         tl.store(dropped_ptr + first * K + local, dropped, mask=inside)
 
@@ -100,7 +100,7 @@ def backward_kernel(
     dy = tl.load(dy_ptr + first * K + local, mask=inside, other=0.0).to(ACC)
     probabilities = tl.load(out_ptr + first * K + local, mask=inside, other=0.0).to(ACC)
     if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        keep = tiles.keep_tile(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK)
         dy = tl.where(keep, dy * KEEP_SCALE, 0.0)
     projected = tl.sum(dy * probabilities, axis=1)
     dscores = probabilities * (dy - projected[:, None]) * SCALE
