@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import normalization, reference, registered, tiles
+from . import launching, normalization, reference, registered, tiles
 
 
 @triton.jit
@@ -77,8 +77,7 @@ def forward_kernel(
     bias_ptr: tl.tensor,
     seed_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
     NUM_DROPPED: tl.constexpr,
@@ -98,7 +97,7 @@ def forward_kernel(
         V, T, S, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
     normalization.store(
-        z, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+        z, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr, first, num_rows,
         EPS, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
@@ -113,11 +112,9 @@ def backward_kernel(
     token_type_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     seed_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     dsum_ptr: tl.tensor,
-    dweight_ptr: tl.tensor,
-    dbias_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
     num_rows: tl.tensor,
     NUM_DROPPED: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
@@ -148,11 +145,15 @@ def backward_kernel(
             keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
             dy = tiles.drop(dy, keep, KEEP_SCALE)
         dz, dweight, dbias = normalization.gradient(
-            dy, z, weight, mean_ptr, rstd_ptr, first, num_rows, dweight, dbias, H, ROWS
+            dy, z, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
         )
         tiles.store_rows(dsum_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
-    tiles.store_sums(dweight_ptr, dweight, H, BLOCK, TAIL)
-    tiles.store_sums(dbias_ptr, dbias, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 0, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 1, dbias, H, BLOCK, TAIL)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -178,14 +179,20 @@ def forward(
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), word, num_rows)
         types = None if token_type_ids is None else token_type_ids.contiguous()
-        with torch.cuda.device_of(word):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
+        sizes = (word.shape[0], token_type.shape[0], input_ids.shape[-1])
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (
                 input_ids.contiguous(), types, word, position, token_type, weight, bias, seed, y,
-                statistics[0], statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped,
-                KEEP_SCALE=scale, V=word.shape[0], T=token_type.shape[0], S=input_ids.shape[-1],
-                H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+                statistics,
+            ),
+            (num_rows,),
+            (
+                eps, num_dropped, scale, *sizes, width, *tile.constants,
+                tiles.accumulator(word.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return y, statistics
 
 
@@ -232,19 +239,24 @@ def backward(
     if num_rows:
         num_dropped, scale = reference.dropout_threshold(p)
         tile = tiles.for_device(tiles.backward_tile(width), word, num_rows)
-        num_tiles = triton.cdiv(num_rows, tile.rows)
+        num_tiles = tiles.count(num_rows, tile.rows)
         num_programs = tiles.num_persistent(word, num_tiles, tile)
         partials = parameters.new_empty((2, num_programs, width))
-        with torch.cuda.device_of(word):
-            backward_kernel[(num_programs,)](
-                registered.rows_of(dy), input_ids.contiguous(),
+        _backward(
+            (num_programs,),
+            (
+                dy.contiguous(), input_ids.contiguous(),
                 None if types is None else types.contiguous(), word, position, token_type, weight,
-                seed, statistics[0], statistics[1], dsum, partials[0], partials[1], num_rows,
-                NUM_DROPPED=num_dropped, KEEP_SCALE=scale, V=word.shape[0],
-                T=token_type.shape[0], S=seq_length, H=width, ROWS=tile.rows, BLOCK=tile.block,
-                TAIL=tile.tail, ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
-            torch.sum(partials, dim=1, out=parameters)
+                seed, statistics, dsum, partials,
+            ),
+            (num_rows,),
+            (
+                num_dropped, scale, word.shape[0], token_type.shape[0], seq_length, width,
+                *tile.constants, tiles.accumulator(word.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
+        torch.sum(partials, dim=1, out=parameters)
     scatter = torch.ops.aten.embedding_dense_backward
     dword = scatter(dsum, input_ids.flatten(), word.shape[0], padding_idx, False)
     by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width).sum(0)
@@ -289,8 +301,8 @@ def _formula(launch: registered.Launch) -> Any:
         if dy is None:
             return (None,) * 11
         tables = launch(dy, *ctx.saved_tensors, *ctx.options)
-        dweight, dbias = (g.to(dtype) for g, dtype in zip(tables[3], ctx.dtypes, strict=True))
-        return None, None, *tables[:3], dweight, dbias, None, None, None, None
+        parameters = registered.parameter_gradients(tables[3], ctx.dtypes)
+        return None, None, *tables[:3], *parameters, None, None, None, None
 
     return differentiate
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import normalization, registered, tiles
+from . import launching, normalization, registered, tiles
 
 
 @triton.jit
@@ -26,8 +26,7 @@ def forward_kernel(
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
     H: tl.constexpr,
@@ -39,7 +38,7 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
     normalization.store(
-        x, weight_ptr, bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+        x, weight_ptr, bias_ptr, None, y_ptr, statistics_ptr, first, num_rows,
         EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
@@ -49,11 +48,9 @@ def backward_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     dx_ptr: tl.tensor,
-    dweight_ptr: tl.tensor,
-    dbias_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
     num_rows: tl.tensor,
     H: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,11 +70,15 @@ def backward_kernel(
         dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
         x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
         dx, dweight, dbias = normalization.gradient(
-            dy, x, weight, mean_ptr, rstd_ptr, first, num_rows, dweight, dbias, H, ROWS
+            dy, x, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
         )
         tiles.store_rows(dx_ptr, dx, first, num_rows, H, ROWS, BLOCK, TAIL)
-    tiles.store_sums(dweight_ptr, dweight, H, BLOCK, TAIL)
-    tiles.store_sums(dbias_ptr, dbias, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 0, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 1, dbias, H, BLOCK, TAIL)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -85,16 +86,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y like x, statistics [2, M]: mean and rstd)."""
     y, statistics = _outputs(x, weight, bias, eps)
-    rows = registered.rows_of(x)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                rows, weight, bias, y, statistics[0], statistics[1], num_rows,
-                EPS=eps, H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-                ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (x.contiguous(), weight, bias, y, statistics),
+            (num_rows,),
+            (eps, width, *tile.constants, tiles.accumulator(x.dtype)),
+            tile.num_warps,
+        )
     return y, statistics
 
 
@@ -104,7 +105,7 @@ def _outputs(
     statistics = tiles.statistics_dtype(x.dtype)
     num_rows = x.numel() // x.shape[-1]
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty((2, num_rows), dtype=statistics, device=x.device),
     )
 
@@ -114,20 +115,20 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx like x, parameter gradients [2, H] in fp32: dweight and dbias)."""
     dx, parameters = _gradients(dy, x, weight, bias, statistics)
-    rows, dy_rows = registered.rows_of(x), registered.rows_of(dy)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if not num_rows:
         return dx, parameters.zero_()
     tile = tiles.for_device(tiles.backward_tile(width), x, num_rows)
-    num_programs = tiles.num_persistent(x, triton.cdiv(num_rows, tile.rows), tile)
+    num_programs = tiles.num_persistent(x, tiles.count(num_rows, tile.rows), tile)
     partials = parameters.new_empty((2, num_programs, width))
-    with torch.cuda.device_of(x):
-        backward_kernel[(num_programs,)](
-            dy_rows, rows, weight, statistics[0], statistics[1], dx, partials[0], partials[1],
-            num_rows, H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-            ACC=tiles.accumulator(x.dtype), STAGES=tiles.STAGES, num_warps=tile.num_warps,
-        )  # fmt: skip
-        torch.sum(partials, dim=1, out=parameters)
+    _backward(
+        (num_programs,),
+        (dy.contiguous(), x.contiguous(), weight, statistics, dx, partials),
+        (num_rows,),
+        (width, *tile.constants, tiles.accumulator(x.dtype), tiles.STAGES),
+        tile.num_warps,
+    )
+    torch.sum(partials, dim=1, out=parameters)
     return dx, parameters
 
 
@@ -135,7 +136,7 @@ def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty((2, x.shape[-1]), dtype=statistics.dtype, device=x.device),
     )
 
@@ -151,9 +152,9 @@ def _formula(launch: registered.Launch) -> Any:
         if dy is None:
             return None, None, None, None
         x, weight, bias, statistics = ctx.saved_tensors
-        dx, (dweight, dbias) = launch(dy, x, weight, bias, statistics)
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        return dx, dweight, None if bias is None else dbias.to(bias.dtype), None
+        dx, parameters = launch(dy, x, weight, bias, statistics)
+        dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        return dx, *registered.parameter_gradients(parameters, dtypes), None
 
     return differentiate
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import launching, reference, registered, tiles
 
 
 @triton.jit
@@ -107,6 +107,10 @@ def backward_kernel(
     tl.store(dscores_ptr + first * K + local, dscores, mask=inside)
 
 
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
+
+
 def forward(
     scores: Tensor,
     mask: Tensor | None,
@@ -126,14 +130,17 @@ def forward(
         strides = mask.stride()
     if num_rows:
         tile = tiles.for_device(tiles.forward_tile(num_keys), scores, num_rows)
-        with torch.cuda.device_of(scores):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                scores.contiguous(), mask, key_lengths, seed, out, dropped if p > 0.0 else None,
-                num_rows, *strides[:3], N=num_heads, Q=num_queries, K=num_keys,
-                MASK_STRIDE_K=strides[3], IS_BOOL=mask is not None and mask.dtype == torch.bool,
-                SCALE=scale, NUM_DROPPED=num_dropped, KEEP_SCALE=keep_scale, ROWS=tile.rows,
-                BLOCK=tile.block, ACC=tiles.accumulator(scores.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        is_bool = mask is not None and mask.dtype == torch.bool
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (scores.contiguous(), mask, key_lengths, seed, out, dropped if p > 0.0 else None),
+            (num_rows, *strides[:3]),
+            (
+                num_heads, num_queries, num_keys, strides[3], is_bool, scale, num_dropped,
+                keep_scale, tile.rows, tile.block, tiles.accumulator(scores.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return out, dropped
 
 
@@ -145,10 +152,9 @@ def _outputs(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    shape = scores.shape
     return (
-        torch.empty(shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(shape if p > 0.0 else (0,), dtype=scores.dtype, device=scores.device),
+        registered.empty_like(scores),
+        registered.empty_like(scores) if p > 0.0 else scores.new_empty(0),
     )
 
 
@@ -160,17 +166,21 @@ def backward(dy: Tensor, out: Tensor, seed: Tensor | None, scale: float, p: floa
     num_dropped, keep_scale = reference.dropout_threshold(p)
     if num_rows:
         tile = tiles.for_device(tiles.forward_tile(num_keys), out, num_rows)
-        with torch.cuda.device_of(out):
-            backward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                dy.contiguous(), out, seed, dscores, num_rows, K=num_keys, SCALE=scale,
-                NUM_DROPPED=num_dropped, KEEP_SCALE=keep_scale, ROWS=tile.rows,
-                BLOCK=tile.block, ACC=tiles.accumulator(out.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _backward(
+            (tiles.count(num_rows, tile.rows),),
+            (dy.contiguous(), out, seed, dscores),
+            (num_rows,),
+            (
+                num_keys, scale, num_dropped, keep_scale, tile.rows, tile.block,
+                tiles.accumulator(out.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return dscores
 
 
 def _gradients(dy: Tensor, out: Tensor, seed: Tensor | None, scale: float, p: float) -> Tensor:
-    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    return registered.empty_like(out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -210,5 +220,5 @@ def masked_softmax(
     seeded = registered.fresh_seed(seed, scores.device) if p > 0.0 else None
     # Megatron and Hugging Face have four dimensions; fewer get the missing ones in front.
     four = scores.reshape((1,) * (4 - scores.dim()) + scores.shape)
-    out, dropped = _call(four, mask, key_lengths, seeded, float(scale), p)
+    out, dropped = _call(four, mask, key_lengths, seeded, float(scale), float(p))
     return (dropped if p > 0.0 else out).reshape(scores.shape)

@@ -57,8 +57,7 @@ def store(
     bias_ptr: tl.tensor,
     seed_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     first: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
@@ -86,8 +85,8 @@ def store(
         keep = tiles.keep_rows(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK, TAIL)
         y = tiles.drop(y, keep, KEEP_SCALE)
     tiles.store_rows(y_ptr, y, first, num_rows, H, ROWS, BLOCK, TAIL)
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    tl.store(statistics_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(statistics_ptr + num_rows + rows, rstd, mask=rows < num_rows)
 
 
 @triton.jit
@@ -95,8 +94,7 @@ def gradient(
     dy: tl.tuple,
     z: tl.tuple,
     weight: tl.tuple,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     first: tl.tensor,
     num_rows: tl.tensor,
     dweight: tl.tuple,
@@ -110,8 +108,8 @@ def gradient(
     zeros, because their mean and rstd are.
     """
     rows = first + tl.arange(0, ROWS)
-    mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+    mean = tl.load(statistics_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+    rstd = tl.load(statistics_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
     normed = ()
     weighted = ()
     new_dweight = ()

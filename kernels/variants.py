@@ -41,7 +41,7 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
 def norms(width: int, lanes: int) -> list[Variant]:
     """layer_norm in bf16 with fp32 parameters."""
     forward, backward = tiles.row_tile(width), tiles.backward_tile(width, lanes=lanes)
-    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     return [
         Variant(
             f"layer_norm forward {width}", fused_norm.forward_kernel,
@@ -51,7 +51,7 @@ def norms(width: int, lanes: int) -> list[Variant]:
         ),
         Variant(
             f"layer_norm backward {width}", fused_norm.backward_kernel,
-            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "dweight", "dbias"),
+            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "partials"),
             _constants(backward, width) | {"STAGES": tiles.STAGES},
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, 6 * ISSUED, True,
         ),
@@ -61,7 +61,7 @@ def norms(width: int, lanes: int) -> list[Variant]:
 def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
     """bias_dropout_add_layer_norm in bf16, post-LN, with fp32 parameters."""
     forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3, lanes=lanes)
-    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     seed = _pointers("*i64", "seed") if p else {}
     limit = 50 if p else 32
     num_bytes = 8 if p else 6  # backward
@@ -79,8 +79,8 @@ def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
         Variant(
             f"bias_dropout_add_layer_norm backward {width} p={p:g}",
             fused_add_norm.backward_kernel,
-            shared | seed | gradients | _pointers("*fp32", "dbias", "dweight", "dln_bias"),
-            _constants(backward, width, p) | {"STAGES": tiles.STAGES},
+            shared | seed | gradients | _pointers("*fp32", "partials"),
+            _constants(backward, width, p) | {"STAGES": tiles.STAGES, "HAS_BIAS": True},
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, num_bytes * ISSUED, True,
         ),
     ]  # fmt: skip
@@ -140,7 +140,7 @@ def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
     shared = (
         _pointers("*bf16", "word", "position", "token_type")
         | _pointers("*i64", "ids", "types", *(["seed"] if p else []))
-        | _pointers("*fp32", "weight", "mean", "rstd")
+        | _pointers("*fp32", "weight", "statistics")
         | {"num_rows": "i32"}
     )
     return [
@@ -152,7 +152,7 @@ def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
         ),
         Variant(
             f"embedding_layer_norm backward {width} p={p:g}", fused_embedding.backward_kernel,
-            shared | _pointers("*bf16", "dy", "dsum") | _pointers("*fp32", "dweight", "dbias"),
+            shared | _pointers("*bf16", "dy", "dsum") | _pointers("*fp32", "partials"),
             _constants(backward, width, p) | shape,
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, 6 * ISSUED, True,
         ),
