@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import launching, normalization, reference, registered, tiles
 
 
 @triton.jit
@@ -34,8 +34,7 @@ def forward_kernel(
     y_ptr: tl.tensor,
     sum_ptr: tl.tensor,
     mask_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
     NUM_DROPPED: tl.constexpr,
@@ -49,29 +48,30 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     z = ()
+    # One part after the other: step by step for all of them comes to 112 registers at 312.
     for part in tl.static_range(2 if TAIL else 1):
         cols = tiles.columns(part, BLOCK, TAIL)
         inside = (rows < num_rows)[:, None] & (cols < H)
-        local = tl.arange(0, ROWS)[:, None] * H + cols
-        value = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
+        value = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
         if bias_ptr is not None:
             value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
         if NUM_DROPPED > 0:
             keep = tiles.keep_tile(
-                seed_ptr, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
+                tl.load(seed_ptr), first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
             )
             value = tl.where(keep, value * KEEP_SCALE, 0.0)
             if mask_ptr is not None:
-                tl.store(mask_ptr + first * H + local, keep, mask=inside)
+                tl.store(mask_ptr + at, keep, mask=inside)
         if residual_ptr is not None:
-            value += tl.load(residual_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+            value += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
         # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
         # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
         kept = value.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + first * H + local, kept, mask=inside)
+        tl.store(sum_ptr + at, kept, mask=inside)
         z += (kept.to(ACC),)
-    tiles.store_layer_norm(
-        z, weight_ptr, ln_bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+    normalization.store(
+        z, weight_ptr, ln_bias_ptr, None, y_ptr, statistics_ptr, first, num_rows,
         EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
@@ -83,57 +83,56 @@ def backward_kernel(
     sum_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     seed_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     dx_ptr: tl.tensor,
     dresidual_ptr: tl.tensor,
-    dbias_ptr: tl.tensor,
-    dweight_ptr: tl.tensor,
-    dln_bias_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
     num_rows: tl.tensor,
+    HAS_BIAS: tl.constexpr,
     NUM_DROPPED: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dln_bias = tl.zeros((ROWS, BLOCK), ACC)
+    seed = 0
+    if NUM_DROPPED > 0:
+        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dln_bias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        z = tl.load(sum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        dweight += dy * normed
-        dln_bias += dy
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        z = tiles.load_rows(sum_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        dz, dweight, dln_bias = normalization.gradient(
+            dy, z, weight, statistics_ptr, first, num_rows, dweight, dln_bias, H, ROWS
+        )
         if dsum_ptr is not None:
-            dz += tl.load(dsum_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+            dsum = tiles.load_rows(dsum_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+            dz = tiles.add(dz, dsum)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + first * H + local, dz, mask=inside)
+            tiles.store_rows(dresidual_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-            dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
-        tl.store(dx_ptr + first * H + local, dz, mask=inside)
-        if dbias_ptr is not None:
-            dbias += tl.where(inside, dz, 0.0)
-    partial = tl.program_id(0) * H + cols
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dln_bias_ptr + partial, tl.sum(dln_bias, axis=0, keep_dims=True), mask=cols < H)
+            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
+            dz = tiles.drop(dz, keep, KEEP_SCALE)
+        tiles.store_rows(dx_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
+        if HAS_BIAS:
+            dbias = tiles.add(dbias, dz)
+    if HAS_BIAS:
+        tiles.store_sums(partials_ptr, 0, dbias, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 1, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 2, dln_bias, H, BLOCK, TAIL)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -151,21 +150,22 @@ def forward(
     """(y like x, sum like x in `sum_dtype`, bool mask like x or empty, statistics [2, M])."""
     outputs = _outputs(x, bias, residual, weight, ln_bias, seed, p, eps, sum_dtype, wants_mask)
     y, total, mask, statistics = outputs
-    rows = registered.rows_of(x)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     num_dropped, scale = reference.dropout_threshold(p)
     if wants_mask and not num_dropped:
         mask.fill_(True)
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                rows, bias, None if residual is None else registered.rows_of(residual), weight,
-                ln_bias, seed, y, total, mask if wants_mask else None, statistics[0],
-                statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
-                H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-                ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (
+                x.contiguous(), bias, None if residual is None else residual.contiguous(), weight,
+                ln_bias, seed, y, total, mask if wants_mask else None, statistics,
+            ),
+            (num_rows,),
+            (eps, num_dropped, scale, width, *tile.constants, tiles.accumulator(x.dtype)),
+            tile.num_warps,
+        )  # fmt: skip
     return outputs
 
 
@@ -184,7 +184,7 @@ def _outputs(
     num_rows = x.numel() // x.shape[-1]
     statistics = tiles.statistics_dtype(x.dtype)
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty(x.shape, dtype=sum_dtype, device=x.device),
         torch.empty(x.shape if wants_mask else (0,), dtype=torch.bool, device=x.device),
         torch.empty((2, num_rows), dtype=statistics, device=x.device),
@@ -210,26 +210,31 @@ def backward(
     dx, dresidual, parameters = outputs = _gradients(
         dy, dsum, total, weight, seed, statistics, p, x_dtype, residual_dtype, has_bias
     )
-    rows = total.view(statistics.shape[1], total.shape[-1])
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(total)
     if not num_rows:
         parameters.zero_()
         return outputs
     num_dropped, scale = reference.dropout_threshold(p)
     tile = tiles.for_device(tiles.backward_tile(width, num_sums=3), total, num_rows)
-    num_programs = tiles.num_persistent(total, triton.cdiv(num_rows, tile.rows), tile)
+    num_programs = tiles.num_persistent(total, tiles.count(num_rows, tile.rows), tile)
     partials = parameters.new_empty((3, num_programs, width))
-    with torch.cuda.device_of(total):
-        backward_kernel[(num_programs,)](
-            registered.rows_of(dy), None if dsum is None else registered.rows_of(dsum), rows,
-            weight, seed, statistics[0], statistics[1], dx,
-            dresidual if dresidual.numel() else None, partials[0] if has_bias else None,
-            partials[1], partials[2], num_rows, NUM_DROPPED=num_dropped, KEEP_SCALE=scale,
-            H=width, ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x_dtype),
-            STAGES=tiles.STAGES, num_warps=tile.num_warps,
-        )  # fmt: skip
-        first = 0 if has_bias else 1
-        torch.sum(partials[first:], dim=1, out=parameters[first:])
+    _backward(
+        (num_programs,),
+        (
+            dy.contiguous(), None if dsum is None else dsum.contiguous(), total,
+            weight, seed, statistics, dx, dresidual if dresidual.numel() else None, partials,
+        ),
+        (num_rows,),
+        (
+            has_bias, num_dropped, scale, width, *tile.constants, tiles.accumulator(x_dtype),
+            tiles.STAGES,
+        ),
+        tile.num_warps,
+    )  # fmt: skip
+    if has_bias:
+        torch.sum(partials, dim=1, out=parameters)
+    else:  # the first is unwritten
+        torch.sum(partials[1:], dim=1, out=parameters[1:])
     return outputs
 
 
@@ -273,12 +278,9 @@ def _formula(launch: registered.Launch) -> Any:
         has_residual = ctx.options[2] is not None
         if has_residual and not dresidual.numel():
             dresidual = dx
-        dbias, dweight, dln_bias = (
-            None if dtype is None else gradient.to(dtype)
-            for gradient, dtype in zip(parameters, ctx.dtypes, strict=True)
-        )
+        dbias, *others = registered.parameter_gradients(parameters, ctx.dtypes)
         residual = dresidual if has_residual else None
-        return dx, dbias, residual, dweight, dln_bias, None, None, None, None, None
+        return dx, dbias, residual, *others, None, None, None, None, None
 
     return differentiate
 

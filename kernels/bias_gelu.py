@@ -12,6 +12,7 @@ digits.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import registered, tiles
+from . import launching, registered, tiles
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -103,53 +104,58 @@ def backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
 
 
+@cache
 def tile_of(width: int) -> tiles.Tile:
     """2048 elements on 4 warps, 16 a thread, in blocks of at most 256 columns."""
     block = max(tiles.DRAWS, min(MAX_BLOCK, tiles.next_power_of_2(width)))
     return tiles.Tile(2048 // block, block, 4)
 
 
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
+
+
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """GELU(x + bias), like x."""
     y = _output(x, bias, tanh)
-    rows = registered.rows_of(x)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if num_rows:
         tile = tiles.for_device(tile_of(width), x, num_rows)
-        grid = (triton.cdiv(width, tile.block), triton.cdiv(num_rows, tile.rows))
-        with torch.cuda.device_of(x):
-            forward_kernel[grid](
-                rows, bias, y, num_rows, TANH=tanh, H=width, ROWS=tile.rows, BLOCK=tile.block,
-                ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _forward(
+            (tiles.count(width, tile.block), tiles.count(num_rows, tile.rows)),
+            (x.contiguous(), bias, y),
+            (num_rows,),
+            (tanh, width, tile.rows, tile.block, tiles.accumulator(x.dtype)),
+            tile.num_warps,
+        )
     return y
 
 
 def _output(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return registered.empty_like(x)
 
 
 def backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """(dx like x, dbias [H] in fp32 or empty)."""
     dx, dbias = _gradients(dy, x, bias, tanh)
-    rows = registered.rows_of(x)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if not num_rows:
         return dx, dbias.zero_()
     tile = tiles.for_device(tile_of(width), x, num_rows)
-    num_blocks = triton.cdiv(width, tile.block)
-    num_tiles = triton.cdiv(num_rows, tile.rows)
+    num_blocks = tiles.count(width, tile.block)
+    num_tiles = tiles.count(num_rows, tile.rows)
     all_programs = tiles.num_persistent(x, num_tiles * num_blocks, tile)
-    num_programs = min(num_tiles, triton.cdiv(all_programs, num_blocks))
+    num_programs = min(num_tiles, tiles.count(all_programs, num_blocks))
     partials = None if bias is None else dbias.new_empty((num_programs, width))
-    with torch.cuda.device_of(x):
-        backward_kernel[(num_blocks, num_programs)](
-            registered.rows_of(dy), rows, bias, dx, partials, num_rows, TANH=tanh, H=width,
-            ROWS=tile.rows, BLOCK=tile.block, ACC=tiles.accumulator(x.dtype),
-            STAGES=tiles.STAGES, num_warps=tile.num_warps,
-        )  # fmt: skip
-        if partials is not None:
-            torch.sum(partials, dim=0, out=dbias)
+    _backward(
+        (num_blocks, num_programs),
+        (dy.contiguous(), x.contiguous(), bias, dx, partials),
+        (num_rows,),
+        (tanh, width, tile.rows, tile.block, tiles.accumulator(x.dtype), tiles.STAGES),
+        tile.num_warps,
+    )
+    if partials is not None:
+        torch.sum(partials, dim=0, out=dbias)
     return dx, dbias
 
 
@@ -157,7 +163,7 @@ def _gradients(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[
     width = 0 if bias is None else x.shape[-1]
     dtype = tiles.statistics_dtype(x.dtype)
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty(width, dtype=dtype, device=x.device),
     )
 

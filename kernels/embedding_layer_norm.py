@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import launching, normalization, reference, registered, tiles
 
 
 @triton.jit
@@ -29,31 +29,41 @@ def gather(
     word_ptr: tl.tensor,
     position_ptr: tl.tensor,
     token_type_ptr: tl.tensor,
-    rows: tl.tensor,
+    first: tl.tensor,
     num_rows: tl.tensor,
-    cols: tl.tensor,
     V: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
     H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
-) -> tl.tensor:
-    """Sums of the three tables' rows [ROWS, BLOCK] in ACC; 0 outside of the matrix."""
-    in_rows = rows < num_rows
-    inside = in_rows[:, None] & (cols < H)
-    ids = tl.load(ids_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+) -> tl.tuple:
+    """Sums of the three tables' rows in parts [ROWS, columns] in ACC; 0 in columns outside.
+
+    Rows outside read the tables' first rows; nobody stores what comes of them.
+    """
+    rows = first + tl.arange(0, ROWS)
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
-    word = tl.load(word_ptr + ids[:, None] * H + cols, mask=inside & known[:, None], other=0.0)
-    position = tl.load(position_ptr + (rows % S)[:, None] * H + cols, mask=inside, other=0.0)
-    z = word.to(ACC) + position.to(ACC)
-    if types_ptr is None:
-        z += tl.load(token_type_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    else:
-        types = tl.load(types_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    types = tl.zeros((ROWS,), tl.int64)
+    if types_ptr is not None:
+        types = tl.load(types_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
         known &= (types >= 0) & (types < T)
-        at = types[:, None] * H + cols
-        z += tl.load(token_type_ptr + at, mask=inside & known[:, None], other=0.0).to(ACC)
-    return tl.where(inside, tl.where(known[:, None], z, float("nan")), 0.0)
+    # No mask but that of the columns, which the compiler knows: ids are made safe instead.
+    word_rows = word_ptr + tl.where(known, ids, 0)[:, None] * H
+    position_rows = position_ptr + (rows % S)[:, None] * H
+    type_rows = token_type_ptr + tl.where(known, types, 0)[:, None] * H
+    poison = tl.where(known, 0.0, float("nan"))[:, None].to(ACC)
+    parts = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        word = tl.load(word_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        position = tl.load(position_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        token_type = tl.load(type_rows + cols, mask=cols < H, other=0.0).to(ACC)
+        parts += (word + position + token_type + poison,)
+    return parts
 
 
 @triton.jit
@@ -67,8 +77,7 @@ def forward_kernel(
     bias_ptr: tl.tensor,
     seed_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
     NUM_DROPPED: tl.constexpr,
@@ -83,18 +92,12 @@ def forward_kernel(
     ACC: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    z = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
-        z += (
-            gather(
-                ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
-                V, T, S, H, ACC,
-            ),
-        )  # fmt: skip
-    tiles.store_layer_norm(
-        z, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+    z = gather(
+        ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
+        V, T, S, H, ROWS, BLOCK, TAIL, ACC,
+    )  # fmt: skip
+    normalization.store(
+        z, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr, first, num_rows,
         EPS, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
@@ -109,11 +112,9 @@ def backward_kernel(
     token_type_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     seed_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     dsum_ptr: tl.tensor,
-    dweight_ptr: tl.tensor,
-    dbias_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
     num_rows: tl.tensor,
     NUM_DROPPED: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
@@ -123,36 +124,36 @@ def backward_kernel(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    seed = 0
+    if NUM_DROPPED > 0:
+        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     # No stages: the addresses come from a load, which the pipeliner does not look through.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
         z = gather(
-            ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, rows, num_rows, cols,
-            V, T, S, H, ACC,
+            ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
+            V, T, S, H, ROWS, BLOCK, TAIL, ACC,
         )  # fmt: skip
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
-            dy = tl.where(keep, dy * KEEP_SCALE, 0.0)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        tl.store(dsum_ptr + first * H + local, dz, mask=inside)
-        dweight += dy * normed
-        dbias += dy
-    partial = tl.program_id(0) * H + cols
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
+            dy = tiles.drop(dy, keep, KEEP_SCALE)
+        dz, dweight, dbias = normalization.gradient(
+            dy, z, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
+        )
+        tiles.store_rows(dsum_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 0, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 1, dbias, H, BLOCK, TAIL)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -178,14 +179,20 @@ def forward(
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), word, num_rows)
         types = None if token_type_ids is None else token_type_ids.contiguous()
-        with torch.cuda.device_of(word):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
+        sizes = (word.shape[0], token_type.shape[0], input_ids.shape[-1])
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (
                 input_ids.contiguous(), types, word, position, token_type, weight, bias, seed, y,
-                statistics[0], statistics[1], num_rows, EPS=eps, NUM_DROPPED=num_dropped,
-                KEEP_SCALE=scale, V=word.shape[0], T=token_type.shape[0], S=input_ids.shape[-1],
-                H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+                statistics,
+            ),
+            (num_rows,),
+            (
+                eps, num_dropped, scale, *sizes, width, *tile.constants,
+                tiles.accumulator(word.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return y, statistics
 
 
@@ -232,19 +239,24 @@ def backward(
     if num_rows:
         num_dropped, scale = reference.dropout_threshold(p)
         tile = tiles.for_device(tiles.backward_tile(width), word, num_rows)
-        num_tiles = triton.cdiv(num_rows, tile.rows)
+        num_tiles = tiles.count(num_rows, tile.rows)
         num_programs = tiles.num_persistent(word, num_tiles, tile)
         partials = parameters.new_empty((2, num_programs, width))
-        with torch.cuda.device_of(word):
-            backward_kernel[(num_programs,)](
-                registered.rows_of(dy), input_ids.contiguous(),
+        _backward(
+            (num_programs,),
+            (
+                dy.contiguous(), input_ids.contiguous(),
                 None if types is None else types.contiguous(), word, position, token_type, weight,
-                seed, statistics[0], statistics[1], dsum, partials[0], partials[1], num_rows,
-                NUM_DROPPED=num_dropped, KEEP_SCALE=scale, V=word.shape[0],
-                T=token_type.shape[0], S=seq_length, H=width, ROWS=tile.rows, BLOCK=tile.block,
-                ACC=tiles.accumulator(word.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
-            torch.sum(partials, dim=1, out=parameters)
+                seed, statistics, dsum, partials,
+            ),
+            (num_rows,),
+            (
+                num_dropped, scale, word.shape[0], token_type.shape[0], seq_length, width,
+                *tile.constants, tiles.accumulator(word.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
+        torch.sum(partials, dim=1, out=parameters)
     scatter = torch.ops.aten.embedding_dense_backward
     dword = scatter(dsum, input_ids.flatten(), word.shape[0], padding_idx, False)
     by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width).sum(0)
@@ -289,8 +301,8 @@ def _formula(launch: registered.Launch) -> Any:
         if dy is None:
             return (None,) * 11
         tables = launch(dy, *ctx.saved_tensors, *ctx.options)
-        dweight, dbias = (g.to(dtype) for g, dtype in zip(tables[3], ctx.dtypes, strict=True))
-        return None, None, *tables[:3], dweight, dbias, None, None, None, None
+        parameters = registered.parameter_gradients(tables[3], ctx.dtypes)
+        return None, None, *tables[:3], *parameters, None, None, None, None
 
     return differentiate
 

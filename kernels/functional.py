@@ -66,8 +66,8 @@ def masked_softmax(
     scores: Tensor,
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
-    scale: float = 1.0,
-    dropout_p: float = 0.0,
+    scale: float = 1,
+    dropout_p: float = 0,
     training: bool = True,
     seed: Tensor | int | None = None,
 ) -> Tensor:
@@ -78,6 +78,8 @@ def masked_softmax(
     no gradient. `key_lengths` int [B] keeps the first n keys of each sequence. A row whose keys are
     all masked is zeros and has zero gradients; a NaN in a key that is not masked stays visible.
     """
+    # Integers as defaults, which torch.compile takes for constants: of 1.0 it makes a symbol, and
+    # compiles a second time when it finds that nothing can use one.
     options = (mask, key_lengths, scale, dropout_p, training, seed)
     room = fused_softmax if use_triton(scores, scores.shape[-1]) else reference
     return room.masked_softmax(scores, *options)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import registered, tiles
+from . import launching, normalization, registered, tiles
 
 
 @triton.jit
@@ -26,8 +26,7 @@ def forward_kernel(
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     num_rows: tl.tensor,
     EPS: tl.constexpr,
     H: tl.constexpr,
@@ -36,17 +35,10 @@ def forward_kernel(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
     first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    x = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        local = tl.arange(0, ROWS)[:, None] * H + cols
-        x += (tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC),)
-    tiles.store_layer_norm(
-        x, weight_ptr, bias_ptr, None, y_ptr, mean_ptr, rstd_ptr, first, num_rows,
+    x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+    normalization.store(
+        x, weight_ptr, bias_ptr, None, y_ptr, statistics_ptr, first, num_rows,
         EPS, 0, 1.0, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
@@ -56,44 +48,37 @@ def backward_kernel(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     dx_ptr: tl.tensor,
-    dweight_ptr: tl.tensor,
-    dbias_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
     num_rows: tl.tensor,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    cols = tl.arange(0, BLOCK)[None, :]
-    local = tl.arange(0, ROWS)[:, None] * H + cols
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
-    dbias = tl.zeros((ROWS, BLOCK), ACC)
+    weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
+    dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     # Only tl.range with stages prefetches the next tile while this one is reduced.
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
         first = tl.cast(tile, tl.int64) * ROWS
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (cols < H)
-        dy = tl.load(dy_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        x = tl.load(x_ptr + first * H + local, mask=inside, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
-        dx = tiles.normalize_gradient(dy, normed, weight, rstd, H)
-        tl.store(dx_ptr + first * H + local, dx, mask=inside)
-        dweight += dy * normed
-        dbias += dy
-    partial = tl.program_id(0) * H + cols
-    tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < H)
-    tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
+        dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        x = tiles.load_rows(x_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
+        dx, dweight, dbias = normalization.gradient(
+            dy, x, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
+        )
+        tiles.store_rows(dx_ptr, dx, first, num_rows, H, ROWS, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 0, dweight, H, BLOCK, TAIL)
+    tiles.store_sums(partials_ptr, 1, dbias, H, BLOCK, TAIL)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -101,16 +86,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y like x, statistics [2, M]: mean and rstd)."""
     y, statistics = _outputs(x, weight, bias, eps)
-    rows = registered.rows_of(x)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                rows, weight, bias, y, statistics[0], statistics[1], num_rows,
-                EPS=eps, H=width, ROWS=tile.rows, BLOCK=tile.block, TAIL=tile.tail,
-                ACC=tiles.accumulator(x.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (x.contiguous(), weight, bias, y, statistics),
+            (num_rows,),
+            (eps, width, *tile.constants, tiles.accumulator(x.dtype)),
+            tile.num_warps,
+        )
     return y, statistics
 
 
@@ -120,7 +105,7 @@ def _outputs(
     statistics = tiles.statistics_dtype(x.dtype)
     num_rows = x.numel() // x.shape[-1]
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty((2, num_rows), dtype=statistics, device=x.device),
     )
 
@@ -130,20 +115,20 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx like x, parameter gradients [2, H] in fp32: dweight and dbias)."""
     dx, parameters = _gradients(dy, x, weight, bias, statistics)
-    rows, dy_rows = registered.rows_of(x), registered.rows_of(dy)
-    num_rows, width = rows.shape
+    num_rows, width = registered.matrix_shape(x)
     if not num_rows:
         return dx, parameters.zero_()
     tile = tiles.for_device(tiles.backward_tile(width), x, num_rows)
-    num_programs = tiles.num_persistent(x, triton.cdiv(num_rows, tile.rows), tile)
+    num_programs = tiles.num_persistent(x, tiles.count(num_rows, tile.rows), tile)
     partials = parameters.new_empty((2, num_programs, width))
-    with torch.cuda.device_of(x):
-        backward_kernel[(num_programs,)](
-            dy_rows, rows, weight, statistics[0], statistics[1], dx, partials[0], partials[1],
-            num_rows, H=width, ROWS=tile.rows, BLOCK=tile.block,
-            ACC=tiles.accumulator(x.dtype), STAGES=tiles.STAGES, num_warps=tile.num_warps,
-        )  # fmt: skip
-        torch.sum(partials, dim=1, out=parameters)
+    _backward(
+        (num_programs,),
+        (dy.contiguous(), x.contiguous(), weight, statistics, dx, partials),
+        (num_rows,),
+        (width, *tile.constants, tiles.accumulator(x.dtype), tiles.STAGES),
+        tile.num_warps,
+    )
+    torch.sum(partials, dim=1, out=parameters)
     return dx, parameters
 
 
@@ -151,7 +136,7 @@ def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        registered.empty_like(x),
         torch.empty((2, x.shape[-1]), dtype=statistics.dtype, device=x.device),
     )
 
@@ -167,9 +152,9 @@ def _formula(launch: registered.Launch) -> Any:
         if dy is None:
             return None, None, None, None
         x, weight, bias, statistics = ctx.saved_tensors
-        dx, (dweight, dbias) = launch(dy, x, weight, bias, statistics)
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        return dx, dweight, None if bias is None else dbias.to(bias.dtype), None
+        dx, parameters = launch(dy, x, weight, bias, statistics)
+        dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        return dx, *registered.parameter_gradients(parameters, dtypes), None
 
     return differentiate
 

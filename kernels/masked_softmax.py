@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, registered, tiles
+from . import launching, reference, registered, tiles
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def forward_kernel(
     probabilities = weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out_ptr + first * K + local, probabilities, mask=inside)
     if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        keep = tiles.keep_tile(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK)
         dropped = tl.where(keep, probabilities * KEEP_SCALE, 0.0)
         tl.store(dropped_ptr + first * K + local, dropped, mask=inside)
 
@@ -100,11 +100,15 @@ def backward_kernel(
     dy = tl.load(dy_ptr + first * K + local, mask=inside, other=0.0).to(ACC)
     probabilities = tl.load(out_ptr + first * K + local, mask=inside, other=0.0).to(ACC)
     if NUM_DROPPED > 0:
-        keep = tiles.keep_tile(seed_ptr, first, NUM_DROPPED, ROWS, BLOCK)
+        keep = tiles.keep_tile(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK)
         dy = tl.where(keep, dy * KEEP_SCALE, 0.0)
     projected = tl.sum(dy * probabilities, axis=1)
     dscores = probabilities * (dy - projected[:, None]) * SCALE
     tl.store(dscores_ptr + first * K + local, dscores, mask=inside)
+
+
+_forward = launching.Launcher(forward_kernel)
+_backward = launching.Launcher(backward_kernel)
 
 
 def forward(
@@ -126,14 +130,17 @@ def forward(
         strides = mask.stride()
     if num_rows:
         tile = tiles.for_device(tiles.forward_tile(num_keys), scores, num_rows)
-        with torch.cuda.device_of(scores):
-            forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                scores.contiguous(), mask, key_lengths, seed, out, dropped if p > 0.0 else None,
-                num_rows, *strides[:3], N=num_heads, Q=num_queries, K=num_keys,
-                MASK_STRIDE_K=strides[3], IS_BOOL=mask is not None and mask.dtype == torch.bool,
-                SCALE=scale, NUM_DROPPED=num_dropped, KEEP_SCALE=keep_scale, ROWS=tile.rows,
-                BLOCK=tile.block, ACC=tiles.accumulator(scores.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        is_bool = mask is not None and mask.dtype == torch.bool
+        _forward(
+            (tiles.count(num_rows, tile.rows),),
+            (scores.contiguous(), mask, key_lengths, seed, out, dropped if p > 0.0 else None),
+            (num_rows, *strides[:3]),
+            (
+                num_heads, num_queries, num_keys, strides[3], is_bool, scale, num_dropped,
+                keep_scale, tile.rows, tile.block, tiles.accumulator(scores.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return out, dropped
 
 
@@ -145,10 +152,9 @@ def _outputs(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    shape = scores.shape
     return (
-        torch.empty(shape, dtype=scores.dtype, device=scores.device),
-        torch.empty(shape if p > 0.0 else (0,), dtype=scores.dtype, device=scores.device),
+        registered.empty_like(scores),
+        registered.empty_like(scores) if p > 0.0 else scores.new_empty(0),
     )
 
 
@@ -160,17 +166,21 @@ def backward(dy: Tensor, out: Tensor, seed: Tensor | None, scale: float, p: floa
     num_dropped, keep_scale = reference.dropout_threshold(p)
     if num_rows:
         tile = tiles.for_device(tiles.forward_tile(num_keys), out, num_rows)
-        with torch.cuda.device_of(out):
-            backward_kernel[(triton.cdiv(num_rows, tile.rows),)](
-                dy.contiguous(), out, seed, dscores, num_rows, K=num_keys, SCALE=scale,
-                NUM_DROPPED=num_dropped, KEEP_SCALE=keep_scale, ROWS=tile.rows,
-                BLOCK=tile.block, ACC=tiles.accumulator(out.dtype), num_warps=tile.num_warps,
-            )  # fmt: skip
+        _backward(
+            (tiles.count(num_rows, tile.rows),),
+            (dy.contiguous(), out, seed, dscores),
+            (num_rows,),
+            (
+                num_keys, scale, num_dropped, keep_scale, tile.rows, tile.block,
+                tiles.accumulator(out.dtype),
+            ),
+            tile.num_warps,
+        )  # fmt: skip
     return dscores
 
 
 def _gradients(dy: Tensor, out: Tensor, seed: Tensor | None, scale: float, p: float) -> Tensor:
-    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    return registered.empty_like(out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -210,5 +220,5 @@ def masked_softmax(
     seeded = registered.fresh_seed(seed, scores.device) if p > 0.0 else None
     # Megatron and Hugging Face have four dimensions; fewer get the missing ones in front.
     four = scores.reshape((1,) * (4 - scores.dim()) + scores.shape)
-    out, dropped = _call(four, mask, key_lengths, seeded, float(scale), p)
+    out, dropped = _call(four, mask, key_lengths, seeded, float(scale), float(p))
     return (dropped if p > 0.0 else out).reshape(scores.shape)

@@ -40,29 +40,41 @@ def define(
     backward_op.register_fake(fake_backward)
     op.register_autograd(formula(backward_op), setup_context=setup_context)
 
-    def setup_direct(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # `forward` with ctx, because torch binds arguments by name where there is a `setup_context`:
+    # 16 us of a call.
+    def run(ctx: Any, *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
+        output = forward(*inputs)
         setup_context(ctx, inputs, output)
+        return output
 
-    members = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_direct),
-        "backward": staticmethod(once_differentiable(formula(backward))),
-    }
+    once, often = formula(backward), once_differentiable(formula(backward))
+
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> Any:
+        # Only where a second derivative may be asked for (and is refused): it costs 3 us.
+        return (often if torch.is_grad_enabled() else once)(ctx, *gradients)
+
+    members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
     direct = type(f"{name}_direct", (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
-        return direct.apply(*arguments)  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():
+            return direct.apply(*arguments)  # type: ignore[attr-defined]
+        return forward(*arguments)
 
     return call
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x [..., H] as a contiguous [M, H]; a copy only where the rows don't lie one after another."""
-    # -1 is ambiguous where M = 0.
-    return x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1]).contiguous()
+def matrix_shape(x: Tensor) -> tuple[int, int]:
+    """(rows, width) of x [..., H]."""
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialized, of x's shape, dtype and device, its rows one after another."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def fresh_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -76,3 +88,16 @@ def fresh_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def parameter_gradients(
+    gradients: Tensor, dtypes: tuple[torch.dtype | None, ...]
+) -> list[Tensor | None]:
+    """Rows of `gradients` [n, H], each in its parameter's dtype; None where there is no parameter.
+
+    Usually all are of one: a single cast, because each is a kernel on a GPU.
+    """
+    if len(set(dtypes)) == 1 and dtypes[0] is not None:
+        return list(gradients.to(dtypes[0]).unbind())
+    rows = zip(gradients.unbind(), dtypes, strict=True)
+    return [None if dtype is None else row.to(dtype) for row, dtype in rows]

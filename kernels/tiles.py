@@ -1,10 +1,10 @@
-"""What row-wise kernels share: tile shapes, the dropout mask, LayerNorm's arithmetic.
+"""What row-wise kernels share: tile shapes, rows and columns in parts, the dropout mask.
 
-A tile is ROWS whole rows of a [M, H] matrix, padded to BLOCK columns, a power of two. H is a
-`tl.constexpr`: passed at run time, a hidden size of 312 would make every access 2 bytes wide.
-Forward, a row may come in two parts, BLOCK + TAIL columns: 312 as 256 + 64 takes 24 instructions an
-element of the fused LayerNorm where 512 takes 46. Backward it stays whole: two parts of three
-column sums each leave 128 registers or 64-bit accesses, whichever way they are laid out.
+A tile is ROWS whole rows of a [M, H] matrix, padded to BLOCK columns, a power of two, or to two
+parts of BLOCK + TAIL columns, each a power of two: 312 in 256 + 64 takes 25 instructions an element
+of the fused LayerNorm's forward pass where 512 takes 46. What holds rows or columns is a tuple, one
+tensor a part. H is a `tl.constexpr`: passed at run time, a hidden size of 312 would make every
+access 2 bytes wide.
 
 The dropout mask is a function of (seed, row, column): Philox-4x32 with 7 rounds (the fewest that
 pass BigCrush) keyed by the seed, counter (column / 8, row); its 128 bits are the 16-bit draws of
@@ -15,6 +15,7 @@ the backward pass draws the mask again instead of reading one.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 PHILOX_ROUNDS = tl.constexpr(7)
-STAGES = 3  # tiles of a persistent loop that are loaded ahead, plus the one in use
+STAGES = 3  # tiles of a persistent loop: two loaded ahead, one in use
+LANES = 64 if torch.version.hip else 32  # of a warp
 DRAWS = 8  # 16-bit draws of one Philox counter, so the narrowest tile
 # Elements of a tile on the interpreter, which pays 20 to 90 ms a program whatever its tile.
 INTERPRETED_ELEMENTS = 1 << 17
@@ -38,17 +40,29 @@ class Tile(NamedTuple):
     num_warps: int
     tail: int = 0  # columns of a second part; 0: there is none
 
+    @property
+    def constants(self) -> tuple[int, int, int]:
+        """ROWS, BLOCK, TAIL."""
+        return self.rows, self.block, self.tail
+
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def count(length: int, size: int) -> int:
+    """Pieces of `size` that cover `length`; `triton.cdiv` on the host takes 3 us."""
+    return -(-length // size)
+
+
+@cache
 def forward_tile(width: int) -> Tile:
     """One warp a row up to 1024 (no shared memory in reductions); 16 to 32 elements a thread."""
     block = max(DRAWS, next_power_of_2(width))
     return Tile(max(1, min(32, 1024 // block)), block, max(1, block // 1024))
 
 
+@cache
 def row_tile(width: int) -> Tile:
     """Of a LayerNorm forward: `forward_tile`, with padding that a second part saves left out.
 
@@ -64,12 +78,17 @@ def row_tile(width: int) -> Tile:
     return Tile(1 << (rows.bit_length() - 1), lead, max(1, lead // 1024), tail)
 
 
-def backward_tile(width: int, num_sums: int = 2) -> Tile:
-    """16 elements a thread, or 8 (one access of bf16) where `num_sums` is three column sums.
+@cache
+def backward_tile(width: int, num_sums: int = 2, lanes: int = LANES) -> Tile:
+    """8 to 16 elements a thread: each column sum takes a register an element.
 
-    Each column sum takes a register an element; with three, 16 elements come to 165 registers.
+    A second part is half of the first: fewer columns, or more lanes, would be 32-bit accesses. A
+    whole row has 16 elements a thread beside two column sums, 8 (one access of bf16) beside three.
     """
     block = max(DRAWS, next_power_of_2(width))
+    lead = block // 2
+    if lanes == 32 and lead >= 256 and width <= lead + lead // 2:
+        return Tile(1, lead, lead // 256, lead // 2)
     per_warp = 512 if num_sums < 3 else 256
     return Tile(max(1, min(32, per_warp // block)), block, max(1, block // per_warp))
 
@@ -85,13 +104,17 @@ def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
 def num_persistent(x: Tensor, num_tiles: int, tile: Tile) -> int:
     """Programs of a persistent kernel, each of which takes every n-th tile.
 
-    4096 elements a multiprocessor: with STAGES tiles of two bf16 inputs on their way that is 48 KiB
-    in flight on each; 3 TB/s at 1 us of latency need 23. More would write more partial sums.
+    4096 elements a multiprocessor: with two tiles of two bf16 inputs on their way that is 32 KiB in
+    flight on each; 3 TB/s at 1 us of latency need 23. More would write more partial sums.
     """
     if not x.is_cuda:
         return min(num_tiles, INTERPRETED_PROGRAMS)
-    num_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(num_tiles, max(1, 4096 // (tile.rows * tile.block)) * num_multiprocessors)
+    return min(num_tiles, max(1, 4096 // (tile.rows * tile.block)) * _num_multiprocessors(x.device))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,7 +129,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 def keep_tile(
-    seed_ptr: tl.tensor,
+    seed: tl.tensor,
     first_row: tl.tensor,
     NUM_DROPPED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -117,7 +140,6 @@ def keep_tile(
     if NUM_DROPPED == 65536:
         return tl.zeros((ROWS, BLOCK), tl.int1)
     GROUPS: tl.constexpr = BLOCK // 8
-    seed = tl.load(seed_ptr)
     rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
     groups = (tl.arange(0, GROUPS) + FIRST_COLUMN // 8).to(tl.uint32)
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
@@ -141,91 +163,119 @@ def columns(part: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def row_sum(parts: tl.tuple) -> tl.tensor:
-    """[ROWS]: sum of each row over all its parts."""
-    total = tl.sum(parts[0], axis=1)
-    for part in tl.static_range(1, len(parts)):
-        total += tl.sum(parts[part], axis=1)
-    return total
-
-
-@triton.jit
-def normalize(
-    z: tl.tuple, EPS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+def load_columns(
+    ptr: tl.tensor, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
-    """(mean, rstd, (z - mean) * rstd in z's parts), z being 0 outside. Passes over registers only.
-
-    Three passes: the mean; what it lost to rounding, which is the mean of the centred values; the
-    squares. Without the second, an fp32 row at a mean of 1e3 has 1.9 times the error of torch's.
-    One pass (E[z^2] - E[z]^2) would leave no digit of the variance there.
-    """
-    mean = row_sum(z) / H
-    centred = ()
-    for part in tl.static_range(len(z)):
-        inside = columns(part, BLOCK, TAIL) < H
-        centred += (tl.where(inside, z[part] - mean[:, None], 0.0),)
-    lost = row_sum(centred) / H
-    exact = ()
-    squares = ()
-    for part in tl.static_range(len(z)):
-        inside = columns(part, BLOCK, TAIL) < H
-        difference = tl.where(inside, centred[part] - lost[:, None], 0.0)
-        exact += (difference,)
-        squares += (difference * difference,)
-    rstd = 1.0 / tl.sqrt(row_sum(squares) / H + EPS)
-    normed = ()
-    for part in tl.static_range(len(z)):
-        normed += (exact[part] * rstd[:, None],)
-    return mean + lost, rstd, normed
+    """A parameter [H] as parts [1, columns] in ACC, 0 outside; 1 where there is none."""
+    parts = ()
+    for part in tl.static_range(2 if TAIL else 1):
+        cols = columns(part, BLOCK, TAIL)
+        if ptr is not None:
+            parts += (tl.load(ptr + cols, mask=cols < H, other=0.0).to(ACC),)
+        else:
+            parts += (tl.full(cols.shape, 1.0, ACC),)
+    return parts
 
 
 @triton.jit
-def store_layer_norm(
-    z: tl.tuple,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    seed_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
+def load_rows(
+    ptr: tl.tensor,
     first: tl.tensor,
     num_rows: tl.tensor,
-    EPS: tl.constexpr,
-    NUM_DROPPED: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
-) -> None:
-    """Write dropout(LayerNorm(z)) and the statistics of rows `first` on; z in parts, 0 outside."""
-    rows = first + tl.arange(0, ROWS)
-    mean, rstd, normed = normalize(z, EPS, H, BLOCK, TAIL)
-    for part in tl.static_range(len(z)):
+) -> tl.tuple:
+    """Rows `first` on as parts [ROWS, columns] in ACC, 0 outside. `first` is 64-bit."""
+    parts = ()
+    inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
+    for part in tl.static_range(2 if TAIL else 1):
         cols = columns(part, BLOCK, TAIL)
-        y = normed[part]
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
-        if NUM_DROPPED > 0:
-            keep = keep_tile(
-                seed_ptr, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
-            )
-            y = tl.where(keep, y * KEEP_SCALE, 0.0)
-        local = tl.arange(0, ROWS)[:, None] * H + cols
-        tl.store(y_ptr + first * H + local, y, mask=(rows < num_rows)[:, None] & (cols < H))
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
+        at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
+        parts += (tl.load(ptr + at, mask=inside & (cols < H), other=0.0).to(ACC),)
+    return parts
 
 
 @triton.jit
-def normalize_gradient(
-    dy: tl.tensor, normed: tl.tensor, weight: tl.tensor, rstd: tl.tensor, H: tl.constexpr
-) -> tl.tensor:
-    """Gradient of normalize's input rows, where dy is that of `normed * weight + bias`."""
-    weighted = dy * weight
-    mean_weighted = tl.sum(weighted, axis=1) / H
-    mean_projected = tl.sum(weighted * normed, axis=1) / H
-    return (weighted - mean_weighted[:, None] - normed * mean_projected[:, None]) * rstd[:, None]
+def store_rows(
+    ptr: tl.tensor,
+    parts: tl.tuple,
+    first: tl.tensor,
+    num_rows: tl.tensor,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+) -> None:
+    """Where `load_rows` reads."""
+    inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
+    for part in tl.static_range(len(parts)):
+        cols = columns(part, BLOCK, TAIL)
+        at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
+        tl.store(ptr + at, parts[part], mask=inside & (cols < H))
+
+
+@triton.jit
+def no_sums(
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
+) -> tl.tuple:
+    """Column sums over no rows yet, in parts [ROWS, columns]: each row of a tile has its own."""
+    if TAIL:
+        return tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, TAIL), ACC)
+    else:
+        return (tl.zeros((ROWS, BLOCK), ACC),)
+
+
+@triton.jit
+def add(sums: tl.tuple, terms: tl.tuple) -> tl.tuple:
+    """Part by part."""
+    parts = ()
+    for part in tl.static_range(len(sums)):
+        parts += (sums[part] + terms[part],)
+    return parts
+
+
+@triton.jit
+def store_sums(
+    partials_ptr: tl.tensor,
+    index: tl.constexpr,
+    sums: tl.tuple,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+) -> None:
+    """Write this program's column sums [H] into its row of partials [sums, programs, H]."""
+    at = partials_ptr + (index * tl.num_programs(0) + tl.program_id(0)) * H
+    for part in tl.static_range(len(sums)):
+        cols = columns(part, BLOCK, TAIL)
+        total = tl.sum(sums[part], axis=0, keep_dims=True)
+        tl.store(at + cols, total, mask=cols < H)
+
+
+@triton.jit
+def keep_rows(
+    seed: tl.tensor,
+    first: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+) -> tl.tuple:
+    """`keep_tile` of rows `first` on, in parts."""
+    lead = keep_tile(seed, first, NUM_DROPPED, ROWS, BLOCK)
+    if TAIL:
+        return lead, keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL, BLOCK)
+    else:
+        return (lead,)
+
+
+@triton.jit
+def drop(parts: tl.tuple, keep: tl.tuple, KEEP_SCALE: tl.constexpr) -> tl.tuple:
+    """Dropout, part by part."""
+    dropped = ()
+    for part in tl.static_range(len(parts)):
+        dropped += (tl.where(keep[part], parts[part] * KEEP_SCALE, 0.0),)
+    return dropped

@@ -38,10 +38,10 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
     return {f"{name}_ptr": kind for name in names}
 
 
-def norms(width: int) -> list[Variant]:
+def norms(width: int, lanes: int) -> list[Variant]:
     """layer_norm in bf16 with fp32 parameters."""
-    forward, backward = tiles.row_tile(width), tiles.backward_tile(width)
-    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    forward, backward = tiles.row_tile(width), tiles.backward_tile(width, lanes=lanes)
+    shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     return [
         Variant(
             f"layer_norm forward {width}", fused_norm.forward_kernel,
@@ -51,17 +51,17 @@ def norms(width: int) -> list[Variant]:
         ),
         Variant(
             f"layer_norm backward {width}", fused_norm.backward_kernel,
-            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "dweight", "dbias"),
+            shared | _pointers("*bf16", "dy", "x", "dx") | _pointers("*fp32", "partials"),
             _constants(backward, width) | {"STAGES": tiles.STAGES},
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, 6 * ISSUED, True,
         ),
     ]  # fmt: skip
 
 
-def add_norms(width: int, p: float) -> list[Variant]:
+def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
     """bias_dropout_add_layer_norm in bf16, post-LN, with fp32 parameters."""
-    forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3)
-    shared = _pointers("*fp32", "weight", "mean", "rstd") | {"num_rows": "i32"}
+    forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3, lanes=lanes)
+    shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     seed = _pointers("*i64", "seed") if p else {}
     limit = 50 if p else 32
     num_bytes = 8 if p else 6  # backward
@@ -79,8 +79,8 @@ def add_norms(width: int, p: float) -> list[Variant]:
         Variant(
             f"bias_dropout_add_layer_norm backward {width} p={p:g}",
             fused_add_norm.backward_kernel,
-            shared | seed | gradients | _pointers("*fp32", "dbias", "dweight", "dln_bias"),
-            _constants(backward, width, p) | {"STAGES": tiles.STAGES},
+            shared | seed | gradients | _pointers("*fp32", "partials"),
+            _constants(backward, width, p) | {"STAGES": tiles.STAGES, "HAS_BIAS": True},
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, num_bytes * ISSUED, True,
         ),
     ]  # fmt: skip
@@ -133,14 +133,14 @@ def gelus(width: int, tanh: bool) -> list[Variant]:
     ]  # fmt: skip
 
 
-def embeddings(width: int, p: float) -> list[Variant]:
+def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
     """embedding_layer_norm with bf16 tables and fp32 LayerNorm parameters, token types given."""
-    forward, backward = tiles.row_tile(width), tiles.backward_tile(width)
+    forward, backward = tiles.row_tile(width), tiles.backward_tile(width, lanes=lanes)
     shape = {"V": 8064, "T": 2, "S": 128}
     shared = (
         _pointers("*bf16", "word", "position", "token_type")
         | _pointers("*i64", "ids", "types", *(["seed"] if p else []))
-        | _pointers("*fp32", "weight", "mean", "rstd")
+        | _pointers("*fp32", "weight", "statistics")
         | {"num_rows": "i32"}
     )
     return [
@@ -152,7 +152,7 @@ def embeddings(width: int, p: float) -> list[Variant]:
         ),
         Variant(
             f"embedding_layer_norm backward {width} p={p:g}", fused_embedding.backward_kernel,
-            shared | _pointers("*bf16", "dy", "dsum") | _pointers("*fp32", "dweight", "dbias"),
+            shared | _pointers("*bf16", "dy", "dsum") | _pointers("*fp32", "partials"),
             _constants(backward, width, p) | shape,
             backward.num_warps, backward.rows * width, BACKWARD_REGISTERS, 6 * ISSUED, True,
         ),
@@ -160,15 +160,20 @@ def embeddings(width: int, p: float) -> list[Variant]:
 
 
 def everything() -> list[Variant]:
-    """Every variant of the gate."""
+    """Every variant of the gate: NVIDIA's, then AMD's, whose warps of 64 lanes have other tiles."""
+    nvidia = _of_lanes(32) + add_norms(64, 0.1, 32)[1:]  # several rows to a warp
+    return [
+        *(dataclasses.replace(variant, targets=("sm_80", "sm_90")) for variant in nvidia),
+        *(dataclasses.replace(variant, targets=("gfx942",)) for variant in _of_lanes(64)),
+    ]
+
+
+def _of_lanes(lanes: int) -> list[Variant]:
     found = []
     for width in WIDTHS:
-        found += norms(width) + add_norms(width, 0.1)
+        found += norms(width, lanes) + add_norms(width, 0.1, lanes)
     for width in (312, 768):
-        found += add_norms(width, 0.0) + embeddings(width, 0.1)
-    # Narrow rows, several to a warp, once came to 187 registers. AMD draws the mask for 64 lanes,
-    # which leaves 32-bit accesses.
-    found.append(dataclasses.replace(add_norms(64, 0.1)[1], targets=("sm_80", "sm_90")))
+        found += add_norms(width, 0.0, lanes) + embeddings(width, 0.1, lanes)
     for num_keys in KEY_LENGTHS:
         found += softmaxes(num_keys, 0.0) + softmaxes(num_keys, 0.1)
     return found + gelus(3072, tanh=False) + gelus(3072, tanh=True)

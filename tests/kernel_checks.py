@@ -88,7 +88,7 @@ def guarded(x: Tensor) -> Tensor:
 
 @contextmanager
 def guard_bands(monkeypatch: Any) -> Iterator[None]:
-    """While it lasts, torch.empty surrounds with NaN; at the end none may have been written."""
+    """While it lasts, torch.empty(_like) surrounds with NaN; at the end none may be overwritten."""
     real, buffers = torch.empty, []
 
     def empty(*shape: Any, **options: Any) -> Tensor:
@@ -101,8 +101,12 @@ def guard_bands(monkeypatch: Any) -> Iterator[None]:
         buffers.append(buffer)
         return buffer[GUARD : GUARD + plain.numel()].view(plain.shape)
 
+    def empty_like(x: Tensor, **options: Any) -> Tensor:
+        return empty(x.shape, dtype=x.dtype, device=x.device)
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", empty_like)
         yield
     assert buffers, "nothing was allocated"
     for buffer in buffers:

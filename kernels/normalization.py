@@ -1,0 +1,129 @@
+"""LayerNorm's arithmetic, forward and backward, on rows in parts (see tiles.py).
+
+Everything here works on registers and is inlined into the kernels that load and store.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+
+@triton.jit
+def row_sum(parts: tl.tuple) -> tl.tensor:
+    """[ROWS]: sum of each row over all its parts."""
+    total = tl.sum(parts[0], axis=1)
+    for part in tl.static_range(1, len(parts)):
+        total += tl.sum(parts[part], axis=1)
+    return total
+
+
+@triton.jit
+def normalize(
+    z: tl.tuple, EPS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+) -> tl.tuple:
+    """(mean, rstd, (z - mean) * rstd in z's parts), z being 0 outside. Passes over registers only.
+
+    Three passes: the mean; what it lost to rounding, which is the mean of the centred values; the
+    squares. Without the second, an fp32 row at a mean of 1e3 has 1.9 times the error of torch's.
+    One pass (E[z^2] - E[z]^2) would leave no digit of the variance there.
+    """
+    mean = row_sum(z) / H
+    centred = ()
+    for part in tl.static_range(len(z)):
+        inside = tiles.columns(part, BLOCK, TAIL) < H
+        centred += (tl.where(inside, z[part] - mean[:, None], 0.0),)
+    lost = row_sum(centred) / H
+    exact = ()
+    squares = ()
+    for part in tl.static_range(len(z)):
+        inside = tiles.columns(part, BLOCK, TAIL) < H
+        difference = tl.where(inside, centred[part] - lost[:, None], 0.0)
+        exact += (difference,)
+        squares += (difference * difference,)
+    rstd = 1.0 / tl.sqrt(row_sum(squares) / H + EPS)
+    normed = ()
+    for part in tl.static_range(len(z)):
+        normed += (exact[part] * rstd[:, None],)
+    return mean + lost, rstd, normed
+
+
+@triton.jit
+def store(
+    z: tl.tuple,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
+    first: tl.tensor,
+    num_rows: tl.tensor,
+    EPS: tl.constexpr,
+    NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """Write dropout(LayerNorm(z)) and the statistics of rows `first` on; z in parts, 0 outside."""
+    rows = first + tl.arange(0, ROWS)
+    mean, rstd, normed = normalize(z, EPS, H, BLOCK, TAIL)
+    y = ()
+    for part in tl.static_range(len(z)):
+        cols = tiles.columns(part, BLOCK, TAIL)
+        value = normed[part]
+        if weight_ptr is not None:
+            value *= tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+        y += (value,)
+    if NUM_DROPPED > 0:
+        keep = tiles.keep_rows(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK, TAIL)
+        y = tiles.drop(y, keep, KEEP_SCALE)
+    tiles.store_rows(y_ptr, y, first, num_rows, H, ROWS, BLOCK, TAIL)
+    tl.store(statistics_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(statistics_ptr + num_rows + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit
+def gradient(
+    dy: tl.tuple,
+    z: tl.tuple,
+    weight: tl.tuple,
+    statistics_ptr: tl.tensor,
+    first: tl.tensor,
+    num_rows: tl.tensor,
+    dweight: tl.tuple,
+    dbias: tl.tuple,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """(dz, dweight, dbias) of LayerNorm(z) over rows `first` on; the column sums grow by theirs.
+
+    Columns outside hold what nobody stores: only dy and weight need be 0 there. Rows outside are
+    zeros, because their mean and rstd are.
+    """
+    rows = first + tl.arange(0, ROWS)
+    mean = tl.load(statistics_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+    rstd = tl.load(statistics_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
+    normed = ()
+    weighted = ()
+    new_dweight = ()
+    both = tl.zeros((ROWS, 2), mean.dtype)
+    for part in tl.static_range(len(z)):
+        normed += ((z[part] - mean) * rstd[:, None],)
+        weighted += (dy[part] * weight[part],)
+        new_dweight += (dweight[part] + dy[part] * normed[part],)
+        # Two sums of a row in one reduction: 30 to 40% fewer instructions than one after the other.
+        both += tl.sum(tl.join(weighted[part], weighted[part] * normed[part]), axis=1)
+    shift, projection = tl.split(both / H)
+    shift = shift[:, None] * rstd[:, None]
+    projection = projection[:, None] * rstd[:, None]
+    dz = ()
+    for part in tl.static_range(len(z)):
+        dz += (weighted[part] * rstd[:, None] - (normed[part] * projection + shift),)
+    return dz, new_dweight, tiles.add(dbias, dy)
