@@ -14,6 +14,9 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+from models import write_vocab
+
+from clue_ds.data import Corpus
 
 COMMIT = "d" * 40
 ROWS = [
@@ -129,7 +132,7 @@ def server(tmp_path: Path) -> Iterator[Hub]:
         thread.join()
 
 
-def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[str]:
+def run(server: Hub, tmp_path: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     """A process of its own: huggingface_hub reads its environment once."""
     environment = {
         **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
@@ -139,6 +142,10 @@ def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[
         "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import json, sys; from clue_ds.errors import run_command;"
         "from clue_ds.tasks import hub_data, registry\n"
@@ -147,8 +154,7 @@ def read(server: Hub, tmp_path: Path, task: str) -> subprocess.CompletedProcess[
         "    print(json.dumps([list(found), found.num_skipped, found.sha256]))\n"
         "sys.exit(run_command('read', show))"
     )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return run(server, tmp_path, [sys.executable, "-c", code])
 
 
 def test_a_task_is_read_with_its_labels_by_name(server: Hub, tmp_path: Path) -> None:
@@ -163,3 +169,21 @@ def test_a_task_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -
     done = read(server, tmp_path, "afqmc")
     assert done.returncode == 2
     assert "can't fetch afqmc" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["hf:clue/clue:cmnli:train", "hf:clue/clue"])
+def test_a_data_set_of_the_hub_becomes_a_corpus(server: Hub, tmp_path: Path, name: str) -> None:
+    vocab = write_vocab(tmp_path / "vocab.txt", 30)
+    verb = [sys.executable, "-m", "clue_ds.cli", "shard", name, "--text-field", "sentence1"]
+    done = run(server, tmp_path, [*verb, "--vocab", str(vocab), "--output", "corpus"])
+    assert done.returncode == 0, done.stderr
+    assert Corpus(tmp_path / "corpus").num_documents == 3
+
+
+def test_a_data_set_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -> None:
+    vocab = write_vocab(tmp_path / "vocab.txt", 30)
+    verb = [sys.executable, "-m", "clue_ds.cli", "shard", "hf:nobody/nothing", "--vocab"]
+    done = run(server, tmp_path, [*verb, str(vocab), "--output", "corpus"])
+    assert done.returncode == 2, done.stderr
+    assert "data set hf:nobody/nothing can't be opened" in done.stderr
+    assert "Traceback" not in done.stderr
