@@ -12,6 +12,7 @@ from loopback_hub import Hub, serving
 from models import random_model, write_vocab
 
 from clue_ds import export
+from clue_ds.data import Corpus
 from clue_ds.presets import ModelConfig
 
 ROWS = [
@@ -108,3 +109,21 @@ def test_fine_tuning_needs_no_file_but_what_the_hub_has(server: Hub, tmp_path: P
         for out in ("out", "again")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["hf:clue/clue:cmnli:train", "hf:clue/clue"])
+def test_a_data_set_of_the_hub_becomes_a_corpus(server: Hub, tmp_path: Path, name: str) -> None:
+    vocab = write_vocab(tmp_path / "vocab.txt", 30)
+    verb = ["-m", "clue_ds.cli", "shard", name, "--text-field", "sentence1"]
+    done = server.run(tmp_path, *verb, "--vocab", str(vocab), "--output", "corpus")
+    assert done.returncode == 0, done.stderr
+    assert Corpus(tmp_path / "corpus").num_documents == 3
+
+
+def test_a_data_set_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -> None:
+    vocab = write_vocab(tmp_path / "vocab.txt", 30)
+    verb = ["-m", "clue_ds.cli", "shard", "hf:nobody/nothing", "--vocab"]
+    done = server.run(tmp_path, *verb, str(vocab), "--output", "corpus")
+    assert done.returncode == 2, done.stderr
+    assert "data set hf:nobody/nothing can't be opened" in done.stderr
+    assert "Traceback" not in done.stderr

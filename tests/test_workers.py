@@ -71,11 +71,13 @@ def mpirun() -> list[str]:
 
 
 def test_mpi_ranks_write_the_same_bytes(inputs: Path, tmp_path: Path, mpirun: list[str]) -> None:
-    """Rank 0 reads, two convert; a user's mistake ends the job with one message."""
-    result = run([*mpirun, "-n", "3", *command(inputs, tmp_path / "c")])
-    assert result.returncode == 0, result.stderr
-    assert digests(tmp_path / "c") == digests(inputs / "whole")
-    again = run([*mpirun, "-n", "3", *command(inputs, tmp_path / "c")])
+    """One rank does all, or rank 0 reads and the others convert; a mistake is one message."""
+    for num_ranks in ("1", "2", "3"):
+        output = tmp_path / num_ranks
+        result = run([*mpirun, "-n", num_ranks, *command(inputs, output)])
+        assert result.returncode == 0, result.stderr
+        assert digests(output) == digests(inputs / "whole")
+    again = run([*mpirun, "-n", "3", *command(inputs, output)])
     assert again.returncode != 0
     assert again.stderr.count("already holds a finished corpus") == 1
     assert "Traceback" not in again.stderr

@@ -67,10 +67,10 @@ def shard(
     """Turn raw text into a corpus: a directory of shards that training maps and never loads.
 
     Inputs, several at once: UTF-8 text (one sentence a line, a blank line between documents), jsonl
-    or parquet (one document a record), each also as .gz or .zst; globs in quotes; hf:NAME:SPLIT for
-    a Hugging Face data set, or a directory of its save_to_disk; - for standard input. The result is
-    the same bytes for any number of workers. When a run is interrupted, give the same command again
-    and it goes on where it stopped.
+    or parquet (one document a record), each also as .gz or .zst; globs in quotes; hf:NAME:SPLIT or
+    hf:NAME:CONFIG:SPLIT for a Hugging Face data set, or a directory of its save_to_disk; - for
+    standard input. The result is the same bytes for any number of workers. When a run is
+    interrupted, give the same command again and it goes on where it stopped.
 
     clue-ds shard 'text/*.txt.gz' --vocab vocab.txt --output corpus --t2s
 

@@ -251,13 +251,14 @@ def _parquet_batches(
 
 
 def _dataset_batches(source: Source, text_field: str) -> Iterator[tuple[list[Any], int]]:
-    """Rows of hf:NAME[/CONFIG]:SPLIT-like names or of a save_to_disk directory."""
+    """Rows of hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or of a save_to_disk directory."""
     import datasets
 
     try:
         if source.name.startswith("hf:"):
-            name, _, split = source.name.removeprefix("hf:").partition(":")
-            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+            name, *rest = source.name.removeprefix("hf:").split(":")
+            split = rest.pop() if rest else "train"
+            rows = datasets.load_dataset(name, *rest, split=split, streaming=True)
         else:
             rows = datasets.load_from_disk(source.name)
             rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
