@@ -24,7 +24,6 @@ def table(
     width: int,
     slots: int | None = None,
     max_ngram: int = 1,
-    inner: bool = False,
 ) -> MaskTable:
     slots = slots or math.ceil(mask_prob * (width + 2))
     goals = [min(slots, math.ceil(mask_prob * n), max(0, n - 2)) for n in range(width + 3)]
@@ -39,7 +38,6 @@ def table(
         cls_id=CLS,
         sep_id=SEP,
         mask_id=MASK,
-        has_inner_specials=inner,
     )
 
 
@@ -91,17 +89,20 @@ def plain_derive(key: int, counter: int) -> int:
 
 def plain_choice(row: list[int], key: int, masks: MaskTable, goal: int) -> set[int]:
     words: list[list[int]] = []
-    begins: list[int] = []
     for place, token in enumerate(row):
         if place == 0 or not (masks.whole_word and token & BIT):
             words.append([])
-            begins.append(place)
         if token & (BIT - 1) != UNK:
             words[-1].append(place)
-    order = sorted(range(len(words)), key=lambda w: (plain_derive(key, begins[w]) >> 16, w))
     chosen: set[int] = set()
     skipped = []
-    for word in order:
+    waiting = list(range(len(words)))
+    for i in range(len(words)):
+        if len(chosen) == goal:
+            break
+        place = ((plain_derive(key, (1 << 33) + i) >> 32) * len(waiting)) >> 32
+        word, waiting[place] = waiting[place], waiting[0]
+        del waiting[0]
         if len(chosen) + len(words[word]) <= goal:
             chosen.update(words[word])
         else:
@@ -362,7 +363,7 @@ def test_no_run_crosses_a_special_token_and_none_is_hidden() -> None:
     rows = random_rows(9, 200, 40, unknown=0.1)
     rows[:, 19], rows[:, 20] = SEP, CLS
     rows[:, 21] &= BIT - 1
-    masks = table(True, 0.3, 40, max_ngram=3, inner=True)
+    masks = table(True, 0.3, 40, max_ngram=3)
     ids, positions, labels = apply(rows, np.full(200, 42), masks)
     assert (ids[:, 20] == SEP).all() and (ids[:, 21] == CLS).all()
     assert not np.isin(positions, [0, 20, 21, 41])[labels != IGNORED_LABEL].any()

@@ -32,15 +32,17 @@ from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
 
 IGNORED_LABEL = -100
-NUM_BUCKETS = 256
-_BUCKET_SHIFT = np.uint64(56)
-_UNIT_MASK = np.uint64(0xFFFF)  # a sort key's low bits number the unit; the hash's draw its length
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-# Counters of the second hash of a position lie behind those of the first.
-_OUTCOMES = np.uint64(1 << 32)
+# What the hashes of a row count: positions (lengths of n-grams, then outcomes), then draws.
+_OUTCOMES, _DRAWS = np.uint64(1 << 32), np.uint64(1 << 33)
+_NGRAM_BITS = np.uint64(0xFFFF)
 _TEN = np.uint64(10)
 _NUM_MASKED, _KEPT = np.uint64(8), np.uint64(8)  # of 10 outcomes, 0 to 7 mask, 8 keeps
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+# The number of a lone bit: the top six bits of its product with this differ for all 64 bits.
+_DE_BRUIJN, _TOP_SIX = np.uint64(0x03F79D71B4CB0A89), np.uint64(58)
+_BIT_NUMBERS = np.argsort([0x03F79D71B4CB0A89 * 2**bit % 2**64 >> 58 for bit in range(64)])
 
 
 class MaskTable(NamedTuple):
@@ -56,7 +58,6 @@ class MaskTable(NamedTuple):
     cls_id: int
     sep_id: int
     mask_id: int
-    has_inner_specials: bool  # a row may hold several sequences, or two segments
 
 
 def ngram_draws(max_ngram: int) -> np.ndarray:
@@ -74,134 +75,100 @@ def _further_words(draw: np.uint64, ngram_draws: np.ndarray) -> int:
 
 
 @inlined
-def _add_units(
-    row: np.ndarray,
-    first: int,
-    last: int,
-    row_key: np.uint64,
-    table: MaskTable,
-    begins: np.ndarray,
-    sizes: np.ndarray,
-    keys: np.ndarray,
-    num: int,
+def _join_words(
+    row: np.ndarray, num: int, row_key: np.uint64, table: MaskTable, begins: np.ndarray
 ) -> int:
-    """Add the units of positions first to last - 1, which hold text only; how many there are now.
-
-    A unit is a word (a token, an n-gram): where it begins, maskable tokens, sort key.
-    """
-    id_mask = table.continues - 1
-    draws = table.ngram_draws
-    has_ngrams = len(draws) > 0
-    words_left = 0  # further words that the unit at hand takes
-    for i in range(first, last):
-        if not (table.whole_word and row[i] & table.continues):
-            if words_left > 0:
-                words_left -= 1
-            else:
-                draw = derive(row_key, np.uint64(i - 1))
-                begins[num] = i
-                sizes[num] = 0
-                keys[num] = draw & ~_UNIT_MASK | np.uint64(num)
-                num += 1
-                if has_ngrams:
-                    words_left = _further_words(draw & _UNIT_MASK, draws)
-        if np.int64(row[i] & id_mask) != table.unk_id:
-            sizes[num - 1] += 1
-    return num
+    """Make begins[:num] of words those of n-grams; how many there are."""
+    num_runs = 0
+    words_left = 0  # further words that the run at hand takes
+    for word in range(num):
+        begin = begins[word]
+        token = np.int64(row[begin])
+        is_special = token == table.sep_id or token == table.cls_id
+        if words_left > 0 and not is_special:
+            words_left -= 1
+            continue
+        begins[num_runs] = begin
+        num_runs += 1
+        draw = derive(row_key, np.uint64(begin - 1)) & _NGRAM_BITS
+        words_left = 0 if is_special else _further_words(draw, table.ngram_draws)
+    return num_runs
 
 
 @inlined
 def _find_units(
-    row: np.ndarray,
-    length: int,
-    row_key: np.uint64,
-    table: MaskTable,
-    begins: np.ndarray,
-    sizes: np.ndarray,
-    keys: np.ndarray,
+    row: np.ndarray, length: int, row_key: np.uint64, table: MaskTable, begins: np.ndarray
 ) -> int:
-    """Fill begins, sizes and keys with the units between a row's special tokens; how many."""
+    """Fill begins with where units (words, tokens, n-grams) begin, and their end; how many.
+
+    A special token inside the row is a unit of its own, with nothing that could be hidden.
+    """
+    marks = table.continues if table.whole_word else 0
     num = 0
-    if table.has_inner_specials:
-        first = 1
-        for i in range(1, length):
-            token = np.int64(row[i] & (table.continues - 1))
-            if token == table.sep_id or token == table.cls_id:
-                num = _add_units(row, first, i, row_key, table, begins, sizes, keys, num)
-                first = i + 1
-    else:
-        num = _add_units(row, 1, length - 1, row_key, table, begins, sizes, keys, num)
+    for i in range(1, length - 1):  # no branch: where words begin can't be predicted
+        begins[num] = i
+        num += row[i] & marks == 0
+    if len(table.ngram_draws) > 0:
+        num = _join_words(row, num, row_key, table, begins)
     begins[num] = length - 1
     return num
 
 
 @inlined
-def _sort(keys: np.ndarray, num: int, ends: np.ndarray, result: np.ndarray) -> None:
-    """result[:num] = sorted keys[:num]: by buckets of the top byte, then by insertion."""
-    ends[:] = 0
-    for i in range(num):
-        ends[keys[i] >> _BUCKET_SHIFT] += 1
-    for bucket in range(1, NUM_BUCKETS):
-        ends[bucket] += ends[bucket - 1]
-    for i in range(num - 1, -1, -1):
-        bucket = keys[i] >> _BUCKET_SHIFT
-        ends[bucket] -= 1
-        result[ends[bucket]] = keys[i]
-    for i in range(1, num):
-        key = result[i]
-        place = i
-        while place > 0 and result[place - 1] > key:
-            result[place] = result[place - 1]
-            place -= 1
-        result[place] = key
+def _is_maskable(token: int, table: MaskTable) -> bool:
+    token &= table.continues - 1
+    return token != table.unk_id and token != table.sep_id and token != table.cls_id
 
 
 @inlined
 def _choose(
-    row: np.ndarray,
-    unit: int,
-    begins: np.ndarray,
-    limit: int,
-    table: MaskTable,
-    chosen: np.ndarray,
+    row: np.ndarray, begin: int, end: int, limit: int, table: MaskTable, chosen: np.ndarray
 ) -> int:
-    """Mark up to `limit` leading maskable tokens of a unit that aren't yet; return their number.
-
-    The limit is at most the unit's size: what stands behind its last token may be special.
-    """
+    """Mark up to `limit` leading maskable tokens that aren't yet; return their number."""
     taken = 0
-    for i in range(begins[unit], begins[unit + 1]):
-        if taken < limit and np.int64(row[i] & (table.continues - 1)) != table.unk_id:
-            chosen[i] = 1
+    for i in range(begin, end):
+        bit = _ONE << np.uint64(i & 63)
+        if taken < limit and _is_maskable(np.int64(row[i]), table) and not chosen[i >> 6] & bit:
+            chosen[i >> 6] |= bit
             taken += 1
     return taken
 
 
 @inlined
-def _choose_all(
+def _choose_units(
     row: np.ndarray,
     goal: int,
-    order: np.ndarray,
+    row_key: np.uint64,
     num: int,
     begins: np.ndarray,
-    sizes: np.ndarray,
+    order: np.ndarray,
     table: MaskTable,
     chosen: np.ndarray,
 ) -> None:
+    """Mark `goal` tokens: draw units without replacement, as far as they fit; then cut."""
+    for unit in range(num):
+        order[unit] = unit
     left = goal
     for i in range(num):
-        unit = np.int64(order[i] & _UNIT_MASK)
         if left == 0:
             return
-        if sizes[unit] <= left:
-            left -= _choose(row, unit, begins, sizes[unit], table, chosen)
-            sizes[unit] = 0
+        # The first i units are drawn, the others wait behind them.
+        draw = derive(row_key, _DRAWS + np.uint64(i)) >> _HALF
+        place = i + np.int64((draw * np.uint64(num - i)) >> _HALF)
+        unit = order[place]
+        order[place] = order[i]
+        order[i] = unit
+        begin, end = begins[unit], begins[unit + 1]
+        size = 0
+        for k in range(begin, end):
+            size += _is_maskable(np.int64(row[k]), table)
+        if size <= left:
+            left -= _choose(row, begin, end, size, table, chosen)
     for i in range(num):
         if left == 0:
             return
-        unit = np.int64(order[i] & _UNIT_MASK)
-        if sizes[unit]:
-            left -= _choose(row, unit, begins, left, table, chosen)
+        unit = order[i]
+        left -= _choose(row, begins[unit], begins[unit + 1], left, table, chosen)
 
 
 @inlined
@@ -209,12 +176,10 @@ def _outcome(row_key: np.uint64, i: int, token: int, table: MaskTable) -> int:
     """What stands in the place of a chosen token."""
     draw = derive(row_key, _OUTCOMES + np.uint64(i))
     kind = ((draw >> _HALF) * _TEN) >> _HALF
-    if kind < _NUM_MASKED:
-        return table.mask_id
-    if kind == _KEPT:
-        return token
-    num = np.uint64(len(table.ordinary_ids))
-    return table.ordinary_ids[((draw & _LOW) * num) >> _HALF]
+    if kind > _KEPT:
+        num = np.uint64(len(table.ordinary_ids))
+        return table.ordinary_ids[((draw & _LOW) * num) >> _HALF]
+    return table.mask_id if kind < _NUM_MASKED else token
 
 
 @compiled
@@ -237,33 +202,30 @@ def mask_rows(
     int64 [B, P].
     """
     width = rows.shape[1]
-    begins, sizes = np.empty(width + 1, np.int64), np.empty(width, np.int64)
-    keys, order = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    ends = np.empty(NUM_BUCKETS, np.int64)
-    chosen = np.empty(width, np.uint8)
-    places = np.empty(width + 1, np.int64)
+    begins, order = np.empty(width + 1, np.int64), np.empty(width, np.int64)
+    chosen = np.empty((width + 63) // 64, np.uint64)  # a bit a position
     id_mask = table.continues - 1
     for b in range(rows.shape[0]):
         row = rows[b]
         length = lengths[b]
         row_key = derive(derive(mask_key, epochs[b]), samples[b])
-        num = _find_units(row, length, row_key, table, begins, sizes, keys)
-        _sort(keys, num, ends, order)
+        num = _find_units(row, length, row_key, table, begins)
         chosen[:] = 0
-        _choose_all(row, table.goals[length], order, num, begins, sizes, table, chosen)
-        # Whether a position is chosen can't be predicted, so nothing branches on it: a plain copy,
-        # then a list of the chosen positions, then their outcomes.
-        num_chosen = 0
+        _choose_units(row, table.goals[length], row_key, num, begins, order, table, chosen)
         for i in range(length):
             input_ids[b, i] = row[i] & id_mask
-            places[num_chosen] = i
-            num_chosen += chosen[i]
-        for slot in range(num_chosen):
-            i = places[slot]
-            token = input_ids[b, i]
-            masked_positions[b, slot] = i
-            masked_labels[b, slot] = token
-            input_ids[b, i] = _outcome(row_key, i - 1, token, table)
         input_ids[b, length:] = table.pad_id
-        masked_positions[b, num_chosen:] = 0
-        masked_labels[b, num_chosen:] = IGNORED_LABEL
+        slot = 0
+        for group in range(len(chosen)):
+            bits = chosen[group]
+            while bits != _ZERO:
+                lowest = bits & (~bits + _ONE)
+                bits ^= lowest
+                i = group * 64 + _BIT_NUMBERS[(lowest * _DE_BRUIJN) >> _TOP_SIX]
+                token = input_ids[b, i]
+                masked_positions[b, slot] = i
+                masked_labels[b, slot] = token
+                input_ids[b, i] = _outcome(row_key, i - 1, token, table)
+                slot += 1
+        masked_positions[b, slot:] = 0
+        masked_labels[b, slot:] = IGNORED_LABEL

@@ -95,12 +95,7 @@ class SampleStream:
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
         self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
-        has_inner_specials = isinstance(corpus, LabelledPairs) or samples in (
-            "packed",
-            "nsp",
-            "sop",
-        )
-        self._masks = self._mask_table(whole_word, mask_prob, max_ngram, has_inner_specials)
+        self._masks = self._mask_table(whole_word, mask_prob, max_ngram)
         self._samples: Samples | PairSamples
         if isinstance(corpus, LabelledPairs):
             self._samples = corpus.samples(seq_length)
@@ -125,9 +120,7 @@ class SampleStream:
         )
         self._zeros = torch.zeros(0, seq_length, dtype=torch.int64)
 
-    def _mask_table(
-        self, whole_word: bool, mask_prob: float, max_ngram: int, has_inner_specials: bool
-    ) -> MaskTable:
+    def _mask_table(self, whole_word: bool, mask_prob: float, max_ngram: int) -> MaskTable:
         vocab = read_vocab(self.corpus.vocab_file)
         pad, unk, cls, sep, mask = (vocab.index(token) for token in SPECIAL_TOKENS)
         ordinary = [
@@ -153,7 +146,6 @@ class SampleStream:
             cls_id=cls,
             sep_id=sep,
             mask_id=mask,
-            has_inner_specials=has_inner_specials,
         )
 
     def batch_size(self, world_size: int) -> int:
