@@ -31,12 +31,24 @@ def test_number_of_labels() -> None:
     assert not {"105", "111"} & set(registry.get("tnews").labels)
 
 
-def test_small_models_follow_upstreams_advice_and_others_its_scripts() -> None:
-    tiny, base = presets.get("roberta_tiny_clue"), presets.get("bert_base_clue")
-    tnews = registry.get("tnews")
-    assert tnews.settings_for(base) == registry.Settings(128, 16, 2e-5, 3)
-    assert tnews.settings_for(tiny) == registry.Settings(128, 16, 1e-4, 5)
-    assert registry.get("cluewsc2020").settings_for(tiny).epochs == 50
+@pytest.mark.parametrize(
+    ("task", "large", "small"),
+    [
+        ("afqmc", (128, 16, 2e-5, 3), (128, 16, 1e-4, 5)),
+        ("tnews", (128, 16, 2e-5, 3), (128, 16, 1e-4, 5)),
+        ("iflytek", (128, 32, 2e-5, 3), (128, 32, 1e-4, 5)),
+        ("cmnli", (128, 64, 3e-5, 2), (128, 64, 1e-4, 5)),
+        ("csl", (256, 16, 1e-5, 5), (128, 16, 1e-4, 5)),
+        ("cluewsc2020", (128, 16, 1e-5, 10), (128, 16, 1e-4, 50)),
+    ],
+)
+def test_settings_of_clues_scripts_and_of_upstreams_advice(
+    task: str, large: tuple, small: tuple
+) -> None:
+    """Length, batch, rate and epochs; the advice for small models is 1e-4 and 5 to 8 epochs."""
+    row = registry.get(task)
+    assert row.settings_for(presets.get("bert_base_clue")) == registry.Settings(*large)
+    assert row.settings_for(presets.get("roberta_tiny_clue")) == registry.Settings(*small)
 
 
 def test_texts() -> None:

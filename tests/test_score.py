@@ -29,7 +29,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(output: Path) -> None:
     assert float(deviation) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5, abs=0.01)
     text = score.as_markdown([group])
     assert all(about["sha256"] in text for about in group.results[0]["data"].values())
-    assert "| RoBERTa-tiny-clue | 69.52 | 54.57 | 57.31 | 73.10 |" in text
+    assert "| RoBERTa-tiny-clue | test | 69.52 | 54.57 | 57.31 | 73.10 |  |" in text
+    # Ours stands in the same table, in a column of its own, marked: it isn't CLUE's data.
+    assert f" | dev |  |  |  |  | {group.mean('accuracy')}* |" in text
     assert "train 203, dev 45" in text
 
 

@@ -178,6 +178,30 @@ def test_grid_continues_shares_and_keeps_the_best(model: Path, data: Path, tmp_p
     assert [p.parent.name for p in folder.glob("lr*/model")] == [best.name]
 
 
+def test_tasks_of_pairs_start_from_the_pair_model(model: Path, data: Path, tmp_path: Path) -> None:
+    config, state = export.load(model)
+    start = {name: tensor + 0.01 for name, tensor in state.items()}
+    pair_model = export.save(config, start, model / "vocab.txt", tmp_path / "pair-model")
+    (tmp_path / "two.yaml").write_text(
+        ROW.replace("tone", "two").replace("[sentence]", "[sentence, sentence]"), "utf-8"
+    )
+    tasks = (str(data / "tone.yaml"), str(tmp_path / "two.yaml"))
+    out, settings = tmp_path / "out", {"lr": 1e-12, "epochs": 1}
+    grid.finetune(tasks, str(model), str(data), out, str(pair_model), **settings, limit=32)
+    for task, begun in (("tone", state), ("two", start)):
+        name = "bert.embeddings.word_embeddings.weight"
+        assert torch.allclose(weights(out / task / "best")[name], begun[name], atol=1e-6)
+
+
+def test_a_run_that_never_began_makes_room(model: Path, data: Path, tmp_path: Path) -> None:
+    """A mistake in the command is mended without --force."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(UserError):
+        runs.run(request(tmp_path / "model", data, tmp_path / "run", epochs=1), show=False)
+    assert runs.run(request(model, data, tmp_path / "run", epochs=1), show=False)["epochs"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -20,6 +20,8 @@ from clue_ds.tasks.registry import Row, Split, Task
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 ID_FIELDS = ("id", "idx")
+# A hundred times what a model reads: line feeds or quotes of the file are wrong.
+MAX_CHARACTERS = 50_000
 
 
 class Example(NamedTuple):
@@ -73,8 +75,10 @@ def collect(
         if label is not None and task.name_field is not None and row.get(task.name_field):
             examples.names[label] = str(row[task.name_field])
     if not examples:
-        skipped = f" (all {examples.num_skipped:,} lines are without a label)"
-        raise UserError(f"{path} has no examples{skipped if examples.num_skipped else ''}")
+        skipped = f"all {examples.num_skipped:,} lines are without a label"
+        raise UserError(
+            f"{path} has no examples: {skipped if examples.num_skipped else 'it is empty'}"
+        )
     return examples
 
 
@@ -219,11 +223,16 @@ def text_of(task: Task, row: Row, where: str) -> Text:
 
 
 def checked(text: Text, where: str) -> Text:
-    """`text` itself; UserError beginning with `where` when it is empty or no text at all."""
+    """`text` itself; UserError beginning with `where`: empty, far too long, or no text at all."""
     parts = text if isinstance(text, tuple) else (text,)
     for part in parts:
         if not isinstance(part, str):
             raise UserError(f"{where}: {part!r} is not text")
+        if len(part) > MAX_CHARACTERS:
+            raise UserError(
+                f"{where}: a text of {len(part):,} characters, more than {MAX_CHARACTERS:,}; the "
+                "model reads a few hundred of them: are line feeds or quotes missing? Cut it"
+            )
         try:
             part.encode()
         except UnicodeEncodeError as error:

@@ -37,6 +37,7 @@ def finetune(
     model: str,
     data: str,
     output: Path = Path("runs/finetune"),
+    pair_model: str | None = None,
     lr: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -67,6 +68,8 @@ def finetune(
             Hugging Face hub.
         data: the directory of the tasks' files, or hub: CLUE's own on the Hugging Face hub.
         output: where the runs go, each in TASK/NAME; TASK/best/model is the best model.
+        pair_model: where tasks of pairs start instead: a model trained further on labelled pairs
+            (train.objective pair).
         lr: peak learning rate; this and the next five default to the task's own.
         epochs: passes over the training examples.
         batch_size: examples a step, over all ranks.
@@ -106,7 +109,7 @@ def finetune(
     requests = [
         Request(
             task=name,
-            model=model,
+            model=pair_model if pair_model and registry.get(name).kind == "pair" else model,
             data=data,
             directory=output / registry.get(name).name / _run_name(point, varied),
             changes=point,

@@ -49,7 +49,7 @@ def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     left.plot(np.arange(len(smooth)) + width, smooth, linewidth=1.2)
     left.set_xlabel("step")
-    left.set_ylabel(f"training loss, mean of {width} steps")
+    left.set_ylabel("training loss" + (f", mean of {width} steps" if width > 1 else ""))
     epochs = [line["epoch"] for line in result["epochs"]]
     for key, name in (("accuracy", "accuracy"), ("f1", "macro F1")):
         right.plot(epochs, [line[key] for line in result["epochs"]], marker="o", label=name)

@@ -143,7 +143,8 @@ def _prepare(request: Request, asked: dict[str, Any]) -> tuple[str | None, dict[
     if (directory / RUN).is_file():
         earlier = json.loads((directory / RUN).read_text(encoding="utf-8"))
         different = [key for key in asked if earlier.get(key) != asked[key]]
-        if different and not request.force:
+        trained = any((directory / name).exists() for name in (STATE, RESULT))
+        if different and trained and not request.force:
             return _differs(directory, different, earlier, asked), None
         if different:
             shutil.rmtree(directory)

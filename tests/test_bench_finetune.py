@@ -1,0 +1,83 @@
+"""The benchmarks of fine-tuning and the evidence, on a handful of examples; no time is checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_finetune import model as model  # the fixture
+from test_training import data as data  # the fixture
+from test_training import request
+
+from clue_ds.benchmarks import evidence
+from clue_ds.benchmarks.finetune import finetune
+from clue_ds.tasks import runs
+
+SENTENCES = ["今天天气很好", "股市大涨", "球队赢了", "新车上市"]
+
+
+def write_tasks(directory: Path) -> Path:
+    """A few lines of each of CLUE's tasks that the evidence uses."""
+    single = [{"sentence": SENTENCES[i % 4], "label": "100"} for i in range(80)]
+    pair = [{"sentence1": s, "sentence2": s[::-1], "label": "0"} for s in SENTENCES]
+    rows = {
+        "tnews": single,
+        "iflytek": [{**row, "label": "7"} for row in single[:3]],
+        "afqmc": pair,
+        "cmnli": [{**row, "label": "neutral"} for row in pair],
+    }
+    for task, lines in rows.items():
+        folder = directory / f"{task}_public"
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / "train.json").write_text(text, encoding="utf-8")
+    return directory
+
+
+def test_finetune_benchmark_compares_losses_before_it_times(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    clue = write_tasks(tmp_path / "clue")
+    vocab = tmp_path / "vocab.txt"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*"".join(SENTENCES)})]
+    vocab.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    output = tmp_path / "finetune.json"
+    finetune(clue, vocab, output, num_examples=64, turns=1)
+    figures = json.loads(output.read_text())
+    assert figures["num_examples"] == 64 and figures["batch_size"] == 16
+    assert figures["largest_loss_difference"] < 1e-5
+    assert {name: len(values) for name, values in figures["seconds"].items()} == {
+        "clue_ds": 1,
+        "Trainer": 1,
+    }
+    ours, theirs = (figures["seconds"][name][0] for name in ("clue_ds", "Trainer"))
+    assert figures["ratio"] == pytest.approx(theirs / ours)
+    assert figures["examples_per_second"]["clue_ds"] == pytest.approx(64 / ours)
+
+
+def test_evidence_pretrains_on_training_texts_without_labels(tmp_path: Path) -> None:
+    paths = evidence._write_texts(tmp_path / "text", write_tasks(tmp_path / "clue"))
+    assert [path.name for path in paths] == [f"{task}.txt" for task in evidence.TASKS]
+    tnews, afqmc = paths[0].read_text("utf-8"), paths[2].read_text("utf-8")
+    assert tnews.strip().split("\n\n") == SENTENCES * 20
+    assert afqmc.split("\n\n")[0].split("\n") == [SENTENCES[0], SENTENCES[0][::-1]]
+
+
+def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_path: Path) -> None:
+    accuracies: dict[str, list[float]] = {}
+    for kind in evidence.KINDS:
+        for seed in (42, 43):
+            asked = request(model, data, tmp_path / kind / "tone" / f"seed={seed}", epochs=1)
+            asked.changes["seed"] = seed
+            result = runs.run(asked, show=False)
+            accuracies.setdefault(kind, []).append(result["best"]["accuracy"])
+    figures = evidence._figures(tmp_path, ("tone",), 2)
+    row = figures["tasks"]["tone"]
+    for kind, values in accuracies.items():
+        assert row[kind]["accuracy"] == pytest.approx(sum(values) / 2)
+        assert row[kind]["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert row[kind]["by_epoch"] == [[value] for value in values]
+    assert row["num_trained_on"] == 203
+    evidence.draw(figures, tmp_path / "evidence.png")
+    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
+    evidence._print(figures)
