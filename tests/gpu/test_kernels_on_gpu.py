@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,50 +12,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_checks import (
+    OPERATIONS,
+    SEED,
+    check_all_rows,
+    check_last_masks,
+    check_last_rows,
+    losses_of,
+)
 
 from clue_ds import kernels
 from clue_ds.kernels import reference
-from clue_ds.model import BertForPreTraining, ops
-from clue_ds.presets import get
 
-SEED = 0x1234_5678_9ABC
+# 2^31 elements and three rows more; a bf16 tensor of them takes 4.3 GB.
+WIDTH = 1024
+FAR = 2**31 // WIDTH + 3
 
 
 @pytest.mark.parametrize("rows", [65_535, 65_536, 65_537])
-def test_more_rows_than_a_grid_dimension_once_had(rows: int, kernel_device: torch.device) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(rows, 312, device=kernel_device, requires_grad=True)
-    weight, bias = torch.randn(2, 312, device=kernel_device)
-    dy = torch.randn_like(x)
-    for ours, theirs in (
-        (kernels.layer_norm(x, weight, bias, 1e-12), reference.layer_norm(x, weight, bias, 1e-12)),
-        (kernels.bias_gelu(x, bias), reference.bias_gelu(x, bias)),
-        (
-            kernels.masked_softmax(x[None, None]),
-            reference.masked_softmax(x[None, None]),
-        ),
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        grads = [torch.autograd.grad(out, x, dy.view_as(out))[0] for out in (ours, theirs)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_more_rows_than_a_grid_dimension_once_had(
+    op: str, rows: int, kernel_device: torch.device
+) -> None:
+    check_all_rows(op, rows, 312, kernel_device)
 
 
-def test_offsets_beyond_32_bits(kernel_device: torch.device) -> None:
-    """flash-attention and Liger once computed row * stride in int32."""
-    rows, width = 2**31 // 1024 + 3, 1024
-    if torch.cuda.mem_get_info()[0] < 5 * rows * width * 2:
-        pytest.skip("needs 22 GB of free GPU memory")
-    x = torch.zeros(rows, width, device=kernel_device, dtype=torch.bfloat16)
-    x[-3:] = torch.randn(3, width, device=kernel_device).bfloat16()
-    weight, bias = torch.randn(2, width, device=kernel_device)
-    tail = slice(-3, None)
-    out = kernels.layer_norm(x, weight, bias, 1e-12)
-    expected = reference.layer_norm(x[tail], weight, bias, 1e-12)
-    torch.testing.assert_close(out[tail], expected, rtol=2**-6, atol=2**-6)
-    del out
-    out = kernels.masked_softmax(x[None, None])[0, 0, tail]
-    expected = reference.masked_softmax(x[None, None, tail])[0, 0]
-    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-6)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_offsets_beyond_32_bits(op: str, kernel_device: torch.device) -> None:
+    """Forward and backward; flash-attention and Liger once computed row * stride in int32."""
+    _need_tensors(8)
+    check_last_rows(op, FAR, WIDTH, kernel_device)
+
+
+def test_masks_beyond_32_bits(kernel_device: torch.device) -> None:
+    _need_tensors(8)
+    check_last_masks(FAR, WIDTH, kernel_device)
+
+
+def _need_tensors(number: int) -> None:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < number * FAR * WIDTH * 2:
+        pytest.skip(f"needs {number * FAR * WIDTH * 2 / 1e9:.0f} GB of free GPU memory")
 
 
 # Draws the mask of `test_device_draws_the_interpreters_masks` and writes it to a file.
@@ -138,34 +134,10 @@ def test_inductor_compiles_around_the_operations(kernel_device: torch.device) ->
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
-def _losses(name: str, dropout: float, device: torch.device) -> torch.Tensor:
-    """200 steps of MLM on random text that repeats, so that there is something to learn."""
-    ops.choose_kernels(name)
-    torch.manual_seed(0)
-    config = dataclasses.replace(
-        get("roberta_tiny_clue"), vocab_size=256,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = BertForPreTraining(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(5, 256, (8, 32), generator=generator).to(device)
-    positions = torch.arange(0, 32, 6, device=device).expand(8, -1)
-    losses = []
-    for _ in range(200):
-        masked = text.scatter(1, positions, 4)
-        loss = model(
-            masked, masked_positions=positions, masked_labels=text.gather(1, positions)
-        ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).cpu()
-
-
 def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -> None:
-    with_kernels, without = (_losses(name, 0.0, kernel_device) for name in ("triton", "torch"))
+    with_kernels, without = (
+        losses_of(name, 0.0, kernel_device, 200) for name in ("triton", "torch")
+    )
     assert without[-1] < 0.5 * without[0]
     # Same arithmetic in another order: equal at first, then rounding is amplified by training.
     torch.testing.assert_close(with_kernels[:20], without[:20], rtol=1e-3, atol=1e-3)
@@ -174,5 +146,7 @@ def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -
 
 def test_training_with_dropout_learns_as_well(kernel_device: torch.device) -> None:
     """Masks differ (torch's generator is not Philox by row), so only the course is compared."""
-    with_kernels, without = (_losses(name, 0.1, kernel_device) for name in ("triton", "torch"))
+    with_kernels, without = (
+        losses_of(name, 0.1, kernel_device, 200) for name in ("triton", "torch")
+    )
     assert abs(with_kernels[-20:].mean() - without[-20:].mean()) < 0.2 * without[0]

@@ -1,5 +1,6 @@
 """On one GPU, every shipped DeepSpeed config trains like fp32 on the CPU, in each precision."""
 
+# ruff: noqa: E402 (what pretraining needs besides torch is asked for before it is imported)
 from __future__ import annotations
 
 import os
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+for name in ("deepspeed", "pydantic", "numba"):
+    pytest.importorskip(name)
+
 from ranks import make_corpus, read_log, tiny_config
 
 from clue_ds import config as run_config

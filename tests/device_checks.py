@@ -1,0 +1,132 @@
+"""What tests/gpu asks of the kernels at sizes that only a GPU can hold.
+
+Here, so that tests/test_device_checks.py runs the same code in Triton's interpreter at small sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_ds import kernels
+from clue_ds.kernels import reference
+from clue_ds.model import BertForPreTraining, ops
+from clue_ds.presets import get
+
+EPS = 1e-12
+SEED = 0x1234_5678_9ABC
+NUM_WORDS = 8
+TAIL = slice(-3, None)  # the rows that lie far
+
+
+def _embedded(room: Any, words: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+    ids = (rows % NUM_WORDS)[:, None]
+    return room.embedding_layer_norm(
+        ids, None, words, words[:1], words[:2], weight, bias, 0.0, EPS, True
+    )[:, 0]
+
+
+# (kernels or their twins, x [M, H] or a table [NUM_WORDS, H], weight, bias, row numbers) -> [M, H]
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": lambda room, x, w, b, rows: room.layer_norm(x, w, b, EPS),
+    "bias_dropout_add_layer_norm": lambda room, x, w, b, rows: room.bias_dropout_add_layer_norm(
+        x, b, x, w, b, 0.0, EPS, True
+    ),
+    "masked_softmax": lambda room, x, w, b, rows: room.masked_softmax(x[None, None])[0, 0],
+    "bias_gelu": lambda room, x, w, b, rows: room.bias_gelu(x, b),
+    "embedding_layer_norm": _embedded,
+}
+
+
+def _gradients(out: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(out, leaves, dy, allow_unused=True)
+    return [grad for grad in found if grad is not None]
+
+
+def check_all_rows(op: str, num_rows: int, width: int, device: torch.device) -> None:
+    """Result and gradients of every row, fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(NUM_WORDS if op == "embedding_layer_norm" else num_rows, width, device=device)
+    leaves = [t.requires_grad_() for t in (x, *torch.randn(2, width, device=device).clone())]
+    rows = torch.arange(num_rows, device=device)
+    dy = torch.randn(num_rows, width, device=device)
+    ours, theirs = (OPERATIONS[op](room, *leaves, rows) for room in (kernels, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    pairs = zip(_gradients(ours, leaves, dy), _gradients(theirs, leaves, dy), strict=True)
+    for mine, other in pairs:
+        is_sum = mine.shape != ours.shape  # over all rows: digits go with the root of their number
+        atol = 1e-4 * (num_rows**0.5 if is_sum else 1.0)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=atol)
+
+
+def check_last_rows(op: str, num_rows: int, width: int, device: torch.device) -> None:
+    """Result and gradients of the last three rows; the others are zeros with zero gradients."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    if op == "embedding_layer_norm":
+        x = torch.randn(NUM_WORDS, width, device=device).to(dtype)
+    else:
+        x = torch.zeros(num_rows, width, device=device, dtype=dtype)
+        x[TAIL] = torch.randn(3, width, device=device).to(dtype)
+    parameters = [t.to(dtype).requires_grad_() for t in torch.randn(2, width, device=device)]
+    rows = torch.arange(num_rows, device=device)
+    dy = torch.zeros(num_rows, width, device=device, dtype=dtype)
+    dy[TAIL] = torch.randn(3, width, device=device).to(dtype)
+    near = x if op == "embedding_layer_norm" else x[TAIL]
+    small = [near.detach().clone().requires_grad_(), *parameters]
+    expected = OPERATIONS[op](reference, *small, rows[TAIL])
+    wanted = _gradients(expected, small, dy[TAIL])
+    leaves = [x.requires_grad_(), *parameters]
+    out = OPERATIONS[op](kernels, *leaves, rows)
+    torch.testing.assert_close(out[TAIL], expected, rtol=2**-6, atol=2**-6)
+    found = _gradients(out, leaves, dy)
+    for mine, other in zip(found, wanted, strict=True):
+        mine = mine[TAIL] if mine.shape[0] == num_rows else mine
+        torch.testing.assert_close(mine, other, rtol=2**-5, atol=2**-5)
+
+
+def check_last_masks(num_rows: int, width: int, device: torch.device) -> None:
+    """Dropout's mask of far rows is one: of the right rate, not its neighbour's, drawn again."""
+    x = torch.zeros(num_rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
+    _, total, mask = kernels.bias_dropout_add_layer_norm(
+        x, None, None, weight, bias, 0.5, EPS, True, prenorm=True, seed=SEED, return_mask=True
+    )
+    dtotal = torch.zeros_like(total)
+    dtotal[TAIL] = 1.0
+    (dx,) = torch.autograd.grad(total, x, dtotal)
+    last = mask[TAIL]
+    assert torch.equal(dx[TAIL] != 0, last)
+    assert 0.4 < last.float().mean().item() < 0.6 and not torch.equal(last[0], last[1])
+
+
+def losses_of(
+    backend: str, dropout: float, device: torch.device, num_steps: int, **sizes: int
+) -> Tensor:
+    """`num_steps` of MLM on random text that repeats, so that there is something to learn."""
+    ops.choose_kernels(backend)
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        get("roberta_tiny_clue"), vocab_size=256,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0, **sizes,
+    )  # fmt: skip
+    model = BertForPreTraining(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(5, 256, (8, 32), generator=generator).to(device)
+    positions = torch.arange(0, 32, 6, device=device).expand(8, -1)
+    losses = []
+    for _ in range(num_steps):
+        masked = text.scatter(1, positions, 4)
+        loss = model(
+            masked, masked_positions=positions, masked_labels=text.gather(1, positions)
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
