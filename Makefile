@@ -62,6 +62,7 @@ bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this ma
 	$(BIN)/clue-ds bench loader --text build/text/news.txt --output benchmarks/results/loader.json \
 		$(addprefix --transformers4-python ,$(wildcard $(CLIENTS)/4/bin/python)) $(ARGS)
 	$(BIN)/clue-ds bench scale --output benchmarks/results/scale.json
+	$(BIN)/clue-ds bench cold --directory build --output benchmarks/results/cold.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
 		--output benchmarks/results/finetune.json
 

@@ -177,6 +177,7 @@ def _measure(
         contenders: Contenders = {
             "clue_ds": streams[False].batch,
             "clue_ds, whole word": streams[True].batch,
+            "memcpy of a batch": _memcpy(streams[True].batch(0)),
             **torch_peers(corpus, seq_length, batch_size, directory),
             **_peers(corpus, rows, rows_with_offsets, batch_size),
         }
@@ -194,6 +195,11 @@ def _measure(
         "transformers4": version_of(python4, "transformers"),
         "ratios": _ratios(figures),
     }
+
+
+def _memcpy(batch: dict[str, torch.Tensor]) -> Callable[[int], Any]:
+    """Copies of all tensors of a batch that our stream hands out: the limit of any loader."""
+    return lambda step: [tensor.clone() for tensor in batch.values()]
 
 
 def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:

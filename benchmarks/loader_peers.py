@@ -2,9 +2,8 @@
 
 Each makes the same thing, a masked batch of the corpus's tokens, in the way that its users do:
 rows of a memory map stacked by a torch DataLoader's code path, and masking in torch on the whole
-batch, as BERT masks (15 % drawn, of them 80/10/10). What only copies a batch is the limit.
-transformers 4.57's whole-word collator needs that version: it runs in an interpreter of its own,
-which measures itself, one batch a line.
+batch, as BERT masks (15 % drawn, of them 80/10/10). transformers 4.57's whole-word collator needs
+that version: it runs in an interpreter of its own, which measures itself, one batch a line.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def mask_in_torch(ids: torch.Tensor, vocab_size: int, mask_id: int) -> tuple[tor
 def torch_peers(
     corpus: Corpus, seq_length: int, batch_size: int, directory: str
 ) -> dict[str, Callable[[int], Any]]:
-    """A torch Dataset over a memmap, nanoGPT-style random crops, and memcpy of a batch."""
+    """A torch Dataset over a memmap, and nanoGPT-style random crops."""
     bit = 1 << (8 * corpus.shards[0].tokens.dtype.itemsize - 1)
     path = Path(directory) / "ids.bin"
     with open(path, "wb") as file:
@@ -97,15 +96,9 @@ def torch_peers(
         ]
         return mask_in_torch(torch.stack(parts), len(vocab), mask_id)
 
-    made = dataset(0)
-
-    def memcpy(step: int) -> Any:
-        return [tensor.clone() for tensor in made]
-
     return {
         "torch Dataset over memmap + torch masking": dataset,
         "nanoGPT-style crops + torch masking": crops,
-        "memcpy of a batch": memcpy,
     }
 
 

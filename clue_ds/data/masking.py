@@ -1,17 +1,17 @@
 """Masking: which tokens are hidden, and behind what, as a pure function of where they are.
 
-Every decision about a token is a hash of (seed, epoch, sample, position), so masks are the same on
-any rank and after any resume, and new in each epoch. A sequence of L tokens ([CLS] and [SEP]
-included) gets exactly n(L) = min(P, ceil(mask_prob * L)) predictions whenever it has that many
-maskable tokens: P slots a row are a static shape, and a full row fills them all. Not maskable are
-[CLS], [SEP] and [UNK], which stands for many characters and teaches none.
+Every draw is a hash of (seed, epoch, sample, number), so masks are the same on any rank and after
+any resume, and new in each epoch. A sequence of L tokens ([CLS] and [SEP] included) gets exactly
+n(L) = min(P, ceil(mask_prob * L)) predictions whenever it has that many maskable tokens: P slots a
+row are a static shape, and a full row fills them all. Not maskable are [CLS], [SEP] and [UNK],
+which stands for many characters and teaches none.
 
-Per token: the n tokens with the smallest hashes. Whole word: words by the hash of their first
-position; a word that does not fit into what is left is passed over, and if all words are used up
-before n is reached, the first words passed over give their leading tokens. So the count is exact
-and at most one word is cut. The price, measured at length 128: a word of one token is hidden in
-17 % of cases, one of four in 14 %. Cutting the first word that does not fit would treat all
-lengths alike, but would cut a word in four rows of ten.
+Tokens, or whole words, are drawn without replacement, all equally likely, until n is reached: work
+for each prediction, not for each token. A word that does not fit into what is left is passed over,
+and if all words are used up before n is reached, the first words passed over give their leading
+tokens. So the count is exact and at most one word is cut. The price, measured at length 128: a word
+of one token is hidden in 17 % of cases, one of four in 14 %. Cutting the first word that does not
+fit would treat all lengths alike, but would cut a word in four rows of ten.
 
 n-grams: the text is first cut into runs of 1 to `max_ngram` words (or tokens), a run of k with
 probability proportional to 1/k, and these are hidden as words are. No run crosses a [SEP].
@@ -104,14 +104,15 @@ def _find_units(
     A special token inside the row is a unit of its own, with nothing that could be hidden.
     """
     marks = table.continues if table.whole_word else 0
-    num = 0
+    num = _ZERO  # unsigned: no check for an index from the end
     for i in range(1, length - 1):  # no branch: where words begin can't be predicted
         begins[num] = i
-        num += row[i] & marks == 0
+        num += np.uint64(row[i] & marks == 0)
+    num_units = np.int64(num)
     if len(table.ngram_draws) > 0:
-        num = _join_words(row, num, row_key, table, begins)
-    begins[num] = length - 1
-    return num
+        num_units = _join_words(row, num_units, row_key, table, begins)
+    begins[num_units] = length - 1
+    return num_units
 
 
 @inlined
@@ -159,9 +160,10 @@ def _choose_units(
         order[place] = order[i]
         order[i] = unit
         begin, end = begins[unit], begins[unit + 1]
-        size = 0
-        for k in range(begin, end):
+        size, k = 0, begin
+        while k < end and size <= left:  # not `for`: a vector loop is slow for a token or two
             size += _is_maskable(np.int64(row[k]), table)
+            k += 1
         if size <= left:
             left -= _choose(row, begin, end, size, table, chosen)
     for i in range(num):

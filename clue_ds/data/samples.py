@@ -30,6 +30,7 @@ import numpy as np
 from clue_ds.data import spans
 from clue_ds.data.mixture import Mixture, parts_of
 from clue_ds.data.shards import Corpus, ShardArrays
+from clue_ds.data.span_tables import Frame, Index, Source
 
 Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -57,7 +58,7 @@ class Samples:
         self._dtype = corpus.shards[0].tokens.dtype
         self._source = _source(corpus.shards)
         id_mask = (1 << (8 * self._dtype.itemsize - 1)) - 1
-        self._frame = spans.Frame(cls_id, sep_id, id_mask)
+        self._frame = Frame(cls_id, sep_id, id_mask)
         self._num_sequences = 1
         if kind == "windows":
             self._firsts = _cumulative(-(-self._source.num_tokens // (seq_length - 2)))
@@ -70,7 +71,7 @@ class Samples:
         num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
         self.part_samples = np.diff(self._firsts[num_shards])  # int64 [parts of a mixture]
 
-    def _make_index(self) -> spans.Index:
+    def _make_index(self) -> Index:
         walks = {"sentences": spans.SENTENCES, "packed": spans.PACKED}
         self._walk = walks.get(self.kind, spans.DOCUMENTS)
         specials = {"packed": 0, "nsp": 3, "sop": 3}.get(self.kind, 2)
@@ -84,7 +85,7 @@ class Samples:
             )
             for shard in self._shards
         ]
-        return spans.Index(
+        return Index(
             _cumulative([num for num, _ in found]),
             _cumulative([len(marks) for _, marks in found])[:-1],
             np.concatenate([marks for _, marks in found]),
@@ -149,7 +150,7 @@ def _cumulative(counts: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _source(shards: list[ShardArrays]) -> spans.Source:
+def _source(shards: list[ShardArrays]) -> Source:
     def addresses(arrays: list[np.ndarray]) -> np.ndarray:
         return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
 
@@ -157,4 +158,4 @@ def _source(shards: list[ShardArrays]) -> spans.Source:
         return np.array([len(array) for array in arrays], dtype=np.int64)
 
     sections = [list(section) for section in zip(*shards, strict=True)]
-    return spans.Source(*map(addresses, sections), *map(lengths, sections))
+    return Source(*map(addresses, sections), *map(lengths, sections))

@@ -11,13 +11,12 @@ B: rows   S: positions   D: sequences that a row may hold
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
 from clue_ds.data.mapped import mapped
+from clue_ds.data.span_tables import Frame, Index, Source
 
 # Kinds of samples as compiled code knows them.
 SENTENCES, DOCUMENTS, PACKED = 0, 1, 2
@@ -30,33 +29,6 @@ NUM_PARTNER_DRAWS = 8
 _COIN, _SPLIT, _PARTNERS = np.uint64(0), np.uint64(1), np.uint64(2)
 _HALF = np.uint64(32)
 _ONE = np.uint64(1)
-
-
-class Source(NamedTuple):
-    """A corpus as compiled code sees it; each array has an entry a shard."""
-
-    tokens: np.ndarray  # uint64: where the tokens are mapped
-    sentence_ends: np.ndarray  # uint64: where the sentence ends are mapped
-    document_ends: np.ndarray  # uint64: where the document ends are mapped
-    num_tokens: np.ndarray  # int64
-    num_sentences: np.ndarray  # int64
-    num_documents: np.ndarray  # int64
-
-
-class Index(NamedTuple):
-    """Where samples begin. Tokens, sentences and documents are counted from the shard's start."""
-
-    first_samples: np.ndarray  # int64 [shards + 1]: samples before each shard, and in all
-    first_marks: np.ndarray  # int64 [shards]: the place of its first row in `marks`
-    marks: np.ndarray  # uint32 [M, 3]: token, sentence, document at which a 64th sample begins
-
-
-class Frame(NamedTuple):
-    """What a row is put together with."""
-
-    cls_id: int
-    sep_id: int
-    id_mask: int  # the bits of a token that are its id
 
 
 # ------------------------------------------------------------------------------- where samples are
@@ -175,8 +147,9 @@ def _shard_of(sample: int, first_samples: np.ndarray) -> int:
 @inlined
 def _put(row: np.ndarray, at: int, tokens: np.ndarray, begin: int, end: int, frame: Frame) -> int:
     """Copy tokens, the first without its mark, and a [SEP]; returns the place behind it."""
-    for i in range(end - begin):
-        row[at + i] = tokens[begin + i]
+    text, place = tokens[begin:end], row[at : at + end - begin]
+    for i in range(len(place)):  # slices from 0: LLVM makes a vector loop of this
+        place[i] = text[i]
     if end > begin:
         row[at] &= frame.id_mask
     row[at + end - begin] = frame.sep_id
