@@ -229,13 +229,19 @@ def test_a_bad_file_is_one_message_and_leaves_no_output(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_text_of_100_000_characters_is_answered_and_said_to_be_cut(
+def test_a_long_text_is_answered_and_said_to_be_cut_and_an_endless_one_refused(
     finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_lines(tmp_path / "in.jsonl", [json.dumps({"text": "好" * 100_000})])
-    predict_files.predict_file(Predictor(finetuned), file, tmp_path / "out.jsonl")
+    predictor = Predictor(finetuned)
+    file = write_lines(tmp_path / "in.jsonl", [json.dumps({"text": "好" * 40_000})])
+    predict_files.predict_file(predictor, file, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["truncated"] is True
     assert "1 of them cut to 16 tokens" in capsys.readouterr().out
+    rows = [{"text": "好"}, {"text": "好" * 100_000}]
+    file = write_lines(tmp_path / "bad.jsonl", [json.dumps(row) for row in rows])
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: a text of 100,000 characters"):
+        predict_files.predict_file(predictor, file, tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_similarity_is_the_cosine_of_the_embeddings(pretrained: Path) -> None:
