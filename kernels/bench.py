@@ -195,7 +195,7 @@ def _liger(case: Case) -> dict[str, Forward]:
 def _apex(case: Case) -> dict[str, Forward]:
     if case.op != "layer_norm":
         return {}
-    norm = _import("apex.normalization").fused_layer_norm_affine
+    norm = _import("apex.normalization.fused_layer_norm").fused_layer_norm_affine
     return {"apex": lambda x, w, b: norm(x, w, b, (case.hidden,), eps=EPS)}
 
 
