@@ -24,9 +24,8 @@ import torch
 
 from clue_ds import config as run_config
 from clue_ds import dist
-from clue_ds.data import Corpus
 from clue_ds.errors import UserError, run_command
-from clue_ds.pretrain import preflight, watchdog
+from clue_ds.pretrain import batches, preflight, watchdog
 from clue_ds.pretrain.engine import start
 
 MIN_TORCH = (2, 10)
@@ -116,7 +115,7 @@ MACHINE: tuple[Callable[[], Check], ...] = (
 def _between_ranks(path: str | None) -> list[Check]:
     """Roll call, comparison and all-reduce, as before the first step of a run."""
     config = None if path is None else run_config.load(path)
-    fingerprint = "" if config is None else Corpus(config.data.corpus).fingerprint
+    fingerprint = "" if config is None else batches.open_data(config).fingerprint
     health = run_config.HealthSection() if config is None else config.health
     try:
         watch = watchdog.start(health)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CLUE_DS
 from ranks import read_log, tiny_config
 
 from clue_ds import config as run_config
@@ -203,6 +204,21 @@ def test_deepspeeds_own_slurm_launcher(corpus: Path, slurm: dict[str, str], tmp_
     wait_for_state(slurm, job, tmp_path, "COMPLETED")
     assert "2 ranks on 1 host" in log_of(tmp_path, job)
     assert read_log(tmp_path / "run")[-1]["step"] == 20
+
+
+def test_doctor_runs_on_the_nodes_of_a_job(slurm: dict[str, str], tmp_path: Path) -> None:
+    doctor = f"{CLUE_DS} launch --slurm -- doctor"
+    job = submit(slurm, tmp_path, *NODES, "--output=doctor-%j.log", f"--wrap={doctor}")
+    # And without an sbatch file, as slurm/README.md has it.
+    command = ["srun", *NODES, CLUE_DS, "launch", "--", "doctor"]
+    direct = subprocess.run(
+        command, env=slurm, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert direct.returncode == 0, direct.stderr
+    wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    for text in (direct.stdout, log_of(tmp_path, job)):
+        assert "finished an all-reduce: 2 ranks on 1 host" in text
+        assert not re.search("^bad ", text, re.MULTILINE), text
 
 
 PIPELINE = ("shard", "pretrain", "export", "finetune")
