@@ -174,12 +174,13 @@ def _print(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    starts = [start.replace("_", " ") for start in STARTS]
-    table = Table("task", "trained on", *starts, "majority", title="dev accuracy, best epoch")
+    starts = [s for s in STARTS if any(s in row for row in figures["tasks"].values())]
+    titles = [start.replace("_", " ") for start in starts]
+    table = Table("task", "trained on", *titles, "majority", title="dev accuracy, best epoch")
     for task, row in figures["tasks"].items():
         cells = [
             f"{row[s]['accuracy']:.2%} ± {row[s]['deviation']:.2%}" if s in row else ""
-            for s in STARTS
+            for s in starts
         ]
         table.add_row(task, f"{row['num_trained_on']:,}", *cells, f"{row['majority']:.2%}")
     Console(highlight=False).print(table)
@@ -205,6 +206,7 @@ def draw(figures: dict[str, Any], picture: Path) -> None:
         axis.axhline(row["majority"], color="grey", linestyle=":", label="majority")
         axis.set_title(f"{task}, {row['num_trained_on']:,} examples")
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("dev accuracy")
     axes[0][0].legend()
