@@ -47,11 +47,11 @@ class Launcher:
             key.append(None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15))
         for number in numbers:
             key.append((number == 1, number & 15 == 0, number < 2**31))
-        known = tuple(key)
+        known, whole_grid = tuple(key), (*grid, 1, 1)
         with torch.cuda.device_of(anchor):
             compiled = self.compiled.get(known)
             if compiled is not None:
-                compiled[(*grid, 1, 1)](*tensors, *numbers, *constants)
+                compiled[whole_grid](*tensors, *numbers, *constants)
             else:
                 # Fusing is what the instructions of variants.py are counted with; Triton 3.10's
                 # default is not to.

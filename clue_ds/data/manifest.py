@@ -47,7 +47,8 @@ def finish(
     output: Path, vocab_file: Path, options: ConvertOptions, staging: Staging
 ) -> dict[str, Any]:
     """Copy the vocabulary, write corpus.json, remove the staging area; return the manifest."""
-    tally, sides = Tally(), []
+    tally = Tally()
+    sides: list[Any] = []
     for stage in (CONVERTED, COMPARED) if options.clean.compares_documents else (CONVERTED,):
         sides = []
         for record in staging.records(stage):

@@ -269,7 +269,8 @@ def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes])
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (0, width)})
     begin = stream.tell()
     for chunk in chunks:
-        stream.write(np.stack([answer for _, _, answer in chunk]).astype("<f4").tobytes())
+        vectors = [np.asarray(answer, "<f4") for _, _, answer in chunk]
+        stream.write(np.stack(vectors).tobytes())
         num_texts += len(chunk)
         num_cut += sum(feature.truncated for _, feature, _ in chunk)
     stream.seek(0)
