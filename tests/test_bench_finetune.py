@@ -65,14 +65,15 @@ def test_evidence_pretrains_on_training_texts_without_labels(tmp_path: Path) -> 
 
 def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_path: Path) -> None:
     accuracies: dict[str, list[float]] = {}
-    for kind in evidence.KINDS:
+    for kind in evidence.STARTS:
         for seed in (42, 43):
             asked = request(model, data, tmp_path / kind / "tone" / f"seed={seed}", epochs=1)
             asked.changes["seed"] = seed
             result = runs.run(asked, show=False)
             accuracies.setdefault(kind, []).append(result["best"]["accuracy"])
-    figures = evidence._figures(tmp_path, ("tone",), 2)
-    row = figures["tasks"]["tone"]
+    starts = {kind: (("tone",), model) for kind in evidence.STARTS}
+    row = evidence._row(tmp_path, "tone", starts, 2)
+    figures = {"tasks": {"tone": row}}
     for kind, values in accuracies.items():
         assert row[kind]["accuracy"] == pytest.approx(sum(values) / 2)
         assert row[kind]["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
