@@ -15,7 +15,7 @@ from clue_ds import config as run_config
 
 PATIENCE_S = 120
 
-# The real entry, with an accident on rank 1: in setup, in the fourth step, or in saving.
+# The real entry, with an accident on rank 1: in pre-flight, setup, the fourth step, or saving.
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
@@ -44,6 +44,7 @@ def accident(place):
         ACCIDENTS[sys.argv[1]]()
 
 steps, step, save, build = [], Engine.step, checkpoint.save, train.build_model
+all_reduce = dist.all_reduce
 def broken_step(self, lr):
     steps.append(lr)
     if len(steps) > 3:
@@ -55,7 +56,11 @@ def broken_save(*arguments):
 def broken_build(*arguments):
     accident("setup")
     return build(*arguments)
+def broken_all_reduce(*arguments):  # pre-flight's is the first
+    accident("pre-flight")
+    return all_reduce(*arguments)
 Engine.step, checkpoint.save, train.build_model = broken_step, broken_save, broken_build
+dist.all_reduce = broken_all_reduce
 train.main(sys.argv[3:])
 """
 
@@ -147,6 +152,15 @@ def test_a_rank_that_hangs_outside_of_steps_does_not_take_longer(
     assert f"rank 1 on {socket.gethostname()} hangs: no progress for" in said_0
     assert f" s in {place} after step" in said_0
     assert "read_from_a_dead_disk" in said_0
+
+
+def test_a_rank_that_is_missing_from_the_pre_flight_all_reduce_is_named(
+    corpus: Path, tmp_path: Path
+) -> None:
+    (status, said), _ = run_with("hangs", corpus, tmp_path, "pre-flight")
+    assert status == 72, said
+    assert f"rank 1 on {socket.gethostname()} hangs: no progress for" in said
+    assert "in the pre-flight all-reduce" in said
 
 
 def test_a_long_save_that_gets_on_is_no_hang(corpus: Path, tmp_path: Path) -> None:
