@@ -120,8 +120,7 @@ def backward_kernel(
         if dresidual_ptr is not None:
             tiles.store_rows(dresidual_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
-            dz = tiles.drop(dz, keep, KEEP_SCALE)
+            dz = tiles.dropout(dz, seed, first, NUM_DROPPED, KEEP_SCALE, ROWS, BLOCK, TAIL)
         tiles.store_rows(dx_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if HAS_BIAS:
             dbias = tiles.add(dbias, dz)
@@ -181,7 +180,7 @@ def _outputs(
     sum_dtype: torch.dtype,
     wants_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows = x.numel() // x.shape[-1]
+    num_rows, _ = registered.matrix_shape(x)
     statistics = tiles.statistics_dtype(x.dtype)
     return (
         registered.empty_like(x),

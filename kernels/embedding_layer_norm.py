@@ -142,8 +142,7 @@ def backward_kernel(
         )  # fmt: skip
         dy = tiles.load_rows(dy_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
         if NUM_DROPPED > 0:
-            keep = tiles.keep_rows(seed, first, NUM_DROPPED, ROWS, BLOCK, TAIL)
-            dy = tiles.drop(dy, keep, KEEP_SCALE)
+            dy = tiles.dropout(dy, seed, first, NUM_DROPPED, KEEP_SCALE, ROWS, BLOCK, TAIL)
         dz, dweight, dbias = normalization.gradient(
             dy, z, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
         )

@@ -103,7 +103,7 @@ def _outputs(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     statistics = tiles.statistics_dtype(x.dtype)
-    num_rows = x.numel() // x.shape[-1]
+    num_rows, _ = registered.matrix_shape(x)
     return (
         registered.empty_like(x),
         torch.empty((2, num_rows), dtype=statistics, device=x.device),

@@ -82,8 +82,8 @@ def store(
             value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
         y += (value,)
     if NUM_DROPPED > 0:
-        keep = tiles.keep_rows(tl.load(seed_ptr), first, NUM_DROPPED, ROWS, BLOCK, TAIL)
-        y = tiles.drop(y, keep, KEEP_SCALE)
+        seed = tl.load(seed_ptr)
+        y = tiles.dropout(y, seed, first, NUM_DROPPED, KEEP_SCALE, ROWS, BLOCK, TAIL)
     tiles.store_rows(y_ptr, y, first, num_rows, H, ROWS, BLOCK, TAIL)
     tl.store(statistics_ptr + rows, mean, mask=rows < num_rows)
     tl.store(statistics_ptr + num_rows + rows, rstd, mask=rows < num_rows)

@@ -256,26 +256,19 @@ def store_sums(
 
 
 @triton.jit
-def keep_rows(
+def dropout(
+    parts: tl.tuple,
     seed: tl.tensor,
     first: tl.tensor,
     NUM_DROPPED: tl.constexpr,
+    KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ) -> tl.tuple:
-    """`keep_tile` of rows `first` on, in parts."""
-    lead = keep_tile(seed, first, NUM_DROPPED, ROWS, BLOCK)
-    if TAIL:
-        return lead, keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL, BLOCK)
-    else:
-        return (lead,)
-
-
-@triton.jit
-def drop(parts: tl.tuple, keep: tl.tuple, KEEP_SCALE: tl.constexpr) -> tl.tuple:
-    """Dropout, part by part."""
-    dropped = ()
+    """Rows `first` on, part by part, without what `keep_tile` drops."""
+    kept = ()
     for part in tl.static_range(len(parts)):
-        dropped += (tl.where(keep[part], parts[part] * KEEP_SCALE, 0.0),)
-    return dropped
+        keep = keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK)
+        kept += (tl.where(keep, parts[part] * KEEP_SCALE, 0.0),)
+    return kept
