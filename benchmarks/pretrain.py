@@ -13,7 +13,6 @@ measured), and a peer with our masked-only head (it has none; that is part of th
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from clue_ds import presets
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.environment import write_results
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
@@ -291,7 +290,6 @@ def pretrain(
     rows = for_both(make_rows(2 * max(sizes), seq_length, seed), device)
     result = {
         "benchmark": "pretrain",
-        "environment": describe(),
         "setting": {
             "preset": preset,
             "seq_length": seq_length,
@@ -308,9 +306,7 @@ def pretrain(
     }
     show(result)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        print(f"written to {output}")
+        write_results(output, result)
 
 
 def compare(

@@ -71,7 +71,7 @@ def _usage(prog: str, verbs: dict[str, Verb]) -> str:
     return f"usage: {prog} VERB ...   ({prog} VERB --help says more)\n{order}\n{lines}"
 
 
-def run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
+def _run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
     """Do what `argv` says, a verb of the table and its arguments, or print the table."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(prog, verbs))
@@ -80,7 +80,7 @@ def run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
     _check_verb(name, verbs)
     verb = verbs[name]
     if isinstance(verb.target, dict):
-        run_verb(f"{prog} {name}", verb.target, rest)
+        _run_verb(f"{prog} {name}", verb.target, rest)
         return
     module, _, attribute = verb.target.partition(":")
     target = getattr(importlib.import_module(module), attribute)
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = " ".join(["clue-ds", *(name for name in argv[:1] if name in VERBS)])
     try:
-        status = run_command(command, lambda: run_verb("clue-ds", VERBS, argv))
+        status = run_command(command, lambda: _run_verb("clue-ds", VERBS, argv))
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -42,7 +42,7 @@ _NUM_MASKED, _KEPT = np.uint64(8), np.uint64(8)  # of 10 outcomes, 0 to 7 mask, 
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 # The number of a lone bit: the top six bits of its product with this differ for all 64 bits.
 _DE_BRUIJN, _TOP_SIX = np.uint64(0x03F79D71B4CB0A89), np.uint64(58)
-_BIT_NUMBERS = np.argsort([0x03F79D71B4CB0A89 * 2**bit % 2**64 >> 58 for bit in range(64)])
+_BIT_NUMBERS = np.argsort(_DE_BRUIJN << np.arange(64, dtype=np.uint64) >> _TOP_SIX)
 
 
 class MaskTable(NamedTuple):
