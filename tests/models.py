@@ -17,6 +17,15 @@ DECODER = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 POOLER, NSP, MLM = "bert.pooler.", "cls.seq_relationship.", "cls.predictions."
 
+TINY_CONFIG = ModelConfig(
+    vocab_size=30,
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=16,
+)
+
 
 def write_vocab(path: Path, num_tokens: int) -> Path:
     """The five special tokens and Chinese characters."""

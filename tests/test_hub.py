@@ -9,34 +9,26 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import Hub, serving
-from models import random_model, same_bits, write_vocab
+from models import TINY_CONFIG, random_model, same_bits, write_vocab
 
 from clue_ds import export
 from clue_ds.export import hub
 from clue_ds.model.weights import StateDict
-from clue_ds.presets import NAMES, ModelConfig
+from clue_ds.presets import NAMES
 
-CONFIG = ModelConfig(
-    vocab_size=30,
-    hidden_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=3,
-    intermediate_size=40,
-    max_position_embeddings=16,
-)
 TINY = "clue/roberta_chinese_clue_tiny"
 
 
 @pytest.fixture
 def state() -> StateDict:
-    return dict(random_model(CONFIG, 0).state_dict())
+    return dict(random_model(TINY_CONFIG, 0).state_dict())
 
 
 @pytest.fixture
 def server(tmp_path: Path, state: StateDict) -> Iterator[Hub]:
     """A hub with one model, published as CLUE's are: its config says roberta."""
-    vocab_file = write_vocab(tmp_path / "vocab.txt", CONFIG.vocab_size)
-    directory = export.save(CONFIG, state, vocab_file, tmp_path / "published")
+    vocab_file = write_vocab(tmp_path / "vocab.txt", TINY_CONFIG.vocab_size)
+    directory = export.save(TINY_CONFIG, state, vocab_file, tmp_path / "published")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     (directory / "modeling_evil.py").write_text("raise SystemExit")

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import Hub, serving
-from models import random_model, write_vocab
+from models import TINY_CONFIG, random_model, write_vocab
 
 from clue_ds import export
 from clue_ds.data import Corpus
-from clue_ds.presets import ModelConfig
 
 ROWS = [
     {"sentence1": "甲", "sentence2": "乙", "label": 1, "idx": 0},
@@ -80,19 +79,11 @@ def test_a_task_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -
 
 def test_fine_tuning_needs_no_file_but_what_the_hub_has(server: Hub, tmp_path: Path) -> None:
     """Model and data by their names, to a finished run."""
-    config = ModelConfig(
-        vocab_size=30,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=16,
-    )
-    state = dict(random_model(config, 0).state_dict())
-    vocab_file = write_vocab(tmp_path / "vocab.txt", config.vocab_size)
+    state = dict(random_model(TINY_CONFIG, 0).state_dict())
+    vocab_file = write_vocab(tmp_path / "vocab.txt", TINY_CONFIG.vocab_size)
     name = "clue/roberta_chinese_clue_tiny"
     server.repositories[f"models/{name}"] = export.save(
-        config, state, vocab_file, tmp_path / "model"
+        TINY_CONFIG, state, vocab_file, tmp_path / "model"
     )
     words = ["-m", "clue_ds.cli", "finetune", "--task", "cmnli", "--model", name, "--data", "hub"]
     done = server.run(tmp_path, *words, "--epochs", "1", "--output", "out")
