@@ -136,7 +136,7 @@ class Meter:
         pair = self._pair_figures()
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise UserError(not_finite("loss", loss, step - num_steps + 1 + offset))
+                raise UserError(diverged(f"loss is {loss} at step {step - num_steps + 1 + offset}"))
         seconds = time.perf_counter() - self._began - self._excluded
         rate = tokens / seconds
         mask_share = predicted / tokens
@@ -167,11 +167,11 @@ class Meter:
         return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
 
 
-def not_finite(what: str, value: float, step: int) -> str:
-    """The message for a run whose numbers ended at `step`."""
+def diverged(what: str) -> str:
+    """The message for a run in which `what` stopped being a number."""
     return (
-        f"{what} is {value} at step {step}: training diverged. Nothing was saved after the newest "
-        "checkpoint; start it in a new run_dir with a smaller train.lr or more train.warmup_steps"
+        f"{what}: training diverged. Nothing was saved after the newest checkpoint; start it in a "
+        "new run_dir with a smaller train.lr or more train.warmup_steps"
     )
 
 

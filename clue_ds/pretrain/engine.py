@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
+from clue_ds.metrics import diverged
 from clue_ds.pretrain import ds_json, optim, rendezvous
 
 # DeepSpeed's own variable, in minutes; its default too.
@@ -212,11 +213,7 @@ class Engine:
         """UserError where a gradient stopped being a number; in fp16 that is normal."""
         if self.precision == "fp16" or (math.isfinite(grad_norm) and not self.skipped_steps):
             return
-        raise UserError(
-            f"the gradient is not finite at or just before step {step}: training diverged. "
-            "Earlier checkpoints are intact; start a new run_dir with a smaller train.lr or more "
-            "train.warmup_steps"
-        )
+        raise UserError(diverged(f"the gradient is not finite at or just before step {step}"))
 
     def close(self) -> None:
         """Leave the process group."""
