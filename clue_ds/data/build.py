@@ -316,10 +316,10 @@ def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
     """Find the documents that occur twice, and give every shard its place without them."""
     sides = [record["sides"] for record in staging.records()]
     task = (build.output, len(sides), build.options.clean)
-    ((_, reasons),) = workers.run(f"{_PIECES}:find_duplicates", [(None, task)])
+    list(workers.run(f"{_PIECES}:find_duplicates", [(None, task)]))
     tasks = (
-        (index, (*_common(build), index, of_piece, why))
-        for index, (of_piece, why) in enumerate(zip(sides, reasons, strict=True))
+        (index, (*_common(build), index, of_piece))
+        for index, of_piece in enumerate(sides)
         if staging.get(index, COMPARED) is None
     )
     for index, record in workers.run(f"{_PIECES}:drop_from_piece", tasks):
