@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +313,38 @@ def test_nothing_to_read(inputs: Path, tmp_path: Path, content: bytes, message: 
     with pytest.raises(UserError, match=message):
         build(tmp_path, tmp_path / "c", "empty.txt", vocab=inputs / "vocab.txt")
     assert not (tmp_path / "c" / "corpus.json").exists()
+
+
+def test_utf16_is_called_by_its_name(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("好的\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"byte 0 is not UTF-8 .* iconv -f UTF-16 -t UTF-8"):
+        build(tmp_path, tmp_path / "c", "text.txt", vocab=inputs / "vocab.txt")
+
+
+def test_files_that_may_not_be_used(inputs: Path, tmp_path: Path) -> None:
+    """Root may do all, so the test gives up that right; the run stops before it converts."""
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.skip("needs setpriv (Debian: util-linux)")
+    (tmp_path / "good.txt").write_text("好\n")
+    (tmp_path / "closed.txt").write_text("好\n")
+    (tmp_path / "closed.txt").chmod(0)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    code = "import sys; from clue_ds import cli; sys.exit(max(cli.main(['shard', *words, '--vocab',"
+    code += f" {str(inputs / 'vocab.txt')!r}, '--workers', '1']) for words in WORDS))"
+    good, closed = str(tmp_path / "good.txt"), str(tmp_path / "closed.txt")
+    words = [
+        [good, closed, "--output", str(tmp_path / "c")],
+        [good, "--output", str(tmp_path / "locked" / "c")],
+    ]
+    rights = ["--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [setpriv, *rights, sys.executable, "-c", f"WORDS = {words!r}; {code}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert f"1 input(s) may not be read by this user: {closed};" in result.stderr
+    assert f"this user may not read or write {tmp_path / 'locked' / 'c'};" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "c").exists()
 
 
 def test_one_empty_file_among_others(inputs: Path, tmp_path: Path) -> None:

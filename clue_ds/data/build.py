@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -243,6 +244,14 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
 
 
 def _check_inputs(build: Build) -> None:
+    """Refuse at once what would stop the run at its last file."""
+    files = [source.name for source in build.sources if source.num_bytes is not None]
+    closed = [name for name in files if not os.access(name, os.R_OK)]
+    if closed:
+        raise UserError(
+            f"{len(closed)} input(s) may not be read by this user: {', '.join(closed[:5])}; change "
+            "their permissions, or leave them out"
+        )
     empty = [source.name for source in build.sources if source.num_bytes == 0]
     if empty and (build.options.on_error == "refuse" or len(empty) == len(build.sources)):
         raise UserError(

@@ -8,6 +8,7 @@ a table) and goes on. Rejected: decoding with errors="replace", which would teac
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections import Counter
@@ -22,6 +23,7 @@ OnError = Literal["refuse", "skip"]
 # Text is handled in blocks of about this size: they stay in a processor's cache.
 BLOCK_BYTES = 1 << 20
 _MAX_LINE_CHARS = MAX_LINE_BYTES // 3
+_MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_EXAMPLES = 20
 # Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
 MAX_SAMPLES = 5
@@ -145,9 +147,11 @@ def _is_utf8(line: bytes, offset: int, source: str, on_error: OnError, tally: Ta
     try:
         line.decode()
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if not offset and line.startswith(_MARKS_OF_UTF16) else "GB18030"
         message = (
             f"{source}: byte {offset + error.start} is not UTF-8 ({error.reason}); convert the "
-            "file (such as by iconv -f GB18030 -t UTF-8), or drop such lines with --on-error skip"
+            f"file (such as by iconv -f {encoding} -t UTF-8), or drop such lines with --on-error "
+            "skip"
         )
         tally.reject("lines_not_utf8", message, on_error)
         tally.counts["lines"] += 1
