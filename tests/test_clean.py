@@ -7,6 +7,7 @@ import json
 import random
 import tracemalloc
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,16 @@ def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPa
     assert peak < 8 << 20  # 100 MB when all shingles are hashed at once
     monkeypatch.setattr(dedup, "BATCH_SHINGLES", 1 << 20)
     assert np.array_equal(dedup.near_keys(arrays, 1 << 15, 0.8), keys)
+
+
+def test_unknown_words_of_many_shards_are_bounded() -> None:
+    """Each shard brings words that no other has; the frequent ones are counted to the end."""
+    total = Tally()
+    for shard_number in range(120):
+        rare = {f"{shard_number}-{i}": 1 for i in range(1999)}
+        total.add(Tally(unknown=Counter(rare | {"often": 7})))
+        assert len(total.unknown) <= 100_000
+    assert total.unknown.most_common(1) == [("often", 840)]
 
 
 def test_near_duplicates(tmp_path: Path, vocab: Path, sample_text: str) -> None:

@@ -65,6 +65,8 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.counts.update(other.counts)
         self.unknown.update(other.unknown)
+        if len(self.unknown) > 50 * MAX_UNKNOWN:  # rare ones of thousands of shards: 100 bytes each
+            self.unknown = Counter(dict(self.unknown.most_common(MAX_UNKNOWN)))
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
         for rule, texts in other.samples.items():
             for text in texts:
