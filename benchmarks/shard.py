@@ -5,13 +5,14 @@ tokenizer of BertTokenizer, `save_to_disk`; it finds no words. All contenders ta
 process, one worker, on files cut from the same text, and processor time is what counts: reading,
 writing and checksums included. The limits are `bytes.decode()` and a copy of the bytes.
 
-Memory is measured apart: `clue-ds shard` with two workers on a file of --memory-megabytes, the
-resident memory of every one of its processes sampled while it runs.
+Memory is measured apart: `clue-ds shard` with two workers on a file of --memory-megabytes, by
+default and with every cleaning rule, the memory of each of its processes sampled while it runs.
 """
 
 from __future__ import annotations
 
 import gzip
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,11 @@ from clue_ds.data.build import shard as build
 from clue_ds.errors import UserError, existing_file
 
 PEER = "datasets.map + tokenizers + save"
+EVERY_RULE = (
+    *("--t2s", "--on-error", "skip", "--held-out", "0.01", "--clean.html"),
+    *("--clean.min-chars", "2", "--clean.max-chars", "2000", "--clean.min-han", "0.3"),
+    *("--clean.repeated-lines", "--clean.duplicates", "--clean.near-duplicates", "0.8"),
+)
 Contender = Callable[[Path, Path], Any]
 
 
@@ -142,31 +148,43 @@ def _measure(
 
 
 def _memory(data: bytes, vocab: Path, directory: Path, megabytes: float) -> dict[str, Any]:
-    """Largest resident memory of `clue-ds shard --workers 2`: of a process, and of all together."""
-    import psutil
-
+    """Largest memory of `clue-ds shard --workers 2` without and with every rule, in MiB."""
     text = _write(directory / "large.txt", data, megabytes)
     words = [sys.executable, "-m", "clue_ds.cli", "shard", str(text), "--vocab", str(vocab)]
-    words += ["--output", str(directory / "large"), "--workers", "2"]
-    largest = together = 0
+    words += ["--workers", "2", "--overwrite", "--output", str(directory / "large")]
+    return {
+        "text_megabytes": megabytes,
+        "workers": 2,
+        "default rules": _largest(words),
+        "every rule": _largest([*words, *EVERY_RULE]),
+    }
+
+
+def _largest(words: list[str]) -> dict[str, int]:
+    """Largest memory of a command while it runs, sampled 20 times a second, in MiB.
+
+    Resident memory of the largest process, that of all processes added up (pages of libraries that
+    they share counted in each), and the same with each shared page counted once (PSS).
+    """
+    import psutil
+
+    sizes = np.zeros(3)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             try:
                 family = [psutil.Process(process.pid)]
                 family += family[0].children(recursive=True)
-                sizes = [one.memory_info().rss for one in family]
+                memory = [one.memory_full_info() for one in family]
             except psutil.NoSuchProcess:
                 continue
-            largest, together = max(largest, *sizes), max(together, sum(sizes))
-            time.sleep(0.02)
+            resident = [one.rss for one in memory]
+            now = max(resident), sum(resident), sum(one.pss for one in memory)
+            sizes = np.maximum(sizes, now)
+            time.sleep(0.05)
     if process.returncode:
-        raise UserError(f"clue-ds shard failed on {megabytes} MB of this text; try it by hand")
-    return {
-        "text_megabytes": megabytes,
-        "workers": 2,
-        "largest_process_mebibytes": round(largest / 2**20),
-        "all_processes_mebibytes": round(together / 2**20),
-    }
+        raise UserError(f"`{shlex.join(words[2:])}` failed; try it by hand")
+    names = ("largest_process", "all_processes", "all_processes_shared_pages_once")
+    return {name: round(size / 2**20) for name, size in zip(names, sizes, strict=True)}
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -180,10 +198,10 @@ def _print(figures: dict[str, Any]) -> None:
     console.print(table)
     for name, ratio in figures["ratios_to_peer"].items():
         console.print(f"{name}: {ratio:.0f} times {PEER}")
-    if "memory" in figures:
-        memory = figures["memory"]
+    for rules in ("default rules", "every rule") if "memory" in figures else ():
+        memory = figures["memory"][rules]
         console.print(
-            f"memory on {memory['text_megabytes']:,.0f} MB of text with 2 workers: "
-            f"{memory['largest_process_mebibytes']:,} MiB in the largest process, "
-            f"{memory['all_processes_mebibytes']:,} MiB in all"
+            f"memory with 2 workers, {rules}: {memory['largest_process']:,} MiB in the largest "
+            f"process, {memory['all_processes']:,} MiB in all, of that "
+            f"{memory['all_processes_shared_pages_once']:,} MiB with shared pages counted once"
         )

@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from clue_ds.errors import UserError, run_command
 
@@ -108,28 +108,34 @@ def _check_verb(name: str, verbs: dict[str, Verb]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the console script; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:  # a parser that has printed its help leaves by SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # `clue-ds ... | head`: what is still in the buffers has nowhere to go.
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        if not unread:
+            raise
+        for stream in unread:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _SIGPIPE_STATUS
+
+
+def _run(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"clue-ds {importlib.metadata.version('clue_ds')}")
         return 0
     # Two ranks that each take every core run several times slower than two that share them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = " ".join(["clue-ds", *(name for name in argv[:1] if name in VERBS)])
-    try:
-        status = run_command(command, lambda: _run_verb("clue-ds", VERBS, argv))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not _nobody_reads_stdout():
-            raise
-        # `clue-ds ... | head`: what is still in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _SIGPIPE_STATUS
+    return run_command(command, lambda: _run_verb("clue-ds", VERBS, argv))
 
 
-def _nobody_reads_stdout() -> bool:
+def _nobody_reads(stream: TextIO) -> bool:
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -1,7 +1,8 @@
 """The one kind of error that a user's mistake may raise, and how a command ends on it.
 
-Guarantees: a `UserError` reaches the terminal as one message without a traceback and ends the
-process with status 2; every other exception is a bug of ours and keeps its traceback.
+Guarantees: a `UserError`, or a file that this user may not open, reaches the terminal as one
+message without a traceback and ends the process with status 2; every other exception is a bug of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ def run_command(command: str, function: Callable[[], object]) -> int:
         function()
     except UserError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"{command}: error: this user may not read or write {error.filename}; change its "
+            "permissions, or give another path",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import pytest
 from clue_ds.cli import main
 from clue_ds.data import Corpus, Tokenizer
 from clue_ds.data.build import shard
+from clue_ds.data.options import Cleaning
 from clue_ds.data.vocab import learn
 from clue_ds.errors import UserError
 
@@ -235,11 +238,61 @@ def test_second_run_on_the_same_output_is_refused(inputs: Path, tmp_path: Path) 
 def test_finished_corpus_is_kept_unless_told(inputs: Path, tmp_path: Path) -> None:
     output = build(inputs, tmp_path / "c")
     before = digest(output)
-    with pytest.raises(UserError, match="already holds a finished corpus"):
+    with pytest.raises(
+        UserError, match=r"finished corpus of something else \(inputs.number: 3 then"
+    ):
         build(inputs, output, "a.txt")
+    for options, message in (
+        ({"words": "none"}, "words: rjieba then, none now"),
+        ({"shard_megabytes": 1}, "shard_bytes: 4194 then, 1048576 now"),
+        ({"clean": Cleaning(html=True)}, "clean.html: False then, True now"),
+        ({"vocab": inputs / "other.txt"}, "vocab_sha256"),
+    ):
+        (inputs / "other.txt").write_text((inputs / "vocab.txt").read_text() + "另\n")
+        with pytest.raises(UserError, match=message):
+            build(inputs, output, **options)
     assert digest(output) == before
     build(inputs, output, "a.txt", overwrite=True)
     assert digest(output) == digest(build(inputs, tmp_path / "fresh", "a.txt"))
+
+
+def test_finished_corpus_of_the_same_request_is_a_success(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requeued job whose work was done ends well, also when the text has moved."""
+    output = build(inputs, tmp_path / "c", "a.txt", held_out=0.1)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    (output / ".building").mkdir()  # as if it had been killed at the very end
+    (tmp_path / "a.txt").write_bytes((inputs / "a.txt").read_bytes())
+    capsys.readouterr()
+    build(tmp_path, output, "a.txt", held_out=0.1, vocab=inputs / "vocab.txt", workers=2)
+    said = capsys.readouterr().out
+    assert said == (
+        f"{output}: complete already, with these settings and inputs of these names and sizes; "
+        "nothing to do\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    build(inputs, output, "a.txt", held_out=0.1, verify=True)
+    assert "all checksums agree" in capsys.readouterr().out
+    shard_file = next((output / "held_out").glob("shard-*.bin"))
+    shard_file.write_bytes(shard_file.read_bytes()[:-4])
+    with pytest.raises(UserError, match="was cut off or changed"):
+        build(inputs, output, "a.txt", held_out=0.1)
+
+
+def test_finished_corpus_from_standard_input_is_compared_by_its_text(
+    inputs: Path, tmp_path: Path
+) -> None:
+    arguments = ["-", "--vocab", str(inputs / "vocab.txt"), "--output", str(tmp_path / "c")]
+    for name, status, message in (
+        ("a.txt", 0, " documents, 1 shards"),
+        ("a.txt", 0, "complete already, with these settings and inputs of this text"),
+        ("c.jsonl", 2, "(the text of the inputs)"),
+    ):
+        with open(inputs / name, "rb") as file:
+            result = run_cli(*arguments, "--words", "none", "--workers", "1", stdin=file)
+        assert result.returncode == status, result.stderr
+        assert message in result.stdout + result.stderr
 
 
 def test_output_that_is_not_ours(inputs: Path, tmp_path: Path) -> None:
@@ -260,6 +313,38 @@ def test_nothing_to_read(inputs: Path, tmp_path: Path, content: bytes, message: 
     with pytest.raises(UserError, match=message):
         build(tmp_path, tmp_path / "c", "empty.txt", vocab=inputs / "vocab.txt")
     assert not (tmp_path / "c" / "corpus.json").exists()
+
+
+def test_utf16_is_called_by_its_name(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("好的\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"byte 0 is not UTF-8 .* iconv -f UTF-16 -t UTF-8"):
+        build(tmp_path, tmp_path / "c", "text.txt", vocab=inputs / "vocab.txt")
+
+
+def test_files_that_may_not_be_used(inputs: Path, tmp_path: Path) -> None:
+    """Root may do all, so the test gives up that right; the run stops before it converts."""
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.skip("needs setpriv (Debian: util-linux)")
+    (tmp_path / "good.txt").write_text("好\n")
+    (tmp_path / "closed.txt").write_text("好\n")
+    (tmp_path / "closed.txt").chmod(0)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    code = "import sys; from clue_ds import cli; sys.exit(max(cli.main(['shard', *words, '--vocab',"
+    code += f" {str(inputs / 'vocab.txt')!r}, '--workers', '1']) for words in WORDS))"
+    good, closed = str(tmp_path / "good.txt"), str(tmp_path / "closed.txt")
+    words = [
+        [good, closed, "--output", str(tmp_path / "c")],
+        [good, "--output", str(tmp_path / "locked" / "c")],
+    ]
+    rights = ["--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [setpriv, *rights, sys.executable, "-c", f"WORDS = {words!r}; {code}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert f"1 input(s) may not be read by this user: {closed};" in result.stderr
+    assert f"this user may not read or write {tmp_path / 'locked' / 'c'};" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "c").exists()
 
 
 def test_one_empty_file_among_others(inputs: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import tracemalloc
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from clue_ds.data.clean import line_facts
 from clue_ds.data.options import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.parsing import Tally
 from clue_ds.data.report import write_report
+from clue_ds.data.shards import ShardArrays
 from clue_ds.data.vocab import LEADING_TOKENS
 from clue_ds.errors import UserError
 
@@ -181,15 +184,43 @@ def test_duplicates_do_not_depend_on_parts(tmp_path: Path, monkeypatch: pytest.M
         keys = rng.integers(0, 60, (3, 25), dtype=np.uint64) << np.uint64(33)
         np.save(tmp_path / f"{i}.npy", keys)
         files.append(tmp_path / f"{i}.npy")
-    rules = Cleaning(duplicates=True, near_duplicates=0.8)
-    whole = np.concatenate(dedup.find_duplicates(files, rules))
-    keys = np.concatenate([np.load(file) for file in files], axis=1)
-    for document, reason in enumerate(whole):
-        earlier = keys[:, :document] == keys[:, document : document + 1]
-        expected = DUPLICATE if earlier[0].any() else NEAR_DUPLICATE
-        assert reason == (expected if earlier.any() else KEPT)
-    monkeypatch.setattr(dedup, "PART_KEYS", 7)
-    assert np.array_equal(np.concatenate(dedup.find_duplicates(files, rules)), whole)
+    np.save(tmp_path / "none.npy", np.empty((1, 0), np.uint64))  # a piece without documents
+    files.insert(0, tmp_path / "none.npy")
+    keys = np.concatenate([np.load(file) for file in files[1:]], axis=1)
+    for part_keys in (dedup.PART_KEYS, 7):
+        monkeypatch.setattr(dedup, "PART_KEYS", part_keys)
+        dedup.find_duplicates(files, Cleaning(duplicates=True, near_duplicates=0.8))
+        reasons = np.concatenate([dedup.reasons_beside(file) for file in files])
+        for document, reason in enumerate(reasons):
+            earlier = keys[:, :document] == keys[:, document : document + 1]
+            expected = DUPLICATE if earlier[0].any() else NEAR_DUPLICATE
+            assert reason == (expected if earlier.any() else KEPT)
+
+
+def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard without a blank line is one document: its shingles are taken a few at a time."""
+    pytest.importorskip("datasketch")
+    tokens = np.random.default_rng(0).integers(0, 20_000, 200_000, dtype=np.uint16)
+    ends = np.array([len(tokens) - 3, len(tokens)])
+    arrays = ShardArrays(tokens, ends, np.array([1, 2]))
+    dedup.near_keys(arrays, 1 << 15, 0.8)  # imports and compiles
+    tracemalloc.start()
+    keys = dedup.near_keys(arrays, 1 << 15, 0.8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # 100 MB when all shingles are hashed at once
+    monkeypatch.setattr(dedup, "BATCH_SHINGLES", 1 << 20)
+    assert np.array_equal(dedup.near_keys(arrays, 1 << 15, 0.8), keys)
+
+
+def test_unknown_words_of_many_shards_are_bounded() -> None:
+    """Each shard brings words that no other has; the frequent ones are counted to the end."""
+    total = Tally()
+    for shard_number in range(120):
+        rare = {f"{shard_number}-{i}": 1 for i in range(1999)}
+        total.add(Tally(unknown=Counter(rare | {"often": 7})))
+        assert len(total.unknown) <= 100_000
+    assert total.unknown.most_common(1) == [("often", 840)]
 
 
 def test_near_duplicates(tmp_path: Path, vocab: Path, sample_text: str) -> None:

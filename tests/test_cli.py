@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("shell", ["{} | true", "{} 2>&1 | true"])
+@pytest.mark.parametrize("words", ["--version", "vocab learn --help", "shard none --output none"])
+def test_nobody_reads_what_is_said(words: str, shell: str) -> None:
+    """Versions, a parser's help and errors leave by other ways than a verb's lines."""
+    command = shell.format(f"(sleep 0.5; {sys.executable} -m clue_ds.cli {words})")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "BrokenPipe" not in result.stderr
+    assert result.returncode == (2 if "none" in words and "2>" not in shell else 141)
 
 
 @pytest.mark.parametrize(

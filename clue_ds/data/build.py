@@ -15,23 +15,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
 
 from clue_ds.data.corpus import Chunk, InputFormat, Source, chunk_hash, read_chunks, resolve
-from clue_ds.data.manifest import finish, format_counts
+from clue_ds.data.manifest import finish, format_counts, text_sha256
 from clue_ds.data.options import Cleaning, ConvertOptions, Words
 from clue_ds.data.parsing import BLOCK_BYTES, OnError
 from clue_ds.data.progress import Progress, open_progress
 from clue_ds.data.report import check_report, write_report
-from clue_ds.data.shards import HELD_OUT, MANIFEST, Corpus
-from clue_ds.data.staging import COMPARED, Staging
+from clue_ds.data.shards import HELD_OUT, MANIFEST, STATE_DIRECTORY, Corpus
+from clue_ds.data.staging import COMPARED, Staging, compare_requests
+from clue_ds.data.vocab import vocab_sha256
 from clue_ds.data.workers import Workers, open_workers
 from clue_ds.errors import UserError, existing_file
 
@@ -110,9 +112,9 @@ def shard(
             options = ConvertOptions(
                 lower_case, found_by, t2s, text_field, on_error, held_out, clean
             )
-            run_build(
-                _plan(inputs, output, vocab, options, format, shard_megabytes), opened, overwrite
-            )
+            build = _plan(inputs, output, vocab, options, format, shard_megabytes)
+            if overwrite or not _is_complete(build):
+                run_build(build, opened, overwrite)
         if verify:
             _verify(output)
         if report:
@@ -162,16 +164,53 @@ class Build(NamedTuple):
     shard_bytes: int
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for an unfinished run to go on."""
+    def request(self) -> dict[str, Any]:
+        """What must be equal for an unfinished run to go on; corpus.json says the same later.
+
+        Of an input the size and the last part of its name: it may have moved.
+        """
+        seen = [[source.path.name, source.num_bytes] for source in self.sources]
         return {
-            "vocabulary": hashlib.sha256(self.vocab_file.read_bytes()).hexdigest(),
-            "shard bytes": self.shard_bytes,
-            "inputs": [[source.name, source.num_bytes] for source in self.sources],
-            **self.options.as_dict(),
-            "clean": None,
-            **{f"clean.{name}": value for name, value in asdict(self.options.clean).items()},
+            "vocab_sha256": vocab_sha256(self.vocab_file),
+            "shard_bytes": self.shard_bytes,
+            "inputs": {
+                "number": len(seen),
+                "num_bytes": sum(source.num_bytes or 0 for source in self.sources),
+                "names_sha256": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
+            },
+            "options": self.options.as_dict(),
         }
+
+
+def _is_complete(build: Build) -> bool:
+    """Whether the corpus is there already; UserError where it was made of something else.
+
+    Files are compared by name and size; text of unknown size (standard input, a data set) is read.
+    """
+    if not (build.output / MANIFEST).is_file():
+        return False
+    Corpus(build.output)  # which compares the sizes and headers of all shards
+    manifest = json.loads((build.output / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["counts"].get("documents_held_out"):
+        Corpus(build.output / HELD_OUT)
+    differences = compare_requests(manifest, build.request)
+    is_read = None in [source.num_bytes for source in build.sources]
+    if is_read and not differences:
+        found = text_sha256(chunk_hash(chunk) for chunk in _chunks(build))
+        if found != manifest["inputs"]["text_sha256"]:
+            differences = ["the text of the inputs"]
+    if differences:
+        raise UserError(
+            f"{build.output} already holds a finished corpus of something else "
+            f"({'; '.join(differences)}); choose another --output, or replace it with --overwrite"
+        )
+    # A run that was killed when it had written corpus.json leaves it.
+    shutil.rmtree(build.output / STATE_DIRECTORY, ignore_errors=True)
+    print(
+        f"{build.output}: complete already, with these settings and inputs of "
+        f"{'this text' if is_read else 'these names and sizes'}; nothing to do"
+    )
+    return True
 
 
 def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
@@ -180,7 +219,7 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     _check_room(build)
     list(workers.run(f"{_PIECES}:prepare", [(None, (str(build.vocab_file), build.options))]))
     try:
-        with Staging(build.output, build.identity, overwrite) as staging:
+        with Staging(build.output, build.request, overwrite) as staging:
             _convert_all(build, staging, workers)
             if build.options.clean.compares_documents:
                 _drop_duplicates(build, staging, workers)
@@ -205,6 +244,14 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
 
 
 def _check_inputs(build: Build) -> None:
+    """Refuse at once what would stop the run at its last file."""
+    files = [source.name for source in build.sources if source.num_bytes is not None]
+    closed = [name for name in files if not os.access(name, os.R_OK)]
+    if closed:
+        raise UserError(
+            f"{len(closed)} input(s) may not be read by this user: {', '.join(closed[:5])}; change "
+            "their permissions, or leave them out"
+        )
     empty = [source.name for source in build.sources if source.num_bytes == 0]
     if empty and (build.options.on_error == "refuse" or len(empty) == len(build.sources)):
         raise UserError(
@@ -255,10 +302,13 @@ def _num_source_bytes(chunk: Chunk) -> int:
     return sum(segment.num_source_bytes for segment in chunk)
 
 
-def _unfinished(build: Build, staging: Staging, progress: Progress) -> Iterator[tuple[int, Chunk]]:
+def _chunks(build: Build) -> Iterator[Chunk]:
     segment_bytes = min(BLOCK_BYTES, build.shard_bytes)
-    chunks = read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
-    for index, chunk in enumerate(chunks):
+    return read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
+
+
+def _unfinished(build: Build, staging: Staging, progress: Progress) -> Iterator[tuple[int, Chunk]]:
+    for index, chunk in enumerate(_chunks(build)):
         finished = staging.get(index)
         if finished is None:
             yield index, chunk
@@ -275,10 +325,10 @@ def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
     """Find the documents that occur twice, and give every shard its place without them."""
     sides = [record["sides"] for record in staging.records()]
     task = (build.output, len(sides), build.options.clean)
-    ((_, reasons),) = workers.run(f"{_PIECES}:find_duplicates", [(None, task)])
+    list(workers.run(f"{_PIECES}:find_duplicates", [(None, task)]))
     tasks = (
-        (index, (*_common(build), index, of_piece, why))
-        for index, (of_piece, why) in enumerate(zip(sides, reasons, strict=True))
+        (index, (*_common(build), index, of_piece))
+        for index, of_piece in enumerate(sides)
         if staging.get(index, COMPARED) is None
     )
     for index, record in workers.run(f"{_PIECES}:drop_from_piece", tasks):

@@ -51,7 +51,10 @@ class Converter:
             self._simplify = opencc.OpenCC("t2s").convert
 
     def convert(self, chunk: list[Segment]) -> Converted:
-        """The arrays of one shard (perhaps with no tokens at all), and what was dropped."""
+        """The arrays of one shard (perhaps with no tokens at all), and what was dropped.
+
+        Takes the segments out of `chunk` one by one, so that their text is held no longer.
+        """
         begin, self._seconds_for_words = time.process_time(), 0.0
         tally = Tally()
         arrays, facts = self._tokenise(chunk, tally)
@@ -67,8 +70,9 @@ class Converter:
         facts: list[np.ndarray] = []
         document_ends: list[np.ndarray] = []
         num_sentences = 0
-        for segment in chunk:
-            options = self.options
+        options = self.options
+        while chunk:
+            segment = chunk.pop(0)
             for block in text_blocks(segment, options.text_field, options.on_error, tally):
                 block_tokens, block_lengths, block_facts, ends = self._convert_block(block, tally)
                 tokens.append(block_tokens)
@@ -119,7 +123,7 @@ class Converter:
         if options.reads_lines:
             clean.line_facts(np.frombuffer(data, np.uint8), *facts)
         return (
-            tokens,
+            tokens.copy(),  # of a buffer several times as large
             line_lengths[is_sentence],
             facts[:, is_sentence],
             np.cumsum(is_sentence)[is_blank],

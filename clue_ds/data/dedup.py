@@ -6,8 +6,9 @@ written, a document with a key that an earlier document had is marked, and the s
 marked ones are written again without them. So the answer is the same for any number of processes,
 standard input is read once, and an interrupted run goes on.
 
-Memory: a byte a document, and a part of the keys at a time (PART_KEYS). Two different documents
-among a hundred million share a 64-bit hash with a chance of 1 in 3,700.
+Memory doesn't grow with the number of documents: keys and marks lie in files, and a part of the
+keys (PART_KEYS) is compared at a time. Two different documents among a hundred million share a
+64-bit hash with a chance of 1 in 3,700.
 Rejected: a set of hashes in one process (100 bytes a document, and the pool would wait for it) and
 datasketch's MinHashLSH as the index (all signatures in memory, some kilobytes a document).
 """
@@ -26,7 +27,10 @@ from clue_ds.data.shards import ShardArrays
 
 NUM_HASHES = 128
 SHINGLE_TOKENS = 5
-# Keys that are sorted at once: 64 MiB of them, and about four times that while sorting.
+# Datasketch takes 512 bytes a shingle of a batch, and a document may have ten million.
+BATCH_SHINGLES = 1 << 12
+# Keys that are compared at a time, in a table of 128 MiB. More documents take more passes over the
+# files: a hundred million take 12, of a second or two each, and ten times that for near duplicates.
 PART_KEYS = 1 << 23
 
 
@@ -53,7 +57,10 @@ def near_keys(arrays: ShardArrays, continues: int, similarity: float) -> np.ndar
     begin = 0
     for document, end in enumerate(ends):
         signature = empty.copy()
-        signature.update_batch(np.unique(_shingles(ids[begin:end])).tolist())
+        last = max(begin + 1, end - SHINGLE_TOKENS + 1)  # behind the first token of a shingle
+        for first in range(begin, last, BATCH_SHINGLES):
+            until = min(first + BATCH_SHINGLES + SHINGLE_TOKENS - 1, end)
+            signature.update_batch(_shingles(ids[first:until]).tolist())
         bands = signature.hashvalues[: num_bands * num_rows].reshape(num_bands, num_rows)
         keys[:, document] = _fold(bands.astype(np.uint64))
         begin = end
@@ -82,40 +89,65 @@ def _fold(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def find_duplicates(files: list[Path], cleaning: Cleaning) -> list[np.ndarray]:
-    """Why each document is dropped, uint8 [documents] for each of `files`, in their order.
+def find_duplicates(files: list[Path], cleaning: Cleaning) -> None:
+    """Write beside each of `files` why its documents are dropped, for `reasons_beside`.
 
-    files: as np.save wrote them, uint64 [1 + bands, documents]: a hash of the text, then near_keys.
+    files: in the order of the input, as np.save wrote them: uint64 [1 + bands, documents], a hash
+    of the text, then near_keys.
     """
-    sizes = [_rows(file).shape[1] for file in files]
-    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    reasons = np.zeros(starts[-1], dtype=np.uint8)
-    num_rows = _rows(files[0]).shape[0] if files else 0
-    num_parts = max(1, -(-len(reasons) // PART_KEYS))
-    for row in range(0 if cleaning.duplicates else 1, num_rows):
+    shapes = [_rows(file).shape for file in files]
+    for file, (_, num_documents) in zip(files, shapes, strict=True):
+        np.save(_reasons_file(file), np.zeros(num_documents, dtype=np.uint8))
+    total = sum(num_documents for _, num_documents in shapes)
+    num_parts = max(1, -(-total // PART_KEYS))
+    # At least half of it stays free: a part has PART_KEYS keys, give or take some thousands.
+    seen = np.empty(1 << max(10, (2 * min(total, PART_KEYS) - 1).bit_length()), dtype=np.uint64)
+    for row in range(0 if cleaning.duplicates else 1, max(shapes)[0]):
         for part in range(num_parts):
-            keys, places = _gather(files, starts, row, part, num_parts)
-            order = np.argsort(keys, kind="stable")  # of equal keys the first document is first
-            is_repeat = keys[order][1:] == keys[order][:-1]
-            repeats = places[order[1:][is_repeat]]
-            repeats = repeats[reasons[repeats] == KEPT]
-            reasons[repeats] = NEAR_DUPLICATE if row else DUPLICATE
-    return np.split(reasons, starts[1:-1]) if files else []
+            seen[:] = 0
+            for file in (file for file, (_, num) in zip(files, shapes, strict=True) if num):
+                reasons = reasons_beside(file)
+                code = NEAR_DUPLICATE if row else DUPLICATE
+                if _mark_repeats(np.array(_rows(file)[row]), part, num_parts, code, seen, reasons):
+                    np.save(_reasons_file(file), reasons)
+
+
+def reasons_beside(file: Path) -> np.ndarray:
+    """Why each document of one of `find_duplicates`' files is dropped, uint8 [documents]."""
+    reasons: np.ndarray = np.load(_reasons_file(file))
+    return reasons
+
+
+def _reasons_file(file: Path) -> Path:
+    return file.with_name(f"reasons-of-{file.name}")
 
 
 def _rows(file: Path) -> Any:
     return np.load(file, mmap_mode="r")
 
 
-def _gather(
-    files: list[Path], starts: np.ndarray, row: int, part: int, num_parts: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The keys of one row that fall into a part, and the numbers of their documents."""
-    keys: list[np.ndarray] = []
-    places: list[np.ndarray] = []
-    for file, start in zip(files, starts[:-1], strict=True):
-        of_file = np.array(_rows(file)[row])
-        is_in_part = (of_file >> np.uint64(32)) % np.uint64(num_parts) == part
-        keys.append(of_file[is_in_part])
-        places.append(start + np.flatnonzero(is_in_part))
-    return np.concatenate(keys), np.concatenate(places)
+@compiled
+def _mark_repeats(
+    keys: np.ndarray, part: int, num_parts: int, code: int, seen: np.ndarray, reasons: np.ndarray
+) -> bool:
+    """Give documents whose key is in `seen` the reason `code`; whether there were any.
+
+    keys: of consecutive documents, of which those of the part count; seen: a hash table, as long as
+    a power of two, to which they are added; 0 is an empty place.
+    """
+    found = False
+    last = np.uint64(len(seen) - 1)
+    for document in range(len(keys)):
+        key = keys[document]
+        if (key >> np.uint64(32)) % np.uint64(num_parts) != np.uint64(part):
+            continue
+        key = max(key, np.uint64(1))
+        place = key & last
+        while seen[place] != 0 and seen[place] != key:
+            place = (place + np.uint64(1)) & last
+        if seen[place] == 0:
+            seen[place] = key
+        elif reasons[document] == KEPT:
+            reasons[document] = code
+            found = True
+    return found

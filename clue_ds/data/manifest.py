@@ -7,6 +7,7 @@ many processes it was made.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import shutil
 from collections import Counter
@@ -75,9 +76,20 @@ def finish(
     manifest["statistics"]["unknown"] = dict(unknown[:MAX_UNKNOWN])
     manifest["samples"] = {rule: tally.samples[rule] for rule in sorted(tally.samples)}
     manifest["rejected_examples"] = tally.examples
+    manifest["shard_bytes"] = staging.request["shard_bytes"]
+    hashes = (record["input_sha256"] for record in staging.records())
+    manifest["inputs"] = staging.request["inputs"] | {"text_sha256": text_sha256(hashes)}
     _write(output, vocab_file, manifest)
     staging.remove()
     return manifest
+
+
+def text_sha256(chunk_hashes: Iterable[str]) -> str:
+    """SHA-256 of the whole input, by those of its chunks in order."""
+    digest = hashlib.sha256()
+    for chunk in chunk_hashes:
+        digest.update(chunk.encode())
+    return digest.hexdigest()
 
 
 def _count_kept(

@@ -8,6 +8,7 @@ a table) and goes on. Rejected: decoding with errors="replace", which would teac
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections import Counter
@@ -22,6 +23,7 @@ OnError = Literal["refuse", "skip"]
 # Text is handled in blocks of about this size: they stay in a processor's cache.
 BLOCK_BYTES = 1 << 20
 _MAX_LINE_CHARS = MAX_LINE_BYTES // 3
+_MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_EXAMPLES = 20
 # Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
 MAX_SAMPLES = 5
@@ -63,6 +65,8 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.counts.update(other.counts)
         self.unknown.update(other.unknown)
+        if len(self.unknown) > 50 * MAX_UNKNOWN:  # rare ones of thousands of shards: 100 bytes each
+            self.unknown = Counter(dict(self.unknown.most_common(MAX_UNKNOWN)))
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
         for rule, texts in other.samples.items():
             for text in texts:
@@ -145,9 +149,11 @@ def _is_utf8(line: bytes, offset: int, source: str, on_error: OnError, tally: Ta
     try:
         line.decode()
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if not offset and line.startswith(_MARKS_OF_UTF16) else "GB18030"
         message = (
             f"{source}: byte {offset + error.start} is not UTF-8 ({error.reason}); convert the "
-            "file (such as by iconv -f GB18030 -t UTF-8), or drop such lines with --on-error skip"
+            f"file (such as by iconv -f {encoding} -t UTF-8), or drop such lines with --on-error "
+            "skip"
         )
         tally.reject("lines_not_utf8", message, on_error)
         tally.counts["lines"] += 1

@@ -59,8 +59,9 @@ def _keys_file(output: Path, index: int) -> Path:
 def write_piece(
     output: Path, vocab_file: str, options: ConvertOptions, index: int, chunk: list[Segment]
 ) -> dict[str, Any]:
-    """Convert chunk `index`, write its shards, return their record."""
+    """Convert chunk `index`, which is empty then, write its shards, return their record."""
     worker = converter(vocab_file, options)
+    input_sha256 = chunk_hash(chunk)
     converted = worker.convert(chunk)
     directory = output
     if options.clean.compares_documents:
@@ -73,7 +74,7 @@ def write_piece(
         os.replace(temporary, _keys_file(output, index))
     sides = (directory, converted.training), (directory / HELD_OUT, converted.held_out)
     return {
-        "input_sha256": chunk_hash(chunk),
+        "input_sha256": input_sha256,
         "sides": [_write_side(path, index, arrays, worker) for path, arrays in sides],
         "tally": converted.tally.as_dict(),
         "seconds": converted.seconds,
@@ -106,9 +107,9 @@ def _histogram(ends: np.ndarray) -> dict[str, int]:
     return {str(1 << power): n for power, n in enumerate(np.bincount(powers).tolist()) if n}
 
 
-def find_duplicates(output: Path, num_pieces: int, cleaning: Cleaning) -> list[np.ndarray]:
-    """Why each document is dropped, uint8 [documents] for each piece."""
-    return dedup.find_duplicates([_keys_file(output, i) for i in range(num_pieces)], cleaning)
+def find_duplicates(output: Path, num_pieces: int, cleaning: Cleaning) -> None:
+    """Find out, and keep in files, which documents of all pieces are to be dropped."""
+    dedup.find_duplicates([_keys_file(output, i) for i in range(num_pieces)], cleaning)
 
 
 def drop_from_piece(
@@ -117,14 +118,14 @@ def drop_from_piece(
     options: ConvertOptions,
     index: int,
     sides: list[dict[str, Any] | None],
-    reasons: np.ndarray,
 ) -> dict[str, Any]:
     """Give the shards of a piece their place, without the documents that have a reason to go.
 
-    reasons: uint8 [documents of both sides, in the order of the input]. May be called again after
-    it was killed: what waits is removed last, when its record is there (`Staging.remove`).
+    May be called again after it was killed: what waits is removed last, when its record is there
+    (`Staging.remove`).
     """
     worker = converter(vocab_file, options)
+    reasons = dedup.reasons_beside(_keys_file(output, index))
     aside = is_held_out(np.load(_keys_file(output, index))[0], options.held_out)
     tally = Tally(Counter())
     written: list[dict[str, Any] | None] = []

@@ -27,14 +27,15 @@ CONVERTED, COMPARED = "converted", "compared"
 class Staging:
     """The staging area of `output`, locked while entered.
 
-    Raises a UserError when `output` holds a finished corpus, an unfinished one with another plan,
-    or files that are none of ours, unless `overwrite` says to replace the first two.
+    request: what the run was asked for (build.Build). Raises a UserError when `output` holds a
+    finished corpus, an unfinished one of another request, or files that are none of ours, unless
+    `overwrite` says to replace the first two.
     """
 
-    def __init__(self, output: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, output: Path, request: dict[str, Any], overwrite: bool) -> None:
         self.output = output
         self.directory = output / STATE_DIRECTORY
-        self._plan = plan
+        self.request = request
         self._overwrite = overwrite
         self._lock: IO[bytes]
 
@@ -43,10 +44,7 @@ class Staging:
             raise UserError(f"output {self.output} is a file; give a directory")
         finished = (self.output / MANIFEST).is_file()
         if finished and not self._overwrite:
-            raise UserError(
-                f"{self.output} already holds a finished corpus; choose another --output, or "
-                "replace it with --overwrite"
-            )
+            raise UserError(f"another `clue-ds shard` has just finished {self.output}")
         if not finished and not self.directory.is_dir() and _has_files(self.output):
             raise UserError(
                 f"output {self.output} is not empty and holds no corpus; choose another directory"
@@ -70,18 +68,14 @@ class Staging:
             self._clear()
         if any(self.records()):  # a run that failed before its first shard has nothing to lose
             begun = json.loads(plan_file.read_text(encoding="utf-8"))
-            differences = [
-                f"{key}: {_shorten(begun.get(key))} then, {_shorten(value)} now"
-                for key, value in self._plan.items()
-                if begun.get(key) != value
-            ]
+            differences = compare_requests(begun, self.request)
             if differences:
                 raise UserError(
                     f"{self.output} holds an unfinished run that was asked for something else "
                     f"({'; '.join(differences)}); give the same command as then, or begin anew "
                     "with --overwrite"
                 )
-        write_json(plan_file, self._plan)
+        write_json(plan_file, self.request)
 
     def _clear(self) -> None:
         """Remove the corpus that was here: corpus.json first, so that it is never half a corpus."""
@@ -122,6 +116,19 @@ def _has_files(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
 
 
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def compare_requests(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, such as "clean.html: False then, True now"; more keys in `then` don't count."""
+    before = dict(_flat(then))
+    return [
+        f"{key.removeprefix('options.')}: {before.get(key)} then, {value} now"
+        for key, value in _flat(now)
+        if before.get(key) != value
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
