@@ -58,7 +58,7 @@ def cold(
     try:
         if shutil.disk_usage(place).free < gigabytes * 1.1e9:
             raise UserError(f"{place} has less than {gigabytes} GB free; choose a --directory")
-        write_corpus(place / "corpus", int(gigabytes * 1e9 / 2), num_shards=16, sparse=False)
+        write_corpus(place / "corpus", int(gigabytes * 1e9 / 2), num_shards=16, holes="nothing")
         figures = _measure(place / "corpus", seconds, rounds, seq_length, batch_size)
     finally:
         torch.set_num_threads(previous)

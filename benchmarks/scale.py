@@ -44,7 +44,7 @@ def scale(
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         place = Path(temporary) / "corpus"
         num_tokens = int(gigatokens * 1e9)
-        write_corpus(place, num_tokens, shards, sparse=True)
+        write_corpus(place, num_tokens, shards, holes="everything")
         rows: dict[str, list[dict[str, float]]] = {"shuffle": [], "lanes": []}
         for _ in range(rounds):
             for order, row in rows.items():

@@ -1,17 +1,21 @@
 """Corpora of any size for benchmarks, in the real format and without any text.
 
-Sparse ones take no disk: the tokens are holes, which read as zeros. Others hold random ordinary
-ids. Only `Corpus.verify` can tell: the checksums in corpus.json are not those of the shards.
+Tokens are hashed ordinary ids, two of five of which continue a word; sentences of 1 to 160 tokens
+(40 on average) and documents of 1 to 60 sentences follow each other in cycles. What is left out is
+a hole in the file, takes no disk and reads as zeros. Everything is arithmetic, the same bytes on
+any machine. Only `Corpus.verify` can tell: the checksums in corpus.json are not of the shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from clue_ds.data.shards import (
+    ALIGNMENT,
     FORMAT_VERSION,
     MANIFEST,
     VOCAB_FILE,
@@ -24,33 +28,26 @@ from clue_ds.data.shards import (
 from clue_ds.data.vocab import SPECIAL_TOKENS, vocab_sha256
 
 VOCAB_SIZE = 21_128
-TOKENS_PER_SENTENCE = 32
-SENTENCES_PER_DOCUMENT = 32
+SENTENCES = np.array([9, 18, 27, 31, 36, 45, 160, 1, 33])  # tokens of each, over and over
+DOCUMENTS = np.array([1, 12, 3, 60, 24, 2])  # sentences of each, over and over
+BEGINS_SENTENCE = np.bincount(np.cumsum(SENTENCES) - SENTENCES, minlength=SENTENCES.sum()) > 0
+_AT_ONCE = 1 << 22
+_CONTINUES = 1 << 15
+
+Holes = Literal["nothing", "tokens", "everything"]
 
 
-def write_corpus(directory: Path, num_tokens: int, num_shards: int, sparse: bool) -> None:
-    """A corpus of num_tokens tokens of 2 bytes in num_shards shards."""
+def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes) -> None:
+    """A corpus of num_tokens tokens of 2 bytes in num_shards shards, with holes for some of it."""
     directory.mkdir(parents=True)
     ordinary = (f"token{i}" for i in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
     vocab = directory / VOCAB_FILE
     vocab.write_text("\n".join([*SPECIAL_TOKENS, *ordinary]) + "\n")
     bounds = np.linspace(0, num_tokens, num_shards + 1).astype(np.int64)
-    rng = np.random.default_rng(0)
-    records = []
-    for index, tokens in enumerate(np.diff(bounds).tolist()):
-        sentences = -(-tokens // TOKENS_PER_SENTENCE)
-        documents = -(-sentences // SENTENCES_PER_DOCUMENT)
-        header, size = shard_header(2, tokens, sentences, documents)
-        path = directory / shard_name(index)
-        with open(path, "wb") as file:
-            file.write(header)
-            if not sparse:
-                for begin in range(0, tokens, 1 << 24):
-                    num = min(1 << 24, tokens - begin)
-                    file.write(rng.integers(5, VOCAB_SIZE, num, dtype=np.uint16).tobytes())
-            file.truncate(size)
-        digest = hashlib.sha256(header + str(index).encode()).hexdigest()
-        records.append(ShardRecord(path.name, tokens, sentences, documents, size, digest))
+    records = [
+        _write_shard(directory / shard_name(index), index, tokens, holes)
+        for index, tokens in enumerate(np.diff(bounds).tolist())
+    ]
     manifest = {
         "format": "clue_ds corpus",
         "version": FORMAT_VERSION,
@@ -64,3 +61,51 @@ def write_corpus(directory: Path, num_tokens: int, num_shards: int, sparse: bool
         "shards": [record._asdict() for record in records],
     }
     write_json(directory / MANIFEST, {**manifest, "fingerprint": fingerprint(manifest)})
+
+
+def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> ShardRecord:
+    num_sentences = _num_groups(num_tokens, SENTENCES)
+    num_documents = _num_groups(num_sentences, DOCUMENTS)
+    header, size = shard_header(2, num_tokens, num_sentences, num_documents)
+    with open(path, "wb") as file:
+        file.write(header)
+        if holes == "nothing":
+            for begin in range(0, num_tokens, _AT_ONCE):
+                file.write(_tokens(index, begin, min(begin + _AT_ONCE, num_tokens)))
+        file.truncate(size)
+        if holes != "everything":
+            document_ends = _ends(DOCUMENTS, num_documents, num_sentences)
+            # The tables are what stands at the end of the file, each at a multiple of ALIGNMENT.
+            at = size - document_ends.nbytes
+            file.seek(at)
+            file.write(document_ends)
+            file.seek((at - 4 * num_sentences) // ALIGNMENT * ALIGNMENT)
+            file.write(_ends(SENTENCES, num_sentences, num_tokens))
+    digest = hashlib.sha256(header + str(index).encode()).hexdigest()
+    return ShardRecord(path.name, num_tokens, num_sentences, num_documents, size, digest)
+
+
+def _num_groups(num: int, cycle: np.ndarray) -> int:
+    """Into how many groups of the cycle's sizes `num` things fall, the last one cut short."""
+    rest = num % cycle.sum()
+    return int(
+        num // cycle.sum() * len(cycle) + np.searchsorted(np.cumsum(cycle), rest) + (rest > 0)
+    )
+
+
+def _ends(cycle: np.ndarray, num_groups: int, num: int) -> np.ndarray:
+    """Where the groups end, uint32 [num_groups]."""
+    sizes = np.resize(cycle, num_groups)
+    return np.minimum(np.cumsum(sizes), num).astype("<u4")
+
+
+def _tokens(shard: int, begin: int, end: int) -> np.ndarray:
+    """Tokens begin .. end - 1 of a shard, uint16: hashes of their places."""
+    places = np.arange(begin, end, dtype=np.uint64)
+    hashes = (places + np.uint64(shard << 40)) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
+    num_ordinary = np.uint64(VOCAB_SIZE - len(SPECIAL_TOKENS))
+    ids = (hashes % num_ordinary).astype(np.uint16) + np.uint16(len(SPECIAL_TOKENS))
+    continues = (hashes >> np.uint64(16)) % np.uint64(5) < 2
+    continues &= ~BEGINS_SENTENCE[places % np.uint64(len(BEGINS_SENTENCE))]
+    return ids | np.where(continues, np.uint16(_CONTINUES), np.uint16(0))

@@ -6,6 +6,7 @@ second half runs in fresh processes, from a copy of the run directory as the int
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
+from clue_ds.data.sampler import STREAM_VERSION
 from clue_ds.pretrain import resume
 from clue_ds.pretrain.checkpoint import load_weights
 
@@ -40,6 +42,15 @@ def interrupted_copy(run: Path, copy: Path) -> Path:
     shutil.rmtree(copy / "checkpoints" / f"step-{LAST:08d}")
     (copy / "checkpoints" / f"step-{LAST:08d}.tmp").mkdir()  # it died while it saved
     return copy
+
+
+def change_stream_version(run: Path, version: int | None) -> None:
+    """Make a checkpoint one of another stream, or of the time before streams had versions."""
+    path = run / "checkpoints" / f"step-{MIDDLE:08d}" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("stream_version") == STREAM_VERSION
+    more = {} if version is None else {"stream_version": version}
+    path.write_text(json.dumps({**manifest, **more}))
 
 
 class Runs:
@@ -71,15 +82,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Runs:
         runs.copy("half", *case)
     runs.copy("stage", "zero1", "fp32")
     runs.copy("lr", "zero1", "fp32")
+    runs.copy("stream", "zero0", "fp32")
+    change_stream_version(folder / "stream-zero0-fp32", STREAM_VERSION + 1)
+    runs.copy("old", "zero0", "fp32")
+    change_stream_version(folder / "old-zero0-fp32", None)
     runs.copy("one", "zero0", "fp32")
     runs.copy("one", "zero1", "fp32")
     # The micro batch may change: how a step is cut into parts isn't part of its meaning.
     other_stage = runs.config("stage", "zero1", "fp32") | {"deepspeed": "zero2"}
     other_lr = runs.config("lr", "zero1", "fp32", train={"lr": 1e-3}, seed=7)
-    configs = [runs.config("half", *case) for case in CASES] + [other_stage, other_lr]
+    other_stream, no_stream = (runs.config(kind, "zero0", "fp32") for kind in ("stream", "old"))
+    others = [other_stage, other_lr, other_stream, no_stream]
+    configs = [runs.config("half", *case) for case in CASES] + others
     by_rank = run_ranks(2, pretrain_runs, configs)
     assert by_rank[0] == by_rank[1], "all ranks must agree, or the others hang"
-    names = ["-".join(case) for case in CASES] + ["stage", "lr"]
+    names = ["-".join(case) for case in CASES] + ["stage", "lr", "stream", "old"]
     runs.results.update(zip(names, by_rank[0], strict=True))
     one = [runs.config("one", name, "fp32") for name in ("zero0", "zero1")]
     ((zero0, zero1),) = run_ranks(1, pretrain_runs, one)
@@ -144,6 +161,18 @@ def test_changed_settings_are_refused_with_every_difference(runs: Runs) -> None:
     message = runs.results["lr"]
     assert message is not None
     assert "seed was 42, is 7" in message and "train.lr was 0.002, is 0.001" in message
+
+
+def test_another_sample_stream_is_refused_with_both_versions(runs: Runs) -> None:
+    for name, version in (("stream", STREAM_VERSION + 1), ("old", 0)):
+        message = runs.results[name]
+        assert message is not None
+        assert f"step-{MIDDLE:08d} was trained on samples and masks of stream version" in message
+        assert (
+            f"version {version}, and this clue_ds draws those of version {STREAM_VERSION};"
+            in message
+        )
+        assert "--model.init" in message
 
 
 def test_steps_may_change_only_where_the_past_does_not_depend_on_them() -> None:

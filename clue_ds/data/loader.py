@@ -12,13 +12,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from clue_ds.data.readahead import ReadAhead
 from clue_ds.data.sampler import SampleStream
 
-Batch = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Batch = dict[str, "torch.Tensor"]
 NUM_PREFETCHED = 4
 _POLL_SECONDS = 0.1
 

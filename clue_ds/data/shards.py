@@ -140,12 +140,12 @@ def _little_endian(array: np.ndarray, dtype: str) -> memoryview:
 
 
 def map_shard(path: Path, random_access: bool = False) -> ShardFile:
-    """Map a shard that is known to be whole."""
-    with open(path, "rb") as file:
+    """Map a shard that is known to be whole. Touches no page: 2,000 headers would be 20 MB."""
+    with open(path, "rb", buffering=0) as file:
+        _, token_bytes, *counts = _HEADER.unpack(file.read(_HEADER.size))
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if random_access:
         data.madvise(mmap.MADV_RANDOM)
-    _, token_bytes, *counts = _HEADER.unpack_from(data)
     tokens, sentences, documents, _ = _layout(token_bytes, *counts)
     arrays = ShardArrays(
         np.frombuffer(data, f"<u{token_bytes}", counts[0], tokens),

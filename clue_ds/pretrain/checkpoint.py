@@ -29,6 +29,7 @@ from torch import Tensor
 
 from clue_ds import config as run_config
 from clue_ds import dist
+from clue_ds.data.sampler import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
@@ -154,6 +155,7 @@ def _describe(engine: Engine, source: Source, step: int) -> Manifest:
         group_names=engine.group_names,
         versions={package: importlib.metadata.version(package) for package in VERSIONS_OF},
         files={},
+        stream_version=STREAM_VERSION,
     )
 
 

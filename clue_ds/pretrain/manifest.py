@@ -37,7 +37,10 @@ STEP_NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `samples`: sequences consumed; `group_names`: see Engine."""
+    """manifest.json. `samples`: sequences consumed; `group_names`: see Engine.
+
+    `stream_version`: STREAM_VERSION of data/sampler.py; 0: from before there was one.
+    """
 
     format: int
     step: int
@@ -53,6 +56,7 @@ class Manifest:
     group_names: list[list[str]]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
+    stream_version: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
+from clue_ds.data.sampler import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
@@ -134,6 +135,12 @@ def _check_same_run(choice: Choice, source: Source) -> None:
         raise UserError(
             f"the corpus {source.config.data.corpus} has changed since {where} was saved; restore "
             f"it, {elsewhere} (model.init {where.parent.parent} starts it from these weights)"
+        )
+    if saved.stream_version != STREAM_VERSION:
+        raise UserError(
+            f"{where} was trained on samples and masks of stream version {saved.stream_version}, "
+            f"and this clue_ds draws those of version {STREAM_VERSION}; continue with the clue_ds "
+            f"that saved it, or start a new run_dir from its weights: --model.init {where}"
         )
     saved_config = run_config.validate(saved.config, f"config of {where}")
     changed = differences(saved_config, source.config, saved.step)
