@@ -232,6 +232,7 @@ def test_the_launcher_and_the_ranks_mean_the_same_things() -> None:
     assert processes.VERDICT == verdicts.FILE
     assert processes.STOP_REQUEST == stop.REQUEST_FILE
     assert processes.STATUS_STOPPED == dist.STATUS_STOPPED
+    assert processes.STATUS_HANG == verdicts.STATUS["hang"]
     assert environment.FIRST_PORT == rendezvous.FIRST_PORT
 
 
