@@ -195,14 +195,17 @@ class HealthSection(Section):
     step_seconds: float = Field(
         100,
         gt=0,
-        description="until a step that doesn't end is a hang; elsewhere, until no rank has worked",
+        description="until a step without an end, or anything else without progress, is a hang",
     )
     setup_seconds: float = Field(
-        900, gt=0, description="until loading, building and the first step are one, busy or not"
+        900, gt=0, description="until reading, building or compiling one thing is a hang, busy too"
     )
     save_seconds: float = Field(
-        900, gt=0, description="until a checkpoint or an evaluation is one, busy or not"
+        900, gt=0, description="until writing or evaluating one thing is a hang, busy too"
     )
+
+
+DEFAULT_HEALTH = HealthSection()
 
 
 class RunConfig(Section):
@@ -219,7 +222,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-    health: HealthSection = HealthSection()
+    health: HealthSection = DEFAULT_HEALTH
 
     @model_validator(mode="after")
     def _check_objective(self) -> RunConfig:

@@ -1,6 +1,7 @@
 """`clue-ds doctor`: what a run needs of a machine, or of all hosts of a job, a line a check.
 
     clue-ds doctor                                        this machine
+    clue-ds doctor --config run.yaml                      and what this run needs: corpus, disk
     clue-ds launch --hostfile hosts -- doctor             every host: they meet, compare, all-reduce
     srun --nodes=2 clue-ds launch -- doctor               the same under Slurm
 
@@ -16,16 +17,18 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from clue_ds import config as run_config
-from clue_ds import dist
+from clue_ds import dist, plan
+from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_command
-from clue_ds.pretrain import batches, preflight, watchdog
+from clue_ds.presets import ModelConfig
+from clue_ds.pretrain import batches, ds_json, manifest, preflight, train, watchdog
 from clue_ds.pretrain.engine import start
 
 MIN_TORCH = (2, 10)
@@ -112,20 +115,62 @@ MACHINE: tuple[Callable[[], Check], ...] = (
 )
 
 
-def _between_ranks(path: str | None) -> list[Check]:
-    """Roll call, comparison and all-reduce, as before the first step of a run."""
-    config = None if path is None else run_config.load(path)
-    fingerprint = "" if config is None else batches.open_data(config).fingerprint
-    health = run_config.HealthSection() if config is None else config.health
+def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
+    """A run's config (None where it has mistakes), its corpus' fingerprint, and what is wrong."""
     try:
-        watch = watchdog.start(health)
+        config = run_config.load(path)
+    except UserError as error:
+        return None, "", [Check("bad", str(error))]
+    try:
+        corpus = batches.open_data(config)
+        model = config.model.resolve(corpus.vocab_size)
+        train.check(config, model)
+    except UserError as error:
+        return config, "", [Check("bad", f"{path}: {error}")]
+    checks = [
+        Check("ok", f"{path} is a valid config"),
+        Check("ok", f"corpus {config.data.corpus}: {corpus.num_tokens:,} tokens"),
+        _room_for_checkpoints(config, model),
+    ]
+    return config, corpus.fingerprint, checks
+
+
+def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
+    """Those that are there already need no more room."""
+    stage = ds_json.zero_stage(ds_json.read(config.deepspeed))
+    num_parameters = plan.count_parameters(model)
+    size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
+    run_dir = Path(config.run_dir)
+    there = len(manifest.published(run_dir / manifest.FOLDER))
+    number = max(1, config.checkpoint.keep + 1 - there)
+    parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    text = (
+        f"run_dir {run_dir}: {free / 2**30:.1f} GiB free, and {number} more checkpoints take "
+        f"{number * size / 2**30:.1f} GiB"
+    )
+    if not os.access(parent, os.W_OK):
+        return Check("bad", f"run_dir {run_dir}: you may not write to {parent}", "choose another")
+    if free < number * size:
+        return Check("bad", text, "free some, lower checkpoint.keep, or move run_dir")
+    return Check("ok", text)
+
+
+def _between_ranks(
+    config: RunConfig | None, fingerprint: str, of_rank: Sequence[Check]
+) -> list[Check]:
+    """Roll call, comparison and all-reduce, as before the first step of a run.
+
+    `of_rank`: what this rank found on its own.
+    """
+    health = run_config.DEFAULT_HEALTH if config is None else config.health
+    try:
+        watch = watchdog.start(health, "clue-ds doctor", can_stop=False)
         device = start()
         text = preflight.check(watch, config, fingerprint, device)
     except UserError as error:
         return [Check("bad", str(error))]
-    lines = dist.all_gather(
-        [check.line() for check in (f() for f in MACHINE) if check.level == "bad"]
-    )
+    lines = dist.all_gather([check.line() for check in of_rank if check.level == "bad"])
     watch.close()
     return [
         Check("ok", f"all ranks answered, agree and finished an all-reduce: {text}"),
@@ -141,11 +186,15 @@ def main(argv: list[str]) -> None:
         epilog="over hosts: clue-ds launch --hostfile F -- doctor",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="also compare this run's config and corpus on all hosts")
+    parser.add_argument("--config", help="also check this run: its config, corpus and disk")
     arguments = parser.parse_args(argv)
-    with watchdog.reporting("clue-ds doctor"), dist.one_voice():
-        checks = [check() for check in MACHINE] + _programs() if dist.rank() == 0 else []
-        checks += _between_ranks(arguments.config)
+    with watchdog.reporting(), dist.one_voice():
+        config, fingerprint, found = None, "", [check() for check in MACHINE]
+        if arguments.config is not None:
+            config, fingerprint, of_run = _about_run(arguments.config)
+            found += of_run
+        checks = [*found, *(_programs() if dist.rank() == 0 else [])]
+        checks += _between_ranks(config, fingerprint, found)
         if dist.rank() == 0:
             print("\n".join(check.line() for check in checks), flush=True)
         bad = dist.rank() == 0 and any(check.level == "bad" for check in checks)

@@ -197,11 +197,20 @@ def _on_hosts(
     arguments: argparse.Namespace, path: Path, options: Options, user: environment.Variables
 ) -> int:
     hosts = machines.read_hostfile(path)
-    own = machines.addresses(hosts)
     first = hosts[0].name
+    is_here = first in (socket.gethostname(), socket.getfqdn(), "localhost")
+    if len(hosts) == 1 and is_here:
+        arguments.local = hosts[0].slots
+        return _here(arguments, options, user)
+    try:
+        own = machines.addresses(hosts)
+    except LaunchError as error:
+        if not arguments.dry_run:
+            raise
+        print(f"# would end with: {error}")
+        own = {first: []}
     address = machines.master_address(first, own[first])
     identifier = environment.job_id()
-    is_here = first in (socket.gethostname(), socket.getfqdn(), "localhost")
     with environment.reserved_port(identifier, is_here) as port:
         job = commands.hostfile(arguments.verb, path, hosts, address, port, options, user)
         with processes.job_directory(False, identifier) as folder:
@@ -228,7 +237,7 @@ def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment
         job = commands.slurm(arguments.verb, nodes, per_node, address, port, options, user, folder)
         status = _run(arguments, job, user, identifier, folder)
     if status == processes.STATUS_STOPPED and arguments.requeue:
-        return _requeue(user)
+        return _requeue(arguments.verb[0], user)
     return status
 
 
@@ -248,9 +257,9 @@ def _ranks_per_node(user: environment.Variables, num_nodes: int) -> int:
     return int(user.get("SLURM_GPUS_ON_NODE") or 1)
 
 
-def _requeue(user: environment.Variables) -> int:
-    """Put this job back into the queue; in an array the next element continues the run."""
-    if "SLURM_ARRAY_TASK_ID" in user:
+def _requeue(verb: str, user: environment.Variables) -> int:
+    """Put this job back into the queue; an array of pretraining is a chain, and has a next job."""
+    if "SLURM_ARRAY_TASK_ID" in user and verb == "pretrain":
         print("clue-ds launch: saved; the next job of the array continues", flush=True)
         return 0
     job = user["SLURM_JOB_ID"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zygote import Zygote
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, so before anything imports clue_ds.kernels. Only
@@ -31,6 +32,14 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def sample_text() -> str:
     return SAMPLE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """Starts ranks without importing everything again for each."""
+    process = Zygote()
+    yield process
+    process.close()
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ LAW: dict[str, set[str]] = {
         "clue_ds.dist",
         "clue_ds.config",
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule", "checkpoint")),
+        "clue_ds.pretrain.watchdog",
     },
     "clue_ds.benchmarks": {
         "clue_ds.data",
@@ -76,7 +77,13 @@ LAW: dict[str, set[str]] = {
         "clue_ds.pretrain.ds_json",
     },
     "clue_ds.status": {"clue_ds.config", "clue_ds.metrics", "clue_ds.pretrain"},
-    "clue_ds.doctor": {"clue_ds.config", "clue_ds.dist", "clue_ds.data", "clue_ds.pretrain"},
+    "clue_ds.doctor": {
+        "clue_ds.config",
+        "clue_ds.dist",
+        "clue_ds.data",
+        "clue_ds.plan",
+        "clue_ds.pretrain",
+    },
     "clue_ds.demo": {"clue_ds.tasks", "clue_ds.data"},
     "clue_ds.cli": set(),
 }

@@ -232,7 +232,31 @@ def test_the_launcher_and_the_ranks_mean_the_same_things() -> None:
     assert processes.VERDICT == verdicts.FILE
     assert processes.STOP_REQUEST == stop.REQUEST_FILE
     assert processes.STATUS_STOPPED == dist.STATUS_STOPPED
+    assert processes.STATUS_HANG == verdicts.STATUS["hang"]
     assert environment.FIRST_PORT == rendezvous.FIRST_PORT
+
+
+def test_a_dry_run_prints_the_command_though_no_host_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("no-such-host-1 slots=8\nno-such-host-2 slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--hostfile", "hosts", "--dry-run", "--", "pretrain", "--config", "run.yaml"]
+    launch.main(words)
+    output = capsys.readouterr().out
+    assert "# would end with: 2 of 2 hosts can't be reached by ssh" in output
+    assert "--launcher=pdsh --master_addr=no-such-host-1" in output
+    with pytest.raises(SystemExit, match="2"):
+        launch.main([word for word in words if word != "--dry-run"])
+
+
+def test_a_hostfile_that_names_only_this_machine_needs_no_ssh(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    hostfile = str(tmp_path / "hosts")
+    launch.main(["--hostfile", hostfile, "--dry-run", "--", "pretrain", "--config", "run.yaml"])
+    assert "--num_gpus=2" in capsys.readouterr().out
 
 
 def test_two_jobs_never_get_the_same_port() -> None:

@@ -10,6 +10,7 @@ from ranks import make_corpus, pretrain_runs, run_ranks, tiny_config
 from clue_ds import config as run_config
 from clue_ds import plan, presets
 from clue_ds.errors import UserError
+from clue_ds.metrics import flops_per_token
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.bert import pad_vocab
 
@@ -64,6 +65,25 @@ def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
     assert plan.state_bytes(million, "fp32", 0, 1) == 16 * million
 
 
+def test_what_a_step_sends() -> None:
+    """Units of 2 bytes a parameter, of which a ring passes on all but one of 8 parts."""
+    million = 10**6
+    units = [
+        plan.communication_bytes(million, "bf16", stage, 8, num_parts=4) / (2 * million * 7 / 8)
+        for stage in plan.STAGES
+    ]
+    assert units == [2, 3, 9, 12]
+
+
+def test_bert_base_on_64_gpus_as_worked_out_by_hand_in_docs_scaling() -> None:
+    model = presets.get("bert_base_clue")
+    assert plan.count_parameters(model) == 92_836_226
+    sent = plan.communication_bytes(92_836_226, "bf16", 0, 64)
+    assert sent / 25e9 == pytest.approx(14.6e-3, abs=0.05e-3)
+    flops = 32_768 * flops_per_token(model, 512, 77 / 512)
+    assert flops / (989e12 * 0.35) == pytest.approx(54.2e-3, abs=0.05e-3)
+
+
 def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
     assert plan.recommend({0: 10, 1: 8, 2: 6, 3: 4}, memory_gib=80) == 0
     assert plan.recommend({0: 90, 1: 70, 2: 60, 3: 50}, memory_gib=80) == 1
@@ -80,7 +100,7 @@ def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "16 GPUs on 2 nodes" in text
     assert "512 sequences = 16 ranks x 4 parts x 8" in text
     assert "512 samples, 8,192 tokens" in text
-    assert "recommended deepspeed: zero0 or zero1" in text
+    assert "recommended deepspeed: zero0; the model fits" in text
     assert "at 25 GB/s" in text
     with pytest.raises(UserError, match="not divisible"):
         plan.plan(path, gpus=24)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from ranks import make_corpus, pretrain_runs, run_ranks, tiny_config
 
+from clue_ds import config as run_config
 from clue_ds import doctor, status
+from clue_ds.config import CheckpointSection
 from clue_ds.errors import UserError
 
 
@@ -40,3 +42,27 @@ def test_status_of_a_run_done_alive_and_dead(
 def test_a_check_that_fails_ends_with_its_mend() -> None:
     line = doctor.Check("bad", "/dev/shm has 1 MiB free", "start it with --shm-size=1g").line()
     assert line == "bad   /dev/shm has 1 MiB free; start it with --shm-size=1g"
+
+
+def test_doctor_checks_a_run(tmp_path: Path, sample_text: str) -> None:
+    config = tiny_config(make_corpus(tmp_path, sample_text), tmp_path / "run")
+    run_config.save(config, tmp_path / "run.yaml")
+    read, fingerprint, checks = doctor._about_run(str(tmp_path / "run.yaml"))
+    assert read == config and fingerprint
+    assert [check.level for check in checks] == ["ok"] * 3
+    assert "10 more checkpoints take 0.0 GiB" in checks[2].what  # keep is 9
+
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    many = config.model_copy(update={"checkpoint": CheckpointSection(keep=10**9)})
+    run_config.save(many, tmp_path / "many.yaml")
+    *_, room = doctor._about_run(str(tmp_path / "many.yaml"))[2]
+    assert room.level == "bad" and "1000000000 more checkpoints" in room.what
+    assert "lower checkpoint.keep" in room.mend
+
+    gone = config.model_dump() | {"data": {"corpus": str(tmp_path / "nowhere")}}
+    run_config.save(run_config.validate(gone, "test"), tmp_path / "gone.yaml")
+    (wrong,) = doctor._about_run(str(tmp_path / "gone.yaml"))[2]
+    assert wrong.level == "bad" and "nowhere" in wrong.what
+    (tmp_path / "typo.yaml").write_text("run_dir: x\nmodle: {}\ndata: {corpus: c}\n")
+    (wrong,) = doctor._about_run(str(tmp_path / "typo.yaml"))[2]
+    assert "did you mean model?" in wrong.what

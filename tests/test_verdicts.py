@@ -69,6 +69,31 @@ def test_a_neighbour_knows_what_became_of_a_process() -> None:
     assert "SIGSTOP" in verdict.summary
 
 
+def test_a_process_that_is_there_and_silent_hangs_if_a_rank_that_speaks_says_so() -> None:
+    believed = {"1": "alive"}
+    verdict, _ = rounds(verdicts.Judge(PEERS, HealthSection(), 8), {1}, 100, neighbours=believed)
+    assert (verdict.kind, verdict.ranks) == ("hang", [1])
+    assert "though its process is there" in verdict.summary
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
+    for now in range(0, 100, 2):
+        beats = [beat(now), beat(now), beat(1), beat(1, neighbours={"2": "alive"})]
+        verdict = judge.judge(beats, set(), float(now))
+        if verdict is not None:
+            break
+    assert verdict is not None
+    assert (verdict.kind, verdict.ranks) == ("unreachable", [2, 3])  # their host is gone
+
+
+def test_a_rank_that_stops_before_its_first_beat_is_found() -> None:
+    judge = verdicts.Judge(PEERS, HealthSection(), 8)
+    verdict = None
+    for now in range(0, 100, 2):
+        beats = [*(beat(now) for _ in range(3)), verdicts.NO_BEAT]
+        verdict = verdict or judge.judge(beats, set(), float(now))
+    assert verdict is not None
+    assert (verdict.kind, verdict.ranks) == ("unreachable", [3])
+
+
 def test_a_pause_of_rank_0_itself_is_nobodys_silence() -> None:
     judge = verdicts.Judge(PEERS, HealthSection(), 8)
     beats = [beat(1) for _ in range(4)]

@@ -1,16 +1,15 @@
-"""What the kernel says of a process: is it alive, stopped, or at work?
+"""What the kernel says of a process: is it alive, stopped, does it get on?
 
-Guarantees: reads /proc and changes nothing. Work is what a thread or its child processes
-(compilers) use of processor and disk: a save of an hour works all the time, a read from a dead disk
-never does.
+Guarantees: reads /proc and changes nothing. A save of an hour moves bytes all the time; a read from
+a dead disk never does, nor does a thread that spins.
 
-Rejected: a sign of life from inside every long loop (DeepSpeed's and torch's loops are not ours),
-and one long deadline for all that may be slow (a hang then costs it in full).
+Rejected: a sign of life from inside every long loop (DeepSpeed's and torch's loops are not ours).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -33,19 +32,29 @@ def state(pid: int) -> str:
     return {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}.get(letter, "alive")
 
 
-def work_of_thread(thread: int) -> int:
-    """A number that changes when a thread of this process, or a child process, does anything.
+def signs_of_main_thread() -> int:
+    """A number that changes when the main thread gets on with its files, or has compilers at work.
 
-    Ticks of the processor, page faults that read a disk, and bytes read or written; other threads
-    of this process don't count.
+    Bytes read or written, page faults that read a disk, and processor ticks of child processes; its
+    own ticks and the other threads of this process don't count.
     """
-    folder = SELF / "task" / str(thread)
+    folder = SELF / "task" / str(os.getpid())
     fields = _fields(folder)
-    total = sum(int(fields[place]) for place in (MAJOR_FAULTS, USER, SYSTEM))
-    with contextlib.suppress(OSError):  # not every kernel counts bytes
-        lines = (folder / "io").read_text().splitlines()
-        total += sum(int(line.split()[1]) for line in lines)
+    try:
+        moved = sum(int(line.split()[1]) for line in (folder / "io").read_text().splitlines())
+    except OSError:  # not every kernel counts bytes, but moving them takes it time
+        moved = int(fields[SYSTEM])
+    total = int(fields[MAJOR_FAULTS]) + moved
     return total + sum(_work_of_children(each) for each in (SELF / "task").iterdir())
+
+
+def seconds_in_the_queue() -> float:
+    """How long the main thread, ready to run, has had to wait for a processor, in all."""
+    try:
+        _, nanoseconds, _ = (SELF / "task" / str(os.getpid()) / "schedstat").read_text().split()
+    except OSError:  # a kernel without scheduler statistics
+        return 0.0
+    return int(nanoseconds) / 1e9
 
 
 def _work_of_children(task: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from clue_ds import dist
 from clue_ds.data import SampleStream
+from clue_ds.pretrain import watchdog
 from clue_ds.pretrain.engine import Engine
 
 
@@ -25,6 +26,7 @@ class Evaluator:
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """held_out_loss (of the MLM), _mlm_accuracy, _pair_loss, _pair_accuracy; on every rank."""
+        watch = watchdog.current()
         engine.module.eval()
         sums = torch.zeros(6, dtype=torch.float64, device=engine.device)
         with torch.no_grad():
@@ -37,6 +39,7 @@ class Evaluator:
                     sums[2] += output.num_predicted
                     if output.pair_sums is not None:
                         sums[3:] += output.pair_sums
+                    watch.mark()
         engine.module.train()
         loss, correct, predicted, pair_loss, pairs_correct, num_pairs = dist.all_reduce(
             sums.tolist()

@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from datetime import timedelta
@@ -69,19 +70,19 @@ def meet(seconds: float = START_SECONDS) -> Meeting:
     """Meet all other ranks (once a process); a UserError names hosts that don't come in time."""
     global _meeting
     if _meeting is None:
-        _complete_environment()
+        _complete_environment(seconds)
         _meeting = _meet(seconds)
     return _meeting
 
 
-def _complete_environment() -> None:
+def _complete_environment(seconds: float) -> None:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whoever started this process."""
     ours = {"RANK": dist.rank(), "WORLD_SIZE": dist.world_size(), "LOCAL_RANK": dist.local_rank()}
     if "MASTER_ADDR" not in os.environ and ours["WORLD_SIZE"] > 1:
         if "SLURM_STEP_NODELIST" in os.environ:
             _slurm_master()
         else:
-            _mpi_master()
+            _mpi_master(seconds)
     for name, value in ours.items():
         os.environ[name] = str(value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -117,7 +118,7 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _mpi_master() -> None:
+def _mpi_master(seconds: float) -> None:
     """Plain `mpirun python -m ...`: rank 0 tells the others its address, by MPI."""
     try:
         from mpi4py import MPI
@@ -126,6 +127,18 @@ def _mpi_master() -> None:
             "starting ranks with mpirun needs mpi4py (run: pip install mpi4py), or MASTER_ADDR and "
             "MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
         ) from None
+    request, deadline = MPI.COMM_WORLD.Ibarrier(), time.monotonic() + seconds
+    while not request.Test():
+        if time.monotonic() > deadline:
+            print(
+                f"clue-ds: error: rank {dist.rank()} on {socket.gethostname()}: not all "
+                f"{dist.world_size()} ranks of mpirun answered within {seconds:.0f} s; one of them "
+                "is stopped, or stuck before it begins",
+                file=sys.stderr,
+                flush=True,
+            )
+            MPI.COMM_WORLD.Abort(2)  # an exit would wait for the same rank
+        time.sleep(0.01)
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")
     address = (_own_address(), _port_for(job))
     os.environ["MASTER_ADDR"], port = MPI.COMM_WORLD.bcast(address, root=0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -57,11 +56,6 @@ class StopRequest:
         self._next_question = step + int(min(MAX_STEPS_BETWEEN_QUESTIONS, max(1, pause)))
         self._last_step, self._last_time = step, now
         return asked > 0
-
-
-def ignore_signals() -> None:
-    """From here on a late USR1 must not mark a finished job as failed."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def check_progress(run_dir: str | Path, step: int) -> None:

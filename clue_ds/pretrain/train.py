@@ -66,7 +66,7 @@ class Run:
 
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
-    with watchdog.reporting("clue-ds pretrain"), dist.one_voice():
+    with watchdog.reporting(), dist.one_voice():
         config = parse(argv)
         run = build(config)
         done = train(run)
@@ -90,6 +90,7 @@ def train(run: Run) -> int:
             engine.backward(output.loss)
             share = 1 / engine.num_parts
             meter.add_part(output.loss, output.num_correct, share, output.pair_sums)
+            run.watch.mark()
 
         lr = schedule.learning_rate(config.train, step)
         grad_norm = engine.step(lr)
@@ -105,13 +106,13 @@ def train(run: Run) -> int:
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
             if evaluates and run.evaluator is not None:
-                with meter.paused(), run.watch.section("evaluate", config.health.save_seconds):
+                with meter.paused(), run.watch.section("evaluate"):
                     line |= run.evaluator(engine)
             parts = mixture_samples(run.stream, done)
             counts = {"samples": samples, **parts, "skipped_steps": skipped}
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
-            with meter.paused(), run.watch.saving():
+            with meter.paused(), run.watch.section("save"):
                 directory = checkpoint.save(engine, run.source, done)
             run.writers.note(f"saved {directory}")
         if is_last:
@@ -233,7 +234,6 @@ def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> st
 
 def close(run: Run, stopped_at: int | None = None) -> None:
     """End the threads, files and the process group, and tell the launcher how it went."""
-    stop.ignore_signals()
     run.loader.close()
     if stopped_at is None:
         next_step = f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"

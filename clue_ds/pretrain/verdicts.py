@@ -24,6 +24,18 @@ STATUS = {"user error": 2, "exception": 70, "died": 71, "hang": 72, "unreachable
 # A stack that has one of these in it is waiting for other ranks.
 COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "pretrain/watchdog.py")
 MAX_RANKS_SHOWN = 8
+# In place of the beats of a rank that has not sent any yet.
+NO_BEAT: dict[str, Any] = {
+    "number": 0,
+    "step": 0,
+    "section": "setup",
+    "stuck_s": 0.0,
+    "overdue": False,
+    "idle_s": float("inf"),
+    "stack": [],
+    "suspicion": None,
+    "neighbours": {},
+}
 
 
 class Verdict(NamedTuple):
@@ -61,10 +73,20 @@ def silence(state: str | None, seconds: float) -> str:
         return f"is stopped (SIGSTOP) and has been silent for {seconds:.0f} s"
     if state == "dead":
         return "was killed or has crashed (out of memory? `dmesg` on that host tells)"
+    if state == "alive":
+        return (
+            f"has been silent for {seconds:.0f} s, though its process is there: a call into C "
+            "that keeps Python's lock, or a disk or swap that doesn't answer"
+        )
     return (
         f"has been silent for {seconds:.0f} s: its process was stopped or killed, or that host or "
         "the link to it is down"
     )
+
+
+def kind_of_silence(state: str | None) -> str:
+    """The kind of a verdict on a rank that sends no beats."""
+    return {"stopped": "hang", "alive": "hang", "dead": "died"}.get(state or "", "unreachable")
 
 
 def raised(error: BaseException) -> str:
@@ -78,22 +100,23 @@ class Judge:
     """Rank 0's view of all ranks, one call a round of beats."""
 
     def __init__(self, peers: list[Peer], health: HealthSection, suspicious_seconds: float) -> None:
-        self._peers, self._health, self._suspicious = peers, health, suspicious_seconds
+        self._peers, self.health, self._suspicious = peers, health, suspicious_seconds
         self._heard: dict[int, tuple[int, float]] = {}
         self._last_round: float | None = None
 
     def judge(self, beats: list[dict[str, Any]], gone: set[int], now: float) -> Verdict | None:
         """A verdict, or None while all is well. `gone`: ranks that have taken leave."""
         self._forgive_own_pause(now)
-        silent, seen = {}, _neighbours_say(beats)
+        silent = {}
         suspicion = next((b["suspicion"] for b in beats if b["suspicion"]), None)
-        limit = self._suspicious if suspicion else self._health.beat_seconds
+        limit = self._suspicious if suspicion else self.health.beat_seconds
         for rank, beat in enumerate(beats):
             number, since = self._heard.get(rank, (-1, now))
             if number != beat["number"]:
                 self._heard[rank] = (beat["number"], now)
             elif rank not in gone and now - since > limit:
                 silent[rank] = now - since
+        seen = _neighbours_say([b for rank, b in enumerate(beats) if rank not in silent])
         dead = [rank for rank, state in seen.items() if state == "dead" and rank not in gone]
         if dead:
             return self._verdict("died", dead, silence("dead", 0), beats)
@@ -105,7 +128,7 @@ class Judge:
             return self._about_hang(beats[overdue[0]]["stuck_s"], beats, gone)
         # While one saves, the others may wait for it as long as it works.
         idle = min((b["idle_s"] for r, b in enumerate(beats) if r not in gone), default=0.0)
-        return self._about_hang(idle, beats, gone) if idle > self._health.step_seconds else None
+        return self._about_hang(idle, beats, gone) if idle > self.health.step_seconds else None
 
     def _forgive_own_pause(self, now: float) -> None:
         """Time in which rank 0 itself was not running is nobody's silence."""
@@ -130,26 +153,27 @@ class Judge:
     ) -> Verdict:
         ranks = sorted(silent)
         state = seen.get(ranks[0])
-        if state is None and suspicion and ("closed" in suspicion or "reset" in suspicion):
+        closed = suspicion is not None and ("closed" in suspicion or "reset" in suspicion)
+        if state != "stopped" and closed:
             state = "dead"  # its kernel closed the connection, so the host is there
-        kind = {"stopped": "hang", "dead": "died"}.get(state or "", "unreachable")
-        return self._verdict(kind, ranks, silence(state, silent[ranks[0]]), beats)
+        text = silence(state, silent[ranks[0]])
+        return self._verdict(kind_of_silence(state), ranks, text, beats)
 
     def _about_hang(self, seconds: float, beats: list[dict[str, Any]], gone: set[int]) -> Verdict:
         alive = [rank for rank in range(len(beats)) if rank not in gone]
         odd = odd_ones_out({rank: beats[rank] for rank in alive})
         others = len(alive) - len(odd)
-        text = (
-            f"hangs: no progress for {seconds:.0f} s in {beats[odd[0]]['section']} after step "
-            f"{beats[odd[0]]['step']}"
-        )
+        beat = beats[odd[0]]
+        text = f"hangs: no progress for {seconds:.0f} s in {beat['section']}"
+        if beat["step"]:
+            text += f" after step {beat['step']}"
         if others:
             text += f", and the other {others} rank{'s wait' if others > 1 else ' waits'}"
         return self._verdict("hang", odd, text, beats)
 
 
 def _neighbours_say(beats: list[dict[str, Any]]) -> dict[int, str]:
-    """What ranks see of processes on their own host."""
+    """What ranks that can be believed see of processes on their own host."""
     return {int(r): state for beat in beats for r, state in beat["neighbours"].items()}
 
 
@@ -190,13 +214,13 @@ def write(verdict: Verdict) -> bool:
     return True
 
 
-def report(verdict: Verdict) -> None:
+def report(verdict: Verdict, command: str) -> None:
     """Print it, on the rank whose verdict the launcher got, or on every rank without one."""
     if verdict.kind == "user error":
         return
     first = write(verdict)
     alone = dist.job_dir() is None
     if first or alone or dist.rank() == 0:
-        lines = [f"clue-ds pretrain: error: {verdict.summary}", *verdict.details]
+        lines = [f"{command}: error: {verdict.summary}", *verdict.details]
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()

@@ -9,7 +9,8 @@ inside a collective runs no Python handler.
 Guarantees: a rank that raises, is killed, is stopped, hangs, or is cut off ends every other rank
 after the deadlines of config.health (under two minutes) with the exit status of the kind; one rank
 prints the verdict, with the last known stacks of the odd ones out. Setup and saving may take long
-as long as some rank works (activity.py); those that wait for it don't count.
+as long as some rank gets on (progress.py); those that wait for it don't count. Pretraining,
+fine-tuning, prediction and `clue-ds doctor` have the same watchdog.
 
 Rejected: timeouts of collectives (DeepSpeed's groups ignore what is asked for, and they say that
 something took long, not which rank is to blame); beats from everybody to everybody (quadratic).
@@ -36,9 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from clue_ds import dist
-from clue_ds.config import HealthSection
+from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError
 from clue_ds.pretrain import activity, alive, rendezvous, verdicts
+from clue_ds.pretrain.progress import Progress
 from clue_ds.pretrain.stop import StopRequest
 from clue_ds.pretrain.verdicts import Verdict
 
@@ -46,32 +48,31 @@ SECONDS_BETWEEN_BEATS = 2.0
 # After a collective failed somewhere, a rank that misses this much of beats is the cause.
 SECONDS_UNDER_SUSPICION = 8.0
 SECONDS_FOR_A_VERDICT = 20.0
-SECONDS_FOR_GOODBYES = 15.0
-# A step may take several times as long as the slowest one yet.
-SLOWER_STEP = 5.0
 FAILED_COLLECTIVE = re.compile(
     "gloo|nccl|ProcessGroup|Connection (closed|reset)|Broken pipe", re.IGNORECASE
 )
-STACK_DEPTH = 12
 
 
-class Watchdog:
-    """The threads of one rank. `stop`: whether somebody asked this run to save and end."""
+class Watchdog(Progress):
+    """The threads of one rank. `stop`: whether somebody asked this run to save and end.
 
-    def __init__(self, health: HealthSection, meeting: rendezvous.Meeting) -> None:
-        self.health, self.stop = health, StopRequest()
+    `can_stop`: whether the run saves and stops when it is asked; else TERM simply ends it.
+    """
+
+    def __init__(
+        self, health: HealthSection, meeting: rendezvous.Meeting, command: str, can_stop: bool
+    ) -> None:
+        self._judge = verdicts.Judge(meeting.peers, health, SECONDS_UNDER_SUSPICION)
+        super().__init__(health)
+        self.stop, self._command, self._can_stop = StopRequest(), command, can_stop
         self._meeting = meeting
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
-        self._main = threading.main_thread()
-        self._work, self._worked_at = 0, time.monotonic()
-        self._number, self._step, self._slowest, self._stepping = 0, 0, 0.0, False
+        self._number = 0
         self._suspicion: str | None = None
-        self._section, self._limit, self._since = "setup", health.setup_seconds, time.monotonic()
         self._last_talk = time.monotonic()
         self._closing, self._left = threading.Event(), threading.Lock()
         self._parent = os.getppid()
-        self._judge = verdicts.Judge(meeting.peers, health, SECONDS_UNDER_SUSPICION)
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._install_handlers()
@@ -95,41 +96,24 @@ class Watchdog:
 
     def step(self, step: int) -> bool:
         """A step has ended; returns whether all ranks save and stop now."""
-        now = time.monotonic()
-        if self._stepping:
-            self._slowest = max(self._slowest, now - self._since)
-        limit = max(self.health.step_seconds, SLOWER_STEP * self._slowest)
-        self._step, self._stepping = step, True
-        self._section, self._limit, self._since = "step", limit, now
+        super().step(step)
         return self.stop.agreed(step)
-
-    @contextlib.contextmanager
-    def section(self, name: str, seconds: float) -> Iterator[None]:
-        """Until the block ends, `seconds` is the time that counts as a hang even of a busy rank."""
-        before = self._section, self._limit
-        self._enter(name, seconds)
-        yield
-        self._enter(*before)
-
-    def _enter(self, section: str, limit: float) -> None:
-        self._section, self._limit = section, limit
-        self._since = self._worked_at = time.monotonic()
 
     def announce(self, run_dir: str | Path) -> None:
         """Let `clue-ds status` see that this run is alive; rank 0 does it."""
         if self._rank == 0:
             alive.announce(run_dir, self._me, self._closing)
 
-    def saving(self) -> contextlib.AbstractContextManager[None]:
-        """The section in which a checkpoint is written."""
-        return self.section("save", self.health.save_seconds)
+    def begin(self, health: HealthSection) -> None:
+        super().begin(health)
+        self._judge.health = health
 
-    def failed(self, error: BaseException, command: str) -> None:
+    def failed(self, error: BaseException) -> None:
         """The main thread raised: find out whose fault it is, tell all, and leave if not ours."""
         if isinstance(error, UserError):
             # Said at once: a launcher ends this rank as soon as another has left.
             if self._publish(self._verdict("user error", str(error), [])):
-                print(f"{command}: error: {error}", file=sys.stderr, flush=True)
+                print(f"{self._command}: error: {error}", file=sys.stderr, flush=True)
         else:
             if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
                 self._suspicion = str(error)[:500]
@@ -143,68 +127,49 @@ class Watchdog:
             return
         self._closing.set()
         atexit.unregister(self.close)
+        # A late USR1 must not mark a finished job as failed.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._signals.close()
         if self._world_size == 1:
             return
         with contextlib.suppress(RuntimeError):  # the store may be gone already
             self._store.set(f"bye/{self._rank}", "")
-            deadline = time.monotonic() + SECONDS_FOR_GOODBYES
-            everybody = [f"bye/{rank}" for rank in range(self._world_size)]
-            while self._rank == 0 and time.monotonic() < deadline:
-                if self._store.check(everybody):
-                    break
-                time.sleep(0.05)
+            if self._rank == 0:
+                self._wait_for_goodbyes()
+
+    def _wait_for_goodbyes(self) -> None:
+        """A rank that is stopped while it ends would keep torchrun and mpirun for ever."""
+        began = time.monotonic()
+        waited, missing = 0.0, list(range(self._world_size))
+        while missing := [rank for rank in missing if not self._store.check([f"bye/{rank}"])]:
+            waited = time.monotonic() - began
+            if waited > self.health.beat_seconds:
+                state = self._neighbours().get(str(missing[0]))
+                text = f"has not ended: it {verdicts.silence(state, waited)}"
+                kind = verdicts.kind_of_silence(state)
+                self._leave(self._verdict(kind, text, missing), at_the_end=True)
+            time.sleep(0.05)
 
     # ---------------------------------------------------------------------- talking, judging
 
     def _beat(self) -> None:
         self._number += 1
-        stuck, stack = time.monotonic() - self._since, self._stack()
         beat = {
+            **self.report(),
             "number": self._number,
-            "step": self._step,
-            "section": self._section,
-            "stuck_s": stuck,
-            "overdue": stuck > self._limit,
-            "idle_s": self._idle(stack),
-            "stack": stack,
             "suspicion": self._suspicion,
             "neighbours": self._neighbours(),
         }
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
-    def _idle(self, stack: list[str]) -> float:
-        """Seconds in which the main thread has done nothing but wait; 0 in a step, which is short.
-
-        On a GPU waiting for other ranks keeps the processor busy, so the stack counts too.
-        """
-        if self._section == "step":
-            return 0.0
-        work = activity.work_of_thread(self._main.native_id or 0)
-        if work != self._work and not verdicts.waits(stack):
-            self._worked_at = time.monotonic()
-        self._work = work
-        return time.monotonic() - self._worked_at
-
-    def _stack(self) -> list[str]:
-        """Where the main thread is, innermost call last."""
-        frame = sys._current_frames().get(self._main.ident or 0)
-        lines = []
-        for entry in traceback.extract_stack(frame)[-STACK_DEPTH:] if frame else []:
-            lines.append(f"{entry.filename}:{entry.lineno} in {entry.name}")
-        return lines
-
     def _neighbours(self) -> dict[str, str]:
-        """Ranks of this host that are gone or stopped: rank -> "dead" or "stopped"."""
-        found = {}
-        for rank, peer in enumerate(self._meeting.peers):
-            if rank == self._rank or peer[::2] != self._me[::2]:
-                continue
-            state = activity.state(peer.pid)
-            if state in ("dead", "stopped"):
-                found[str(rank)] = state
-        return found
+        """What became of the other ranks of this host: dead, stopped or alive."""
+        return {
+            str(rank): activity.state(peer.pid)
+            for rank, peer in enumerate(self._meeting.peers)
+            if rank != self._rank and peer[::2] == self._me[::2]
+        }
 
     def _talk_forever(self) -> None:
         while not self._closing.wait(SECONDS_BETWEEN_BEATS):
@@ -222,9 +187,14 @@ class Watchdog:
         if self._rank:
             return
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        if not self._store.check(keys):  # not everybody has started its threads
-            return
-        beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
+        if self._store.check(keys):
+            beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
+        else:
+            come = [self._store.check([key]) for key in keys]
+            beats = [
+                json.loads(self._store.get(key)) if is_there else verdicts.NO_BEAT
+                for key, is_there in zip(keys, come, strict=True)
+            ]
         gone = {r for r in range(self._world_size) if self._store.check([f"bye/{r}"])}
         verdict = self._judge.judge(beats, gone, time.monotonic())
         if verdict is not None:
@@ -240,7 +210,7 @@ class Watchdog:
         self._leave(self._verdict("died", text, [0]))
 
     def _verdict(self, kind: str, text: str, ranks: list[int]) -> Verdict:
-        stacks = {str(self._rank): self._stack()} if self._rank in ranks else {}
+        stacks = {str(self._rank): self.stack()} if self._rank in ranks else {}
         return verdicts.make(kind, text, ranks, self._meeting.peers, stacks)
 
     def _publish(self, verdict: Verdict) -> bool:
@@ -278,9 +248,8 @@ class Watchdog:
         if self._rank == 0 or silent < limit + SECONDS_BETWEEN_BEATS:
             return
         state = self._neighbours().get("0")
-        kind = {"stopped": "hang", "dead": "died"}.get(state or "", "unreachable")
         text = verdicts.silence(state, silent)
-        self._leave(self._verdict(kind, text, [0]))
+        self._leave(self._verdict(verdicts.kind_of_silence(state), text, [0]))
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
@@ -290,17 +259,20 @@ class Watchdog:
             if dead and not self._closing.is_set():
                 # How launchers end the ranks beside one that died.
                 self._leave(self._verdict("died", verdicts.silence("dead", 0), dead[:1]))
-            if dist.term_means_stop():
+            if self._can_stop and dist.term_means_stop():
                 self.stop.ask()
             else:
                 os._exit(128 + signal.SIGTERM)
 
-    def _leave(self, verdict: Verdict) -> None:
+    def _leave(self, verdict: Verdict, at_the_end: bool = False) -> None:
         """Say it once a job, and end this process."""
-        if not self._left.acquire(blocking=False) or self._closing.is_set():
+        is_late = self._closing.is_set() and not at_the_end
+        if not self._left.acquire(blocking=False) or is_late:
             return
         # A hanging disk must not keep us.
-        writer = threading.Thread(target=verdicts.report, args=(verdict,), daemon=True)
+        writer = threading.Thread(
+            target=verdicts.report, args=(verdict, self._command), daemon=True
+        )
         writer.start()
         writer.join(5.0)
         if self._rank in verdict.ranks and verdict.kind == "hang":
@@ -318,19 +290,26 @@ class Watchdog:
 _watchdog: Watchdog | None = None
 
 
-def start(health: HealthSection) -> Watchdog:
-    """This process' watchdog, told the deadlines of the run that begins."""
+def start(
+    health: HealthSection, command: str = "clue-ds pretrain", can_stop: bool = True
+) -> Watchdog:
+    """This process' watchdog, told the deadlines of the run that begins; all ranks meet here."""
     global _watchdog
     if _watchdog is None:
-        _watchdog = Watchdog(health, rendezvous.meet(health.start_seconds))
-    _watchdog.health = health
-    _watchdog._stepping = False
+        meeting = rendezvous.meet(health.start_seconds)
+        _watchdog = Watchdog(health, meeting, command, can_stop)
+    _watchdog.begin(health)
     return _watchdog
 
 
+def current() -> Progress:
+    """This process' watchdog; where none was started, something that takes the same calls."""
+    return Progress(DEFAULT_HEALTH) if _watchdog is None else _watchdog
+
+
 @contextlib.contextmanager
-def reporting(command: str) -> Iterator[None]:
-    """An error that ends this rank of `command` is told to the others, so that none waits for it.
+def reporting() -> Iterator[None]:
+    """An error that ends this rank is told to the others, so that none waits for it.
 
     A UserError leaves as SystemExit once it has been said.
     """
@@ -339,7 +318,7 @@ def reporting(command: str) -> Iterator[None]:
     except Exception as error:
         if _watchdog is None or dist.world_size() == 1:
             raise
-        _watchdog.failed(error, command)  # doesn't return where another rank is the cause
+        _watchdog.failed(error)  # doesn't return where another rank is the cause
         if isinstance(error, UserError):
             raise SystemExit(verdicts.STATUS["user error"]) from None
         traceback.print_exc()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
+from clue_ds.pretrain import watchdog
 
 Text = str | tuple[str, str]
 
@@ -29,6 +30,15 @@ def encode(tokenizer: Tokenizer, text: Text, max_length: int) -> Features:
     """At most `max_length` tokens; of a pair, the longer text loses tokens first."""
     parts = [tokenizer.encode(part) for part in ((text,) if isinstance(text, str) else text)]
     return assemble(tokenizer, parts, max_length)
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[Text], max_length: int) -> list[Features]:
+    """`encode` of every text, which may take minutes."""
+    watch, encoded = watchdog.current(), []
+    for text in texts:
+        encoded.append(encode(tokenizer, text, max_length))
+        watch.mark()
+    return encoded
 
 
 def assemble(tokenizer: Tokenizer, parts: Sequence[np.ndarray], max_length: int) -> Features:

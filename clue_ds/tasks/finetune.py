@@ -18,6 +18,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import Source, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.model.weights import load_into
+from clue_ds.pretrain import watchdog
 from clue_ds.tasks import features, training
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.heads import BertForSequenceClassification
@@ -104,7 +105,7 @@ def fit(
     ids = {label: i for i, label in enumerate(labels)}
     encoded, held_out = (
         Encoded(
-            [features.encode(tokenizer, text, max_length) for text, _ in examples],
+            features.encode_all(tokenizer, [text for text, _ in examples], max_length),
             torch.tensor([ids[label] for _, label in examples]),
         )
         for examples in (train, dev)
@@ -112,13 +113,14 @@ def fit(
     outcome = training.train(
         network, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
     )
-    if output is not None and dist.rank() == 0:
-        weights, vocab_file = network.state_dict(), source.vocab_file
-        lower_case = source.lower_case
-        huggingface.write(
-            config, weights, vocab_file, output, lower_case, force, list(labels), task
-        )
-    dist.barrier()
+    with watchdog.current().section("save"):
+        if output is not None and dist.rank() == 0:
+            weights, vocab_file = network.state_dict(), source.vocab_file
+            lower_case = source.lower_case
+            huggingface.write(
+                config, weights, vocab_file, output, lower_case, force, list(labels), task
+            )
+        dist.barrier()
     return outcome
 
 

@@ -22,11 +22,13 @@ import torch
 from rich.console import Console
 
 from clue_ds import dist
+from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError, run_command
 from clue_ds.model import ops
+from clue_ds.pretrain import watchdog
 from clue_ds.tasks import registry, runs
 from clue_ds.tasks.runs import Request
-from clue_ds.tasks.training import Recipe
+from clue_ds.tasks.training import Recipe, Stopped
 
 BEST = "best"
 GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay")
@@ -55,6 +57,7 @@ def finetune(
     limit: int | None = None,
     from_scratch: bool = False,
     force: bool = False,
+    health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
     """Fine-tune a model for tasks of CLUE or your own, and keep the epoch that is best on dev.
 
@@ -87,6 +90,7 @@ def finetune(
         limit: train on this many examples only, drawn at random.
         from_scratch: random weights of the model's shape, for comparison.
         force: discard runs that are there with other settings.
+        health: deadlines, of several ranks.
     """
     given: dict[str, Any] = dict(
         lr=lr,
@@ -120,13 +124,13 @@ def finetune(
         for name in names
         for point in points
     ]
-    with dist.one_voice():
-        _do(_share(requests, array_task), workers, kernels)
-        for name in dict.fromkeys(names):
+    with watchdog.reporting(), dist.one_voice():
+        stopped = _do(_share(requests, array_task), workers, kernels, health)
+        for name in dict.fromkeys(names) if not stopped else ():
             of_task = [r for r in requests if registry.get(r.task).name == registry.get(name).name]
             _keep_best(output / registry.get(name).name, of_task)
-    dist.barrier()
-    dist.report_end(stopped=False)
+        dist.barrier()
+    dist.report_end(stopped)
 
 
 def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,18 +165,14 @@ def _share(requests: list[Request], array_task: str | None) -> list[Request]:
     return requests[int(index) :: int(count)]
 
 
-def _do(requests: list[Request], workers: int, kernels: ops.Kernels) -> None:
+def _do(requests: list[Request], workers: int, kernels: ops.Kernels, health: HealthSection) -> bool:
+    """Do the runs; whether the job was asked to stop before all were done."""
     ops.choose_kernels(kernels)
-    if dist.world_size() > 1:
-        if workers > 1:
-            raise UserError("--workers is for one process; launched ranks do one run together")
-        from clue_ds.pretrain import engine
-
-        engine.start()
+    if dist.world_size() > 1 and workers > 1:
+        raise UserError("--workers is for one process; launched ranks do one run together")
     if workers <= 1 or len(requests) <= 1:
-        for request in requests:
-            _say(request, runs.run(request))
-        return
+        _start(health)
+        return _one_by_one(requests)
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spawned, not forked: torch's threads don't survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -182,6 +182,28 @@ def _do(requests: list[Request], workers: int, kernels: ops.Kernels) -> None:
         jobs = {pool.submit(runs.run, request, False): request for request in requests}
         for job in concurrent.futures.as_completed(jobs):
             _say(jobs[job], job.result())
+    return False
+
+
+def _start(health: HealthSection) -> None:
+    """Meet the other ranks; a single process that was launched hears requests to stop, too."""
+    if dist.world_size() > 1 or dist.job_dir() is not None:
+        watchdog.start(health, "clue-ds finetune")
+    if dist.world_size() > 1:
+        from clue_ds.pretrain import engine
+
+        engine.start()
+
+
+def _one_by_one(requests: list[Request]) -> bool:
+    for request in requests:
+        try:
+            _say(request, runs.run(request))
+        except Stopped as reason:
+            if dist.rank() == 0:
+                print(f"{request.directory}: {reason}; the same command continues", flush=True)
+            return True
+    return False
 
 
 def _prepare(num_threads: int, kernels: ops.Kernels) -> None:

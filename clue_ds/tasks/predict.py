@@ -23,6 +23,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import Source, huggingface, open_model
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.weights import PREDICTION_BIAS, load_into, read_config_json
+from clue_ds.pretrain import watchdog
 from clue_ds.tasks import features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.registry import Task
@@ -190,7 +191,7 @@ class Predictor:
         """What the model will read of every text, and whether that is all of it."""
         if isinstance(texts, str):
             raise UserError(f"give a list of texts, not the text {texts!r} alone")
-        return [features.encode(self.tokenizer, text, self.max_length) for text in texts]
+        return features.encode_all(self.tokenizer, texts, self.max_length)
 
     @torch.inference_mode()
     def classify(self, encoded: Sequence[features.Features]) -> list[Prediction]:
@@ -222,8 +223,10 @@ class Predictor:
         self, encoded: Sequence[features.Features]
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """(indices into `encoded`, inputs) of every batch, texts of like length together."""
+        watch = watchdog.current()
         for rows in features.batches_by_length(encoded, self.batch_size):
             yield rows, self._inputs([encoded[i] for i in rows])
+            watch.mark()
 
     def _inputs(self, encoded: Sequence[features.Features]) -> dict[str, Tensor]:
         inputs = features.collate(encoded, self.tokenizer.pad_id)

@@ -28,8 +28,10 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from clue_ds import dist
+from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError, existing_file, run_command
 from clue_ds.model import ops
+from clue_ds.pretrain import watchdog
 from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
 from clue_ds.tasks.features import Features, Text
@@ -62,6 +64,7 @@ def predict(
     max_length: int | None = None,
     kernels: ops.Kernels = "torch",
     force: bool = False,
+    health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
     """Classify texts, fill their masks, embed or compare them with a trained model.
 
@@ -85,16 +88,17 @@ def predict(
         max_length: tokens read of a text; default what the task is trained with.
         kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
         force: replace the output if it exists.
+        health: deadlines, of several ranks.
     """
     wanted = [bool(text), file is not None, bool(fill_mask), similarity is not None]
     if sum(wanted) != 1:
         raise UserError("give one of --text, --file, --fill-mask and --similarity")
     if out is not None and file is None:
         raise UserError("--out is for the answers to a --file; those to a --text are printed")
-    with warnings.catch_warnings():
+    with watchdog.reporting(), warnings.catch_warnings():
         warnings.showwarning = _say_warning
         if dist.world_size() > 1:
-            _join_ranks(out)
+            _join_ranks(out, health)
         ops.choose_kernels(kernels)
         predictor = Predictor(model, task, batch_size, max_length)
         if fill_mask:
@@ -104,16 +108,18 @@ def predict(
         elif file is None:
             write_answers(answered(predictor, _given(predictor, text), embed), sys.stdout)
         else:
-            predict_file(predictor, file, out, embed, force)
-    dist.barrier()
+            with watchdog.current().section("predict"):
+                predict_file(predictor, file, out, embed, force)
+        dist.barrier()
     dist.report_end(stopped=False)
 
 
-def _join_ranks(out: Path | None) -> None:
+def _join_ranks(out: Path | None, health: HealthSection) -> None:
     if out is None:
         raise UserError("several ranks share the work of a --file; give one, and --out")
     from clue_ds.pretrain import engine
 
+    watchdog.start(health, "clue-ds predict", can_stop=False)
     engine.start()
 
 

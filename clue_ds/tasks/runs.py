@@ -31,6 +31,7 @@ from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.export import Source
 from clue_ds.export.sources import opened
+from clue_ds.pretrain import watchdog
 from clue_ds.tasks import examples, finetune, hub_data, measures, registry
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.registry import Split, Task
@@ -69,8 +70,11 @@ def read(task: Task, data: str, split: Split) -> Examples:
 def run(request: Request, show: bool = True) -> dict[str, Any]:
     """Do, continue or just read a run; returns the content of its result.json.
 
-    `show`: a progress bar and a line an epoch on the console.
+    `show`: a progress bar and a line an epoch on the console. training.Stopped when the job was
+    asked to stop.
     """
+    watch = watchdog.current()
+    watch.begin(watch.health)
     task = registry.get(request.task)
     train, dev = (read(task, request.data, split) for split in ("train", "dev"))
     kept = _limited(train, request.limit)
@@ -86,10 +90,11 @@ def run(request: Request, show: bool = True) -> dict[str, Any]:
         began = time.perf_counter()
         outcome = _fit(request, task, recipe, source, kept, dev, show)
     seconds = time.perf_counter() - began
-    result = _result(asked, task, kept, dev, outcome, seconds)
-    if dist.rank() == 0:
-        _finish(request.directory, result)
-    dist.barrier()
+    with watch.section("save"):
+        result = _result(asked, task, kept, dev, outcome, seconds)
+        if dist.rank() == 0:
+            _finish(request.directory, result)
+        dist.barrier()
     return result
 
 

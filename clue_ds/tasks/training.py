@@ -2,8 +2,9 @@
 
 Guarantees: everything follows from the recipe's seed, without touching torch's global generator;
 a run that was killed continues bit for bit from `state_file` (dropout is a function of seed and
-step, so there is no generator to restore); padding only to the longest text of a batch; no weight
-decay on LayerNorm and biases; on several ranks the update is that of one rank.
+step, so there is no generator to restore); one that is asked to stop saves its state;
+padding only to the longest text of a batch; no weight decay on LayerNorm and biases; on several
+ranks the update is that of one rank.
 
 Rejected: keeping every epoch's weights on disk (only the best are ever wanted).
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from clue_ds import dist
 from clue_ds.errors import UserError
-from clue_ds.pretrain import optim, schedule
+from clue_ds.pretrain import optim, schedule, watchdog
 from clue_ds.tasks import features, measures
 from clue_ds.tasks.features import Features
 from clue_ds.tasks.heads import BertForSequenceClassification
@@ -63,6 +64,10 @@ class Encoded(NamedTuple):
     targets: Tensor
 
 
+class Stopped(Exception):
+    """Somebody asked the job to stop; the state is saved, and the same request continues."""
+
+
 class Outcome(NamedTuple):
     """What training left: the network holds the best epoch's weights."""
 
@@ -96,13 +101,14 @@ def train(
     """Train in place and leave the weights of the epoch that was best on `dev`.
 
     `state_file`: where the state to resume from lies; taken up when it is there, gone at the end.
+    Without it a request to stop is not heard.
     `on_step` hears (step, number of steps, loss), `on_epoch` each epoch's line.
     """
     plan = [_epoch(examples.texts, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
     ends = np.cumsum([len(batches) for batches in plan]).tolist()
     steps = [rows for batches in plan for rows in batches]
     updater = _updater(network, recipe, len(steps))
-    progress = Progress()
+    progress, watch = Progress(), watchdog.current()
     if state_file is not None and state_file.exists():
         progress = _resume(state_file, updater)
     for step in range(progress.step, len(steps)):
@@ -113,15 +119,21 @@ def train(
         _check_finite(loss, step)
         progress.losses.append(loss)
         progress.step = step + 1
+        stops = watch.step(step + 1) and state_file is not None and step + 1 < len(steps)
         if on_step is not None:
             on_step(step + 1, len(steps), loss)
         if step + 1 in ends:
             epoch = ends.index(step + 1)
-            _measure(network, dev, pad_id, progress, epoch, len(plan[epoch]))
+            with watch.section("evaluate"):
+                _measure(network, dev, pad_id, progress, epoch, len(plan[epoch]))
             if on_epoch is not None:
                 on_epoch(progress.epochs[-1])
-        if state_file is not None and (step + 1 in ends or (step + 1) % recipe.save_every == 0):
-            _save(state_file, updater, progress)
+        saves = stops or step + 1 in ends or (step + 1) % recipe.save_every == 0
+        if state_file is not None and saves:
+            with watch.section("save"):
+                _save(state_file, updater, progress)
+        if stops:
+            raise Stopped(f"stopped on request after step {step + 1} of {len(steps)}")
     network.load_state_dict(progress.best_weights)
     best = _best(progress.epochs)
     return Outcome(progress.epochs, best, progress.best_predictions, progress.losses)
@@ -294,6 +306,7 @@ def classify(
 ) -> list[int]:
     """The likeliest class of every text, in order; ranks share the work and all know the result."""
     network.eval()
+    watch = watchdog.current()
     device = next(network.parameters()).device
     rank, num_ranks = dist.rank(), dist.world_size()
     mine = [0] * len(encoded[rank::num_ranks])
@@ -303,6 +316,7 @@ def classify(
         logits = network(**{name: tensor.to(device) for name, tensor in inputs.items()})
         for row, choice in zip(rows, logits.argmax(-1).tolist(), strict=True):
             mine[row] = choice
+        watch.mark()
     result = [0] * len(encoded)
     for number, part in enumerate(dist.all_gather(mine)):
         result[number::num_ranks] = part

@@ -1,0 +1,108 @@
+"""Fine-tuning and prediction on two ranks, one of which goes wrong: nobody waits for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_finetune import examples
+from test_finetune import model as model  # the fixture
+from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S
+from test_training import data as data  # the fixture
+from test_training import same_weights
+from test_watchdog import two_ranks
+from zygote import Zygote
+
+from clue_ds.tasks import finetune, runs
+from clue_ds.tasks.training import Recipe
+
+FINETUNE = """
+from clue_ds.tasks import features, grid, training
+
+features.encode_all = breaks("setup", features.encode_all)
+training._step = breaks("step", training._step, after=3)
+training._save = breaks("save", training._save)
+grid.main(sys.argv[3:])
+"""
+PREDICT = """
+from clue_ds.tasks import predict_files
+from clue_ds.tasks.predict import Predictor
+
+Predictor.classify = breaks("predict", Predictor.classify)
+predict_files.main(sys.argv[3:])
+"""
+QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "15"]
+
+
+@pytest.mark.parametrize(
+    ("accident", "place", "status", "text"),
+    [
+        ("is stopped", "setup", 72, "is stopped (SIGSTOP) and has been silent for"),
+        ("is stopped", "step", 72, "is stopped (SIGSTOP) and has been silent for"),
+        ("raises", "step", 70, "raised ValueError: the third shard is unreadable"),
+        ("spins", "save", 72, "in save after step"),
+    ],
+)
+def test_finetuning(
+    zygote: Zygote,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    accident: str,
+    place: str,
+    status: int,
+    text: str,
+) -> None:
+    words = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "40"]
+    arguments = [*map(str, words), "--output", str(tmp_path / "out"), *QUICK]
+    (status_0, said), _ = two_ranks(zygote, FINETUNE, accident, place, arguments, tmp_path)
+    assert status_0 == status, said
+    assert f"clue-ds finetune: error: rank 1 on {socket.gethostname()} " in said
+    assert text in said
+    if accident == "spins":
+        assert "in spin_for_ever" in said
+
+
+def test_prediction(zygote: Zygote, model: Path, tmp_path: Path) -> None:
+    finetune.finetune(model, examples(8, 1), examples(8, 2), tmp_path / "m", Recipe(epochs=1))
+    rows = [json.dumps({"text": text}) for text, _ in examples(40, 3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    words = ["--model", tmp_path / "m", "--file", tmp_path / "in.jsonl", "--out", tmp_path / "out"]
+    (status, said), _ = two_ranks(
+        zygote, PREDICT, "is stopped", "predict", [*map(str, words), *QUICK], tmp_path
+    )
+    assert status == 72, said
+    assert f"clue-ds predict: error: rank 1 on {socket.gethostname()} is stopped" in said
+
+
+def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """USR1 to the launcher of one rank, as a batch system sends it before its time limit."""
+    words = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "200"]
+    command = [CLUE_DS, "launch", "--", "finetune", *map(str, words), "--output"]
+    cut, whole = (tmp_path / name / "tone" / "seed=42" for name in ("cut", "whole"))
+    job = subprocess.Popen(
+        [*command, str(tmp_path / "cut")], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not (cut / runs.STATE).exists() and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGUSR1)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 75, output
+    assert "the same command continues" in output
+    for directory in (tmp_path / "cut", tmp_path / "whole"):
+        words = [*command[:2], *command[3:], str(directory)]
+        subprocess.run([sys.executable, "-m", "clue_ds.tasks.grid", *words[3:]], check=True)
+    results = [json.loads((run / runs.RESULT).read_text()) for run in (whole, cut)]
+    assert results[0]["losses"] == results[1]["losses"]
+    assert same_weights(whole, cut)
