@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 CLIENTS := .venv-clients
 BIN    := $(VENV)/bin
+TEST_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
 PYTHON37 ?= python3.7
@@ -50,8 +51,14 @@ test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras
 test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
 	$(BIN)/pytest tests/cluster $(ARGS)
 
-test-gpu: $(VENV)/.dev  ## what needs CUDA
-	$(BIN)/pytest tests/gpu $(KERNEL_TESTS) $(ARGS)
+# Without a network: `make test-gpu VENV= PYTHON=python3`, with a Python that has torch for CUDA, triton,
+# transformers, pytest and pytest-xdist, and this package (pip install --no-deps --no-build-isolation
+# --editable .). Several processes, because compiling some 700 kernels takes longer than running them.
+test-gpu: $(if $(VENV),$(VENV)/.dev)  ## what needs CUDA
+	@failed=0; \
+	$(TEST_PYTHON) -m pytest --numprocesses 8 --dist worksteal $(KERNEL_TESTS) $(ARGS) || failed=1; \
+	$(TEST_PYTHON) -m pytest tests/gpu $(ARGS) || failed=1; \
+	exit $$failed
 
 bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)

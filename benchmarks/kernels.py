@@ -7,9 +7,12 @@ instructions an element.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 from csv import writer as csv_writer
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -27,6 +30,8 @@ Op = Literal[
     "bias_gelu",
     "embedding_layer_norm",
 ]
+# What the figures depend on besides torch, and the peers; named where installed.
+PACKAGES = ("triton", "liger_kernel", "flash_attn", "apex")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -64,16 +69,20 @@ def kernels(
             "measuring kernels needs a CUDA GPU and triton; `--aot` inspects them without, "
             "`--device cpu` tries the benchmark itself"
         )
-    _print_environment()
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'clue_ds[plots]'")
+    _print_head(dtype, device)
     measured: list[Row] = []
     for case in _cases(op, hidden, rows, DTYPES[dtype], dropout):
         new = bench.measure(case, list(mode), torch.device(device))
         _print_rows(new)
         measured += new
+        if csv is not None:  # after every case, so that what was measured outlives a time limit
+            _write_csv(measured, csv)
     if csv is not None:
-        _write_csv(measured, csv)
+        print(f"written to {csv}")
     if plot is not None:
-        _write_plot(measured, plot)
+        _write_plot(measured, plot, f"{dtype}, {_device_name()}")
 
 
 def _cases(
@@ -108,11 +117,22 @@ def _compile_all() -> None:
         raise UserError("kernels break their limits:\n" + "\n".join(broken))
 
 
-def _print_environment() -> None:
+def _device_name() -> str:
     facts = describe()
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"# {facts['gpu'] or facts['cpu']}; {versions}")
+    return facts["gpu"] or facts["cpu"]
+
+
+def _print_head(dtype: str, device: str) -> None:
+    facts = describe()
+    versions = [f"torch {facts['versions']['torch']}"]
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    print(f"# {_device_name()}; {', '.join(versions)}")
     print(f"# {facts['date']}, commit {facts['git_commit']}: {facts['command']}")
+    print(f"# {dtype}; 100% is a copy of as many bytes; - is what has no bandwidth")
+    if device == "cpu":
+        print("# no figure of a GPU: `ours` is plain torch here, but for the host clock")
     print(
         f"{'op':<28}{'rows':>7}{'H':>6}{'p':>5} {'mode':<5}{'clock':<6}{'provider':<11}"
         f"{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'% copy':>7}"
@@ -121,10 +141,12 @@ def _print_environment() -> None:
 
 def _print_rows(measured: list[Row]) -> None:
     for row in measured:
+        rate = f"{row.gb_per_s:>8.0f}{row.percent_of_copy:>7.0f}"
         print(
             f"{row.op:<28}{row.rows:>7}{row.hidden:>6}{row.p:>5g} {row.mode:<5}{row.clock:<6}"
             f"{row.provider:<11}{row.median_us:>9.1f}{row.p20_us:>9.1f}{row.p80_us:>9.1f}"
-            f"{row.gb_per_s:>8.0f}{row.percent_of_copy:>7.0f}"
+            f"{rate.replace('nan', '  -')}",
+            flush=True,
         )
 
 
@@ -134,34 +156,47 @@ def _write_csv(measured: list[Row], path: Path) -> None:
         writer = csv_writer(file)
         writer.writerow(bench.Row._fields)
         writer.writerows(measured)
-    print(f"written to {path}")
 
 
-def _write_plot(measured: list[Row], path: Path) -> None:
-    """A panel for each (operation, dropout, mode) of the clock that has the kernels alone."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'clue_ds[demo]'") from None
+def _write_plot(measured: list[Row], path: Path, subtitle: str) -> None:
+    """A line of panels for each (operation, dropout, rows), one for each mode, of the first clock.
+
+    That is the one that has the kernels alone where there is one. A dashed line is the copy.
+    """
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     clock = measured[0].clock
     shown = [row for row in measured if row.clock == clock]
-    panels = list(dict.fromkeys((row.op, row.p, row.mode, row.rows) for row in shown))
+    lines = list(dict.fromkeys((row.op, row.p, row.rows) for row in shown))
+    modes = list(dict.fromkeys(row.mode for row in shown))
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(7, 3.2 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
-        inside = [row for row in shown if (row.op, row.p, row.mode, row.rows) == panel]
-        for provider in dict.fromkeys(row.provider for row in inside):
-            line = [(row.hidden, row.gb_per_s) for row in inside if row.provider == provider]
-            axis.plot(*zip(*sorted(line), strict=True), marker="o", label=provider)
-        op, p, mode, num_rows = panel
-        axis.set_title(f"{op}, {mode}, dropout {p:g}, {num_rows:,} rows ({clock} clock)")
-        axis.set_xlabel("hidden size")
-        axis.set_ylabel("GB/s")
-        axis.set_ylim(bottom=0)
-        axis.legend()
+        len(lines), len(modes), figsize=(1 + 4.5 * len(modes), 1 + 3.2 * len(lines)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    figure.suptitle(f"{subtitle}, {clock} clock")
+    for i, (op, p, num_rows) in enumerate(lines):
+        for axis, mode in zip(axes[i], modes, strict=True):
+            key = (op, p, num_rows, mode)
+            inside = [row for row in shown if (row.op, row.p, row.rows, row.mode) == key]
+            _draw_panel(axis, inside)
+            axis.set_title(f"{op}\n{mode}, dropout {p:g}, {num_rows:,} rows", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"written to {path}")
+
+
+def _draw_panel(axis: Any, rows: list[Row]) -> None:
+    """Bandwidth against hidden size, a line a provider."""
+    copy = {row.hidden: 100 * row.gb_per_s / row.percent_of_copy for row in rows}
+    axis.plot(*zip(*sorted(copy.items()), strict=True), "--", color="grey", label="copy")
+    for provider in dict.fromkeys(row.provider for row in rows):
+        line = [(row.hidden, row.gb_per_s) for row in rows if row.provider == provider]
+        axis.plot(*zip(*sorted(line), strict=True), marker="o", label=provider)
+    axis.set_xticks(sorted(copy))
+    axis.set_xlabel("keys" if rows[0].op == "masked_softmax" else "hidden size")
+    axis.set_ylabel("GB/s")
+    axis.set_ylim(0, 1.08 * max(*copy.values(), *(row.gb_per_s for row in rows)))
+    axis.legend(fontsize=8)

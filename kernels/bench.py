@@ -145,7 +145,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Forward]:
     found = {"torch": _chain(reference, case, device), "ours": _chain(functional, case, device)}
     if device.type != "cuda":
         return found
-    found["compile"] = torch.compile(_chain(reference, case, device))
+    found["compile"] = torch.compile(_chain(reference, case, device), dynamic=False)
     with contextlib.suppress(ImportError):
         found |= _flash_attn(case)
     with contextlib.suppress(ImportError):
@@ -224,10 +224,32 @@ def _backend(name: str) -> Iterator[None]:
     set_backend(previous)
 
 
+@contextlib.contextmanager
+def _surroundings(device: torch.device) -> Iterator[None]:
+    """What graphs and torch.compile need on a GPU to be measured at all.
+
+    A stream that is not the default one, since autograd runs a backward pass on the stream of its
+    forward, and the default stream can't be captured. Compiled backward passes that may run more
+    than once. And no compiled code of other cases: at eight of one function Dynamo runs it eagerly.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    from torch._functorch import config as autograd_config
+
+    torch.compiler.reset()
+    with (
+        autograd_config.patch(donated_buffer=False),
+        torch.cuda.stream(torch.cuda.Stream(device)),
+    ):
+        yield
+    torch.cuda.synchronize(device)
+
+
 def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
     """All providers, modes and clocks of one case, after the check."""
     rows = []
-    with _backend("triton" if device.type == "cuda" else "auto"):
+    with _backend("triton" if device.type == "cuda" else "auto"), _surroundings(device):
         check(case, device)
         for mode in modes:
             num_bytes = case.num_bytes(mode)
@@ -320,14 +342,8 @@ def _times(job: Callable[[], object], clock: str, device: torch.device) -> list[
 
 
 def _captured(job: Callable[[], object]) -> Callable[[], object]:
-    """`job` as a CUDA graph; warmed up on the side stream that capturing wants."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            job()
-    torch.cuda.current_stream().wait_stream(stream)
+    """`job`, which has run before, as a CUDA graph of the current stream."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         job()
     return graph.replay

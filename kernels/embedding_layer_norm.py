@@ -40,30 +40,33 @@ def gather(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """Sums of the three tables' rows in parts [ROWS, columns] in ACC; 0 in columns outside.
+    """(sums of the three tables' rows in parts [ROWS, columns], which ids are in their tables).
 
-    Rows outside read the tables' first rows; nobody stores what comes of them.
+    In ACC, 0 in columns outside. Rows outside, and those of ids beyond, read tables' first rows.
     """
     rows = first + tl.arange(0, ROWS)
     ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
-    known = (ids >= 0) & (ids < V)
+    known = ids.to(tl.uint64) < V  # a negative id is a large one
     types = tl.zeros((ROWS,), tl.int64)
     if types_ptr is not None:
         types = tl.load(types_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
-        known &= (types >= 0) & (types < T)
+        known &= types.to(tl.uint64) < T
+    # 32 bits where they are enough, and one remainder in 64 bits a program instead of one a row.
+    positions = ((first % S).to(tl.int32) + tl.arange(0, ROWS)) % S
+    words = tl.where(known, ids.to(tl.int32), 0)
+    types = tl.where(known, types.to(tl.int32), 0)
     # No mask but that of the columns, which the compiler knows: ids are made safe instead.
-    word_rows = word_ptr + tl.where(known, ids, 0)[:, None] * H
-    position_rows = position_ptr + (rows % S)[:, None] * H
-    type_rows = token_type_ptr + tl.where(known, types, 0)[:, None] * H
-    poison = tl.where(known, 0.0, float("nan"))[:, None].to(ACC)
+    word_rows = word_ptr + words.to(tl.int64)[:, None] * H
+    position_rows = position_ptr + positions[:, None] * H
+    type_rows = token_type_ptr + types[:, None] * H
     parts = ()
     for part in tl.static_range(2 if TAIL else 1):
         cols = tiles.columns(part, BLOCK, TAIL)
         word = tl.load(word_rows + cols, mask=cols < H, other=0.0).to(ACC)
         position = tl.load(position_rows + cols, mask=cols < H, other=0.0).to(ACC)
         token_type = tl.load(type_rows + cols, mask=cols < H, other=0.0).to(ACC)
-        parts += (word + position + token_type + poison,)
-    return parts
+        parts += (word + position + token_type,)
+    return parts, known
 
 
 @triton.jit
@@ -92,13 +95,15 @@ def forward_kernel(
     ACC: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * ROWS
-    z = gather(
+    z, known = gather(
         ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
         V, T, S, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
+    # NaN reaches every element of the row, and backward through the statistics.
+    eps = tl.where(known, EPS, float("nan")).to(ACC)
     normalization.store(
         z, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr, first, num_rows,
-        EPS, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
+        eps, NUM_DROPPED, KEEP_SCALE, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
 
 
@@ -136,7 +141,7 @@ def backward_kernel(
     # No stages: the addresses come from a load, which the pipeliner does not look through.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * ROWS
-        z = gather(
+        z, _ = gather(
             ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
             V, T, S, H, ROWS, BLOCK, TAIL, ACC,
         )  # fmt: skip
@@ -258,7 +263,9 @@ def backward(
         torch.sum(partials, dim=1, out=parameters)
     scatter = torch.ops.aten.embedding_dense_backward
     dword = scatter(dsum, input_ids.flatten(), word.shape[0], padding_idx, False)
-    by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width).sum(0)
+    by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width)
+    # Summed once more below: in 16 bits it would be rounded twice.
+    by_position = by_position.sum(0, dtype=statistics.dtype)
     dposition = torch.zeros_like(position, memory_format=torch.contiguous_format)
     dposition[:seq_length] = by_position
     if types is None:

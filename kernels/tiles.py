@@ -27,8 +27,11 @@ PHILOX_ROUNDS = tl.constexpr(7)
 STAGES = 3  # tiles of a persistent loop: two loaded ahead, one in use
 LANES = 64 if torch.version.hip else 32  # of a warp
 DRAWS = 8  # 16-bit draws of one Philox counter, so the narrowest tile
-# Elements of a tile on the interpreter, which pays 20 to 90 ms a program whatever its tile.
+# On the interpreter, which pays 20 to 90 ms a program whatever its tile: elements of a tile, tiles
+# of a matrix that would fit into one, persistent programs. With one tile NumPy would add a column
+# row after row, up to twice the error of torch's sums, where a GPU's tiles hold a few rows each.
 INTERPRETED_ELEMENTS = 1 << 17
+INTERPRETED_TILES = 8
 INTERPRETED_PROGRAMS = 3
 
 
@@ -98,7 +101,7 @@ def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
     if x.is_cuda:
         return tile
     tallest = max(1, INTERPRETED_ELEMENTS // tile.block)
-    return tile._replace(rows=min(tallest, next_power_of_2(-(-num_rows // 2))))
+    return tile._replace(rows=min(tallest, next_power_of_2(count(num_rows, INTERPRETED_TILES))))
 
 
 def num_persistent(x: Tensor, num_tiles: int, tile: Tile) -> int:

@@ -43,12 +43,16 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture
-def kernel_device() -> Iterator[torch.device]:
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where Triton kernels run in this process, a GPU or the interpreter; every op uses them."""
+    from kernel_checks import round_as_gpus_do
+
     from clue_ds import kernels
 
     if not kernels.available():
         pytest.skip("needs the package triton, and a GPU or TRITON_INTERPRET=1")
+    if not torch.cuda.is_available():
+        round_as_gpus_do(monkeypatch)
     kernels.set_backend("triton")
     yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels.set_backend("auto")

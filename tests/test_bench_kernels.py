@@ -70,7 +70,7 @@ def test_every_operation_is_checked_timed_written_and_drawn(
             assert float(row["gb_per_s"]) > 0 and float(row["percent_of_copy"]) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 + len(rows) + 2 and "clue_ds" not in printed[2]
+    assert len(printed) == 5 + len(rows) + 2 and "clue_ds" not in printed[4]
 
 
 def test_bytes_are_those_of_the_fused_operation() -> None:

@@ -6,47 +6,53 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROWS, WIDTHS, assert_accurate, compare, guard_bands, guarded
+from kernel_checks import DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded
+from torch import Tensor
 
 from clue_ds import kernels
 from clue_ds.kernels import reference
 
 EPS = 1e-12
-SHAPES = [(3, width) for width in WIDTHS] + [(rows, 312) for rows in ROWS] + [(129, 769)]
+SHAPES = [(65, width) for width in WIDTHS] + [(rows, 312) for rows in ROWS] + [(129, 769)]
 
 fused = partial(kernels.layer_norm, eps=EPS)
 twin = partial(reference.layer_norm, eps=EPS)
 
 
+def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, weight, bias."""
+    x = torch.randn(rows, width, device=device).to(dtype)
+    return [x, *torch.randn(2, width, device=device)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
-    torch.manual_seed(0)
     for rows, width in SHAPES:
-        x = torch.randn(rows, width, device=kernel_device).to(dtype)
-        weight, bias = torch.randn(2, width, device=kernel_device)
-        compare(fused, twin, (x, weight, bias), {}, f"{rows} x {width}")
+        inputs = partial(make, rows, width, dtype, kernel_device)
+        compare(fused, twin, inputs, {}, f"{rows} x {width}")
 
 
 def test_parameters_may_be_absent_or_of_the_activations_dtype(kernel_device: torch.device) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, 64, device=kernel_device).bfloat16()
-    weight, bias = torch.randn(2, 64, device=kernel_device).bfloat16()
-    for parameters in ((weight, bias), (weight, None), (None, None)):
-        compare(fused, twin, (x, *parameters), {}, str(parameters))
+    for absent in ((), (2,), (1, 2)):
+
+        def low(absent: tuple[int, ...] = absent) -> list[Tensor | None]:
+            inputs = make(33, 64, torch.bfloat16, kernel_device)
+            return [None if i in absent else t.bfloat16() for i, t in enumerate(inputs)]
+
+        compare(fused, twin, low, {}, f"without {absent}")
 
 
-@pytest.mark.parametrize("width", [7, 312, 768])
+@pytest.mark.parametrize("width", [57, 312, 768])
 def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(
     width: int, kernel_device: torch.device
 ) -> None:
-    """The error rule without allowance: rounding of the mean alone once made ours 1.9 x torch's."""
-    torch.manual_seed(0)
-    x = torch.randn(33, width, device=kernel_device) + 1e3
-    weight, bias = torch.randn(2, width, device=kernel_device)
-    compare(fused, twin, (x, weight, bias), {}, f"mean 1e3, width {width}")
-    exact = twin(x.double(), weight.double(), bias.double())
-    error, allowed = ((op(x, weight, bias) - exact).abs().max() for op in (fused, twin))
-    assert error <= 1.25 * allowed
+    """Rounding of the mean alone once made our error 1.9 times torch's."""
+
+    def far() -> list[Tensor]:
+        x, *parameters = make(33, width, torch.float32, kernel_device)
+        return [x + 1e3, *parameters]
+
+    compare(fused, twin, far, {}, f"mean 1e3, width {width}")
 
 
 def test_rows_of_one_large_number_are_zeros(kernel_device: torch.device) -> None:
@@ -58,11 +64,13 @@ def test_rows_of_one_large_number_are_zeros(kernel_device: torch.device) -> None
 
 def test_statistics_stay_fp32_beside_bf16_rows(kernel_device: torch.device) -> None:
     """Liger kept mean and rstd in bf16: at a mean of 1000 the digits of the variance are gone."""
-    torch.manual_seed(0)
-    x = (torch.randn(9, 768, device=kernel_device) + 1e3).bfloat16()
     weight, bias = torch.ones(768, device=kernel_device), torch.zeros(768, device=kernel_device)
-    ours, exact = fused(x, weight, bias), twin(x.double(), weight.double(), bias.double())
-    assert_accurate(ours, exact.to(x.dtype), exact, "mean 1e3 in bf16")
+
+    def far() -> list[Tensor]:
+        x = torch.randn(33, 768, device=kernel_device) + 1e3
+        return [x.bfloat16(), weight, bias]
+
+    compare(fused, twin, far, {}, "mean 1e3 in bf16")
 
 
 def test_rows_may_lie_apart_and_have_any_leading_dimensions(kernel_device: torch.device) -> None:

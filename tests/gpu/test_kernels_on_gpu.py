@@ -22,7 +22,7 @@ from device_checks import (
 )
 
 from clue_ds import kernels
-from clue_ds.kernels import reference
+from clue_ds.kernels import bench, reference
 
 # 2^31 elements and three rows more; a bf16 tensor of them takes 4.3 GB.
 WIDTH = 1024
@@ -132,6 +132,17 @@ def test_inductor_compiles_around_the_operations(kernel_device: torch.device) ->
         strict=True,
     ):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_benchmark_measures_every_mode_and_clock(kernel_device: torch.device) -> None:
+    """Delicate: capturing a backward pass alone, and compiled code that runs twice."""
+    case = bench.Case("bias_dropout_add_layer_norm", 512, 312, torch.bfloat16, 0.1)
+    rows = bench.measure(case, ["fwd", "bwd", "full"], kernel_device)
+    found = {(row.mode, row.clock, row.provider) for row in rows}
+    for mode in ("fwd", "bwd", "full"):
+        for clock in ("graph", "eager", "host"):
+            assert {(mode, clock, name) for name in ("torch", "ours", "compile")} <= found
+    assert all(row.median_us > 0 for row in rows)
 
 
 def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -> None:
