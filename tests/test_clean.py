@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from clue_ds.data import Corpus, Tokenizer, clean, dedup
 from clue_ds.data.build import shard
 from clue_ds.data.clean import line_facts
-from clue_ds.data.options import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
+from clue_ds.data.options import DUPLICATE, KEPT, MAX_SIMILARITY, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.parsing import Tally
 from clue_ds.data.report import write_report
 from clue_ds.data.shards import ShardArrays
@@ -213,6 +213,11 @@ def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPa
     assert np.array_equal(dedup.near_keys(arrays, 1 << 15, 0.8), keys)
 
 
+def test_the_largest_similarity_still_has_bands() -> None:
+    pytest.importorskip("datasketch")
+    assert dedup.similarity_bands(MAX_SIMILARITY)[0] >= 2
+
+
 def test_unknown_words_of_many_shards_are_bounded() -> None:
     """Each shard brings words that no other has; the frequent ones are counted to the end."""
     total = Tally()
@@ -275,6 +280,7 @@ def test_nothing_held_out_is_said(
         ({"min_chars": 5, "max_chars": 4}, "no line would be left"),
         ({"min_chars": -1}, "count characters"),
         ({"min_han": 1.5}, "shares from 0 to 1"),
+        ({"near_duplicates": 0.99}, "goes up to 0.98; for documents that are the same"),
         ({"held_out": 1.0}, "--held-out is a share"),
     ],
 )
