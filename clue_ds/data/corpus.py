@@ -233,6 +233,8 @@ def _parquet_batches(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # Its own allocators keep what was freed: 70 MiB after a few shards.
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
         # As it comes by default, a whole column of a row group is read at once.
         table = pq.ParquetFile(_seekable(raw), buffer_size=READ_BYTES, pre_buffer=False)
