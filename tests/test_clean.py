@@ -197,6 +197,10 @@ def test_duplicates_do_not_depend_on_parts(tmp_path: Path, monkeypatch: pytest.M
             assert reason == (expected if earlier.any() else KEPT)
 
 
+def test_no_documents_have_no_duplicates() -> None:
+    dedup.find_duplicates([], Cleaning(duplicates=True, near_duplicates=0.8))
+
+
 def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard without a blank line is one document: its shingles are taken a few at a time."""
     pytest.importorskip("datasketch")
