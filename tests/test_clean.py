@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from clue_ds.data import Corpus, Tokenizer, clean, dedup
 from clue_ds.data.build import shard
 from clue_ds.data.clean import line_facts
-from clue_ds.data.options import DUPLICATE, KEPT, NEAR_DUPLICATE, Cleaning
+from clue_ds.data.options import DUPLICATE, KEPT, MAX_SIMILARITY, NEAR_DUPLICATE, Cleaning
 from clue_ds.data.parsing import Tally
 from clue_ds.data.report import write_report
 from clue_ds.data.shards import ShardArrays
@@ -197,6 +197,10 @@ def test_duplicates_do_not_depend_on_parts(tmp_path: Path, monkeypatch: pytest.M
             assert reason == (expected if earlier.any() else KEPT)
 
 
+def test_no_documents_have_no_duplicates() -> None:
+    dedup.find_duplicates([], Cleaning(duplicates=True, near_duplicates=0.8))
+
+
 def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard without a blank line is one document: its shingles are taken a few at a time."""
     pytest.importorskip("datasketch")
@@ -211,6 +215,11 @@ def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPa
     assert peak < 8 << 20  # 100 MB when all shingles are hashed at once
     monkeypatch.setattr(dedup, "BATCH_SHINGLES", 1 << 20)
     assert np.array_equal(dedup.near_keys(arrays, 1 << 15, 0.8), keys)
+
+
+def test_the_largest_similarity_still_has_bands() -> None:
+    pytest.importorskip("datasketch")
+    assert dedup.similarity_bands(MAX_SIMILARITY)[0] >= 2
 
 
 def test_unknown_words_of_many_shards_are_bounded() -> None:
@@ -275,6 +284,7 @@ def test_nothing_held_out_is_said(
         ({"min_chars": 5, "max_chars": 4}, "no line would be left"),
         ({"min_chars": -1}, "count characters"),
         ({"min_han": 1.5}, "shares from 0 to 1"),
+        ({"near_duplicates": 0.99}, "goes up to 0.98; for documents that are the same"),
         ({"held_out": 1.0}, "--held-out is a share"),
     ],
 )

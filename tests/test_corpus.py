@@ -145,7 +145,7 @@ BAD = [
     ("a.txt", "好\n".encode() + "坏".encode("gb18030"), "byte 4 is not UTF-8", "lines_not_utf8"),
     ("a.jsonl", b'{"text": "a"}\n{"text"\n', "byte 14 and after is not a JSON", "records_not_json"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "'text' is int", "records_without_text"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "'text' is null", "records_without_text"),
+    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "'text' is missing", "records_without_text"),
     ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "byte 15 is not UTF-8", "records_not_utf8"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "surrogate", "records_not_utf8"),
     ("a.jsonl", b'[1]\n{"text": "a"}\n', "is list, not text", "records_without_text"),

@@ -102,7 +102,7 @@ def find_duplicates(files: list[Path], cleaning: Cleaning) -> None:
     num_parts = max(1, -(-total // PART_KEYS))
     # At least half of it stays free: a part has PART_KEYS keys, give or take some thousands.
     seen = np.empty(1 << max(10, (2 * min(total, PART_KEYS) - 1).bit_length()), dtype=np.uint64)
-    for row in range(0 if cleaning.duplicates else 1, max(shapes)[0]):
+    for row in range(0 if cleaning.duplicates else 1, max(shapes, default=(0, 0))[0]):
         for part in range(num_parts):
             seen[:] = 0
             for file in (file for file, (_, num) in zip(files, shapes, strict=True) if num):

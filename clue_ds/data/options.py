@@ -20,6 +20,9 @@ Words = Literal["rjieba", "segmented", "none"]
 REASONS = ("kept", "too_short", "too_long", "repeated", "foreign", "duplicate", "near_duplicate")
 KEPT, TOO_SHORT, TOO_LONG, REPEATED, FOREIGN, DUPLICATE, NEAR_DUPLICATE = range(len(REASONS))
 
+# With the 128 hashes of dedup.py no bands tell more similar documents apart.
+MAX_SIMILARITY = 0.98
+
 
 @dataclass(frozen=True)
 class Cleaning:
@@ -53,6 +56,11 @@ class Cleaning:
             raise UserError("--clean.max-chars is below --clean.min-chars: no line would be left")
         if not (0 <= self.min_han <= 1 and 0 <= self.near_duplicates <= 1):
             raise UserError("--clean.min-han and --clean.near-duplicates are shares from 0 to 1")
+        if self.near_duplicates > MAX_SIMILARITY:
+            raise UserError(
+                f"--clean.near-duplicates goes up to {MAX_SIMILARITY}; for documents that are the "
+                "same there is --clean.duplicates"
+            )
         if self.near_duplicates and importlib.util.find_spec("datasketch") is None:
             raise UserError(
                 "--clean.near-duplicates needs datasketch; install it with "

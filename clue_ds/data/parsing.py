@@ -165,10 +165,10 @@ def _records(segment: Segment, text_field: str, on_error: OnError, tally: Tally)
     """The text of each acceptable record."""
     for where, value in _values(segment, text_field, on_error, tally):
         if not isinstance(value, str):
-            kind = "null" if value is None else type(value).__name__
+            kind = "missing or null" if value is None else f"{type(value).__name__}, not text"
             message = (
-                f"{segment.source}: {where}: {text_field!r} is {kind}, not text; choose the field "
-                "with --text-field, or drop such records with --on-error skip"
+                f"{segment.source}: {where}: {text_field!r} is {kind}; choose the field with "
+                "--text-field, or drop such records with --on-error skip"
             )
             tally.reject("records_without_text", message, on_error)
         elif not value or value.isspace():

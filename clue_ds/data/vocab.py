@@ -39,7 +39,9 @@ def read_vocab(path: str | Path) -> list[str]:
     try:
         tokens = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"vocabulary {path} is not UTF-8 at byte {error.start}") from None
+        raise UserError(
+            f"vocabulary {path} is not UTF-8 at byte {error.start}; convert it, or give another"
+        ) from None
     if tokens[-1] == "":
         tokens.pop()
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
