@@ -101,8 +101,8 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     assert job.returncode == 75, output
     assert "the same command continues" in output
     for directory in (tmp_path / "cut", tmp_path / "whole"):
-        words = [*command[:2], *command[3:], str(directory)]
-        subprocess.run([sys.executable, "-m", "clue_ds.tasks.grid", *words[3:]], check=True)
+        alone = [sys.executable, "-m", "clue_ds.tasks.grid", *command[4:], str(directory)]
+        subprocess.run(alone, env=ENVIRONMENT, check=True)
     results = [json.loads((run / runs.RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["losses"] == results[1]["losses"]
     assert same_weights(whole, cut)
