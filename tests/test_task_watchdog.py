@@ -86,7 +86,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     """USR1 to the launcher of one rank, as a batch system sends it before its time limit."""
-    words = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "200"]
+    words = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "120"]
     command = [CLUE_DS, "launch", "--", "finetune", *map(str, words), "--output"]
     cut, whole = (tmp_path / name / "tone" / "seed=42" for name in ("cut", "whole"))
     job = subprocess.Popen(
