@@ -189,7 +189,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", help="also check this run: its config, corpus and disk")
     arguments = parser.parse_args(argv)
     with watchdog.reporting(), dist.one_voice():
-        config, fingerprint, found = None, "", [check() for check in MACHINE]
+        config: RunConfig | None = None
+        fingerprint, found = "", [check() for check in MACHINE]
         if arguments.config is not None:
             config, fingerprint, of_run = _about_run(arguments.config)
             found += of_run

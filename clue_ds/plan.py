@@ -11,6 +11,7 @@ which fused attention doesn't keep.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,10 @@ GIB = 2**30
 STAGES = (0, 1, 2, 3)
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES, MOMENT_BYTES = 4, 8
-# CUDA context, NCCL, cuBLAS and fragmentation.
+# CUDA context, NCCL, cuBLAS, copies of gradients, and fragmentation.
 RESERVED_GIB = 4.0
+# A rank on a CPU without its model: Python, torch, DeepSpeed, numba (measured: docs/scaling.md).
+PROCESS_GIB = 0.4
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Machine:
         return -(-self.num_gpus // self.gpus_per_node)
 
 
+@functools.cache
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of the network as it is trained: heads and padded vocabulary rows included."""
     with torch.device("meta"):
@@ -75,6 +79,27 @@ def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
     predicted = config.train.micro_batch_size * config.data.num_predictions()
     logits = predicted * pad_vocab(model).vocab_size * 12  # in the run's type, fp32, and gradient
     return tokens * a_block * model.num_hidden_layers * wide + logits
+
+
+def gpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_gpus: int) -> float:
+    """What one GPU holds, beside RESERVED_GIB: state and activations, and at the start fp32."""
+    num_parameters = count_parameters(model)
+    running = state_bytes(num_parameters, run.train.precision, stage, num_gpus)
+    # Stage 3 too gets the model whole before it shards it.
+    return max(running + activation_bytes(run, model), 4 * num_parameters)
+
+
+def cpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_ranks: int) -> float:
+    """Resident memory of one rank on a CPU at its peak: as on a GPU, the process, and gradients.
+
+    DeepSpeed 0.19.8 copies the gradients into a flat buffer to send them (stage 0); stages 1 to 3
+    fill a bucket with them, send a copy of it, and keep the rank's own part; stage 3 also gathers
+    the weights that it has sharded.
+    """
+    grads, own = BYTES_OF[run.train.precision], 4 / num_ranks
+    copies = {0: grads, 1: 2 * grads + own, 2: 3 * grads, 3: 6 * grads}[stage]
+    buffers = copies * count_parameters(model)
+    return PROCESS_GIB * GIB + gpu_bytes(run, model, stage, num_ranks) + buffers
 
 
 def checkpoint_bytes(num_parameters: int, precision: str, stage: int) -> int:
@@ -144,18 +169,10 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
         f"{machine.num_gpus} GPUs on {machine.num_nodes} nodes; {num_parameters:,} parameters in "
         f"{run.train.precision}, ZeRO stage {stage}"
     )
-    needs = {
-        s: (
-            state_bytes(num_parameters, run.train.precision, s, machine.num_gpus)
-            + activation_bytes(run, model)
-        )
-        / GIB
-        for s in STAGES
-    }
     return [
         head,
         *_batch_lines(run, machine, corpus),
-        *_memory_lines(needs, machine, stage),
+        *_memory_lines(run, machine, model, stage),
         *_disk_lines(run, num_parameters, stage, corpus, directory),
         *_time_lines(run, machine, model, num_parameters, stage),
     ]
@@ -179,8 +196,16 @@ def _batch_lines(run: RunConfig, machine: Machine, corpus: Corpus | None) -> lis
     return lines
 
 
-def _memory_lines(needs: dict[int, float], machine: Machine, stage: int) -> list[str]:
-    each = ", ".join(f"stage {s}: {need:.1f}" for s, need in needs.items())
+def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: int) -> list[str]:
+    num_ranks = machine.num_gpus
+    needs = {s: gpu_bytes(run, model, s, num_ranks) / GIB for s in STAGES}
+    on_cpus = {s: cpu_bytes(run, model, s, num_ranks) / GIB for s in STAGES}
+    each, on_cpu = (
+        ", ".join(f"stage {s}: {need:.1f}" for s, need in sizes.items())
+        for sizes in (needs, on_cpus)
+    )
+    per_machine = min(machine.gpus_per_node, num_ranks)
+    host = per_machine * (PROCESS_GIB + 4 * count_parameters(model) / GIB)
     best = recommend(needs, machine.memory_gib)
     if best is None:
         advice = "no stage fits: lower train.micro_batch_size, or take zero1_offload or more GPUs"
@@ -191,8 +216,11 @@ def _memory_lines(needs: dict[int, float], machine: Machine, stage: int) -> list
     room = machine.memory_gib - RESERVED_GIB
     fits = "fits" if needs[stage] <= room else "does NOT fit"
     return [
-        f"memory/GPU  {each} GiB, and {RESERVED_GIB:.0f} GiB for CUDA and NCCL; this config "
-        f"(stage {stage}) {fits} in {machine.memory_gib:.0f} GiB",
+        f"memory/GPU  {each} GiB of weights, gradients, optimizer and activations, and "
+        f"{RESERVED_GIB:.0f} GiB for CUDA and NCCL; this config (stage {stage}) {fits} in "
+        f"{machine.memory_gib:.0f} GiB",
+        f"memory/host {host:.1f} GiB a machine: {per_machine} ranks build the model in fp32 first",
+        f"without GPU {on_cpu} GiB a rank, libraries and copies of gradients included",
         f"recommended {advice}",
     ]
 

@@ -84,6 +84,23 @@ def test_bert_base_on_64_gpus_as_worked_out_by_hand_in_docs_scaling() -> None:
     assert flops / (989e12 * 0.35) == pytest.approx(54.2e-3, abs=0.05e-3)
 
 
+def test_memory_counts_the_start_and_the_copies(corpus: Path, tmp_path: Path) -> None:
+    """Bytes a parameter in fp32 on two ranks; measured figures are in docs/scaling.md."""
+    run = tiny_config(corpus, tmp_path / "run", model={"preset": "bert_base_clue"})
+    model = presets.get("bert_base_clue")
+    number, activations = plan.count_parameters(model), plan.activation_bytes(run, model)
+
+    def a_parameter(stage: int) -> float:
+        resident = plan.cpu_bytes(run, model, stage, 2) - plan.PROCESS_GIB * plan.GIB
+        return (resident - activations) / number
+
+    # State, then: gradients once more; a bucket, what is sent of it, and the rank's own half.
+    planned = [16 + 4, 14 + 8 + 2, 12 + 12, 10 + 24]
+    assert [a_parameter(stage) for stage in plan.STAGES] == pytest.approx(planned)
+    # On 512 GPUs stage 3 runs in less than the fp32 model needs that it starts with.
+    assert plan.gpu_bytes(run, model, 3, 512) == 4 * number
+
+
 def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
     assert plan.recommend({0: 10, 1: 8, 2: 6, 3: 4}, memory_gib=80) == 0
     assert plan.recommend({0: 90, 1: 70, 2: 60, 3: 50}, memory_gib=80) == 1
@@ -102,6 +119,8 @@ def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "512 samples, 8,192 tokens" in text
     assert "recommended deepspeed: zero0; the model fits" in text
     assert "at 25 GB/s" in text
+    assert "8 ranks build the model in fp32 first" in text
+    assert "GiB a rank, libraries and copies of gradients included" in text
     with pytest.raises(UserError, match="not divisible"):
         plan.plan(path, gpus=24)
     with pytest.raises(UserError, match="gpu 'B1' is not known"):

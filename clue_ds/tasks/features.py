@@ -34,7 +34,8 @@ def encode(tokenizer: Tokenizer, text: Text, max_length: int) -> Features:
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[Text], max_length: int) -> list[Features]:
     """`encode` of every text, which may take minutes."""
-    watch, encoded = watchdog.current(), []
+    watch = watchdog.current()
+    encoded: list[Features] = []
     for text in texts:
         encoded.append(encode(tokenizer, text, max_length))
         watch.mark()

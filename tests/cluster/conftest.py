@@ -1,4 +1,4 @@
-"""A real Slurm, and real hosts in namespaces, for as long as the tests of one file run."""
+"""A real Slurm for all tests that want one, and real hosts in namespaces for those of one file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"), sample.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[dict[str, str]]:
     """The environment in which sbatch and squeue reach a Slurm of two nodes."""
     need("munged", "slurmctld", "slurmd", "sbatch")
