@@ -5,7 +5,8 @@ shuffled, read in the order of its index, and DataCollatorForLanguageModeling on
 peers are in loader_peers.py. All get the same tokens, length and batch size, one thread each, and
 take turns of 8 batches, so that what else the machine does hits all, and only the first of a turn
 begins with another's data in the caches. What is compared is CPU time of making batches, no
-training: wall time where nothing waits, and not sensitive to other load.
+training: wall time where nothing waits, and not sensitive to other load. Tokens a second leave out
+padding, which our other kinds of samples have.
 
 The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
 makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
@@ -27,6 +28,7 @@ import torch
 from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.loader_peers import torch_peers, transformers4, version_of
 from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.samples import KINDS
 from clue_ds.data.vocab import learn, read_vocab
 from clue_ds.errors import UserError
 
@@ -170,21 +172,19 @@ def _measure(
                 f"the corpus has {len(rows)} full rows of {seq_length} tokens, fewer than a batch "
                 f"of {batch_size}; give more text or a smaller --batch-size"
             )
-        streams = {
-            whole_word: SampleStream(corpus, seq_length, batch_size, seed, whole_word=whole_word)
-            for whole_word in (False, True)
-        }
+        streams = _streams(corpus, seq_length, batch_size, seed)
         contenders: Contenders = {
-            "clue_ds": streams[False].batch,
-            "clue_ds, whole word": streams[True].batch,
-            "memcpy of a batch": _memcpy(streams[True].batch(0)),
+            **{name: stream.batch for name, stream in streams.items()},
+            "memcpy of a batch": _memcpy(streams["clue_ds, whole word"].batch(0)),
             **torch_peers(corpus, seq_length, batch_size, directory),
             **_peers(corpus, rows, rows_with_offsets, batch_size),
         }
         with transformers4(corpus, seq_length, batch_size, python4) as timed:
             timed = {name: _timed(make) for name, make in contenders.items()} | timed
             seconds = _take_turns(timed, num_batches)
-    figures = {name: _summary(times, batch_size, seq_length) for name, times in seconds.items()}
+    tokens = dict.fromkeys(seconds, batch_size * seq_length)  # the peers' rows are all full
+    tokens |= {name: _tokens(stream) for name, stream in streams.items()}
+    figures = {name: _summary(times, batch_size, tokens[name]) for name, times in seconds.items()}
     return {
         "benchmark": "loader",
         "num_tokens": corpus.num_tokens,
@@ -195,6 +195,30 @@ def _measure(
         "transformers4": version_of(python4, "transformers"),
         "ratios": _ratios(figures),
     }
+
+
+def _streams(
+    corpus: Corpus, seq_length: int, batch_size: int, seed: int
+) -> dict[str, SampleStream]:
+    """Ours: windows, which is what the peers make, and every other kind of samples."""
+    streams = {}
+    for kind in KINDS:
+        for masking in ("", ", whole word"):
+            name = "clue_ds" + ("" if kind == "windows" else f", {kind}") + masking
+            streams[name] = SampleStream(
+                corpus,
+                seq_length,
+                batch_size,
+                seed,
+                whole_word=bool(masking),
+                samples=kind,  # type: ignore[arg-type]
+            )
+    return streams
+
+
+def _tokens(stream: SampleStream) -> float:
+    """Tokens of a batch, without padding: the mean of some."""
+    return float(np.mean([stream.arrays(step)["lengths"].sum() for step in range(8)]))
 
 
 def _memcpy(batch: dict[str, torch.Tensor]) -> Callable[[int], Any]:
@@ -235,14 +259,14 @@ def _take_turns(timed: dict[str, Callable[[int], float]], num: int) -> dict[str,
     return seconds
 
 
-def _summary(times: list[float], batch_size: int, seq_length: int) -> dict[str, float]:
+def _summary(times: list[float], batch_size: int, num_tokens: float) -> dict[str, float]:
     p20, median, p80 = np.percentile(times, [20, 50, 80])
     return {
         "milliseconds_median": round(1e3 * median, 4),
         "milliseconds_p20": round(1e3 * p20, 4),
         "milliseconds_p80": round(1e3 * p80, 4),
         "samples_per_second": round(batch_size / median),
-        "million_tokens_per_second": round(batch_size * seq_length / median / 1e6, 3),
+        "million_tokens_per_second": round(num_tokens / median / 1e6, 3),
     }
 
 

@@ -5,11 +5,15 @@ fresh process for each order: time of `Corpus` and `SampleStream`, of the first 
 after it, and the process's memory. A first, small batch in another process has put the compiled
 code into numba's cache on disk, as any earlier run would have. What it can't show is the disk: see
 `clue-ds bench cold`.
+
+Kinds of samples that follow sentence and document ends need these, so they get a corpus a tenth as
+large of which only the tokens are holes: its first start makes an index, the later ones map it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from typing import Any
 
 from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.synthetic import write_corpus
+from clue_ds.data import Corpus
 
 
 def scale(
@@ -48,7 +53,14 @@ def scale(
         rows: dict[str, list[dict[str, float]]] = {"shuffle": [], "lanes": []}
         for _ in range(rounds):
             for order, row in rows.items():
-                row.append(_fresh_process(place, order, seq_length, batch_size))
+                row.append(_fresh_process(place, order, seq_length, batch_size, "windows"))
+        shutil.rmtree(place)
+        write_corpus(place, num_tokens // 10, max(1, shards // 10), holes="tokens")
+        num_sentences = Corpus(place).num_sentences
+        starts = {
+            kind: _starts(place, rounds, seq_length, batch_size, kind)
+            for kind in ("sentences", "documents", "packed", "nsp")
+        }
     figures = {
         "benchmark": "scale",
         "num_tokens": num_tokens,
@@ -60,18 +72,37 @@ def scale(
             order: {key: round(statistics.median(r[key] for r in row), 4) for key in row[0]}
             for order, row in rows.items()
         },
+        "kinds": {"num_tokens": num_tokens // 10, "num_sentences": num_sentences, **starts},
     }
     _print(figures)
     if output is not None:
         write_results(output, figures)
 
 
+def _starts(
+    place: Path, rounds: int, seq_length: int, batch_size: int, kind: str
+) -> dict[str, float]:
+    """A kind's first start, which makes the index, and the medians of later ones."""
+    first, *later = (
+        _fresh_process(place, "lanes", seq_length, batch_size, kind) for _ in range(1 + rounds)
+    )
+    keys = ("open_seconds", "first_batch_milliseconds", "megabytes_resident_with_first_batch")
+    medians = {key: round(statistics.median(row[key] for row in later), 4) for key in keys}
+    folder = place.with_name(place.name + ".index")
+    index = max(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
+    return {
+        "first_open_seconds": round(first["open_seconds"], 4),
+        **medians,
+        "index_megabytes": round(index.stat().st_size / 1e6, 3),
+    }
+
+
 def _fresh_process(
-    directory: Path, order: str, seq_length: int, batch_size: int
+    directory: Path, order: str, seq_length: int, batch_size: int, kind: str
 ) -> dict[str, float]:
     """scale_probe.py in a process that has done nothing before."""
     probe = Path(__file__).with_name("scale_probe.py")
-    arguments = [str(probe), str(directory), order, str(seq_length), str(batch_size)]
+    arguments = [str(probe), str(directory), order, str(seq_length), str(batch_size), kind]
     result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE)
     row: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return row
@@ -81,9 +112,12 @@ def _print(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{figures['num_tokens']:,} tokens in {figures['num_shards']:,} shards"
-    table = Table("", *figures["orders"], title=title)
-    for key in next(iter(figures["orders"].values())):
-        values = (f"{row[key]:,.3f}" for row in figures["orders"].values())
-        table.add_row(key.replace("_", " "), *values)
-    Console().print(table)
+    kinds = dict(figures["kinds"])
+    for columns, num_tokens, what in (
+        (figures["orders"], figures["num_tokens"], f"in {figures['num_shards']:,} shards"),
+        (kinds, kinds.pop("num_tokens"), f"in {kinds.pop('num_sentences'):,} sentences"),
+    ):
+        table = Table("", *columns, title=f"{num_tokens:,} tokens {what}")
+        for key in next(iter(columns.values())):
+            table.add_row(key.replace("_", " "), *(f"{row[key]:,.3f}" for row in columns.values()))
+        Console().print(table)

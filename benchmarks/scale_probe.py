@@ -15,14 +15,18 @@ import time
 from pathlib import Path
 
 from clue_ds.data.sampler import SampleStream
+from clue_ds.data.samples import Kind
 from clue_ds.data.shards import Corpus
 
 
-def measure(directory: str, order: str, seq_length: int, batch_size: int) -> dict[str, float]:
+def measure(
+    directory: str, order: str, seq_length: int, batch_size: int, kind: Kind
+) -> dict[str, float]:
     """Seconds, milliseconds and megabytes of this process."""
     imported = _memory()
     begin = time.perf_counter()
-    stream = SampleStream(Corpus(directory), seq_length, batch_size, seed=0, order=order)
+    corpus = Corpus(directory)
+    stream = SampleStream(corpus, seq_length, batch_size, seed=0, samples=kind, order=order)
     opened = time.perf_counter() - begin
     step = stream.steps_per_epoch // 2
     begin = time.perf_counter()
@@ -34,18 +38,19 @@ def measure(directory: str, order: str, seq_length: int, batch_size: int) -> dic
         begin = time.perf_counter()
         stream.arrays(later)
         times.append(time.perf_counter() - begin)
-    after_all = _memory()
-    stream.batch(step)
-    return {
+    figures = {
         "open_seconds": opened,
         "first_batch_milliseconds": 1e3 * first,
         "batch_milliseconds": 1e3 * statistics.median(times),
         "megabytes_resident_with_first_batch": after["VmRSS"],
         "megabytes_resident_after_import": imported["VmRSS"],
         "megabytes_anonymous": after["RssAnon"],
-        "megabytes_resident_after_201_batches": after_all["VmRSS"],
-        "megabytes_resident_with_torch_as_well": _memory()["VmRSS"],
+        "megabytes_resident_after_201_batches": _memory()["VmRSS"],
     }
+    if kind == "windows":
+        stream.batch(step)  # imports torch
+        figures["megabytes_resident_with_torch_as_well"] = _memory()["VmRSS"]
+    return figures
 
 
 def _memory() -> dict[str, float]:
@@ -56,4 +61,5 @@ def _memory() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    directory, order, seq_length, batch_size, kind = sys.argv[1:]
+    print(json.dumps(measure(directory, order, int(seq_length), int(batch_size), kind)))  # type: ignore[arg-type]

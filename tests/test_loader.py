@@ -80,7 +80,7 @@ def test_benchmark_runs_from_a_text_file(tmp_path: Path, sample_text: str) -> No
     output = tmp_path / "results" / "loader.json"
     bench_loader(text=tmp_path / "text.txt", output=output, seq_length=32, batch_size=4, batches=2)
     figures = json.loads(output.read_text())
-    assert len(figures["contenders"]) == 7
+    assert len(figures["contenders"]) == 17  # ours: six kinds of samples, plain and whole word
     assert all(row["samples_per_second"] > 0 for row in figures["contenders"].values())
     assert len(figures["ratios"]) == 5
     version = figures["environment"]["versions"]["torch"]

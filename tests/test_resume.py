@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
-from clue_ds.data.sampler import STREAM_VERSION
+from clue_ds.data.samples import STREAM_VERSION
 from clue_ds.pretrain import resume
 from clue_ds.pretrain.checkpoint import load_weights
 

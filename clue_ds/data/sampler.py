@@ -38,9 +38,6 @@ from clue_ds.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Raise it with any change after which the same corpus, seed and options give other batches:
-# checkpoints remember it, and a run made under another version is not continued.
-STREAM_VERSION = 1
 MAX_NGRAM = 8
 # Tokens that no text contains: never put in place of another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")

@@ -9,8 +9,8 @@
                is another document's text in half of the cases; sop, as in ALBERT: A and B are
                swapped in half of the cases
 
-A sentence is cut only where it is longer than a row. No sample crosses a shard. All but windows
-walk once over the tables of sentences and documents at start, and keep 12 bytes for 64 samples.
+A sentence is cut only where it is longer than a row. No sample crosses a shard. For all but windows
+an index says where samples begin (sample_index.py).
 
 Exactly once, with one exception: the text that nsp puts in place of a B is not the B that it
 replaces. It comes from the same 4,096 samples of the shard, so it is near on disk, and a shard with
@@ -29,12 +29,16 @@ import numpy as np
 
 from clue_ds.data import spans
 from clue_ds.data.mixture import Mixture, parts_of
+from clue_ds.data.sample_index import Walk, open_index
 from clue_ds.data.shards import Corpus, ShardArrays
 from clue_ds.data.span_tables import Frame, Index, Source
 
 Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
+# Raise it with any change after which the same corpus, seed and options give other batches:
+# checkpoints remember it, and a run made under another version is not continued. Indexes as well.
+STREAM_VERSION = 1
 # Of a packed row: a document of fewer tokens than that on average is rare, and cu_seqlens is dense.
 POSITIONS_A_SEQUENCE = 8
 
@@ -65,30 +69,24 @@ class Samples:
         else:
             if kind == "packed":
                 self._num_sequences = max(1, seq_length // POSITIONS_A_SEQUENCE)
-            self._index = self._make_index()
+            self._index = self._open_index(parts_of(corpus))
             self._firsts = self._index.first_samples
         self.num_samples = int(self._firsts[-1])
         num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
         self.part_samples = np.diff(self._firsts[num_shards])  # int64 [parts of a mixture]
 
-    def _make_index(self) -> Index:
-        walks = {"sentences": spans.SENTENCES, "packed": spans.PACKED}
-        self._walk = walks.get(self.kind, spans.DOCUMENTS)
+    def _open_index(self, parts: list[Corpus]) -> Index:
+        own = {"sentences": "sentences", "packed": "packed"}
+        name = own.get(self.kind, "documents")
+        self._walk = spans.WALKS[name]
         specials = {"packed": 0, "nsp": 3, "sop": 3}.get(self.kind, 2)
-        found = [
-            spans.index_shard(
-                self._walk,
-                self.seq_length - specials,
-                self._num_sequences,
-                shard.sentence_ends,
-                shard.document_ends,
-            )
-            for shard in self._shards
-        ]
+        walk = Walk(name, self.seq_length - specials, self._num_sequences)
+        found = [open_index(part, walk, STREAM_VERSION) for part in parts]
+        self._marks = [marks for index in found for marks in index.marks]
         return Index(
-            _cumulative([num for num, _ in found]),
-            _cumulative([len(marks) for _, marks in found])[:-1],
-            np.concatenate([marks for _, marks in found]),
+            _cumulative(np.concatenate([index.num_samples for index in found])),
+            _addresses(self._marks),
+            np.empty(0, np.uint32),
         )
 
     def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
@@ -113,7 +111,7 @@ class Samples:
         mark = -(-place // spans.STRIDE) if behind else place // spans.STRIDE
         if mark * spans.STRIDE >= self._firsts[shard + 1] - self._firsts[shard]:
             return num_tokens
-        return int(self._index.marks[self._index.first_marks[shard] + mark, 0])
+        return int(self._marks[shard][3 * mark])
 
     def rows(self, samples: np.ndarray, epochs: np.ndarray, pair_key: np.uint64) -> Rows:
         """The rows of `samples` in `epochs`, uint64 [B]; the key decides on A and B."""
@@ -150,12 +148,13 @@ def _cumulative(counts: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _source(shards: list[ShardArrays]) -> Source:
-    def addresses(arrays: list[np.ndarray]) -> np.ndarray:
-        return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
+def _addresses(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
 
+
+def _source(shards: list[ShardArrays]) -> Source:
     def lengths(arrays: list[np.ndarray]) -> np.ndarray:
         return np.array([len(array) for array in arrays], dtype=np.int64)
 
     sections = [list(section) for section in zip(*shards, strict=True)]
-    return Source(*map(addresses, sections), *map(lengths, sections))
+    return Source(*map(_addresses, sections), *map(lengths, sections))

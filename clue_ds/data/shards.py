@@ -58,6 +58,17 @@ class ShardFile(NamedTuple):
     first_token: int  # byte offset of the tokens
     arrays: ShardArrays
 
+    def read_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sentence ends and document ends read from the file: the map is not for reading on."""
+        tokens, *tables = self.arrays
+        counts = [len(table) for table in tables]
+        offsets = _layout(tokens.itemsize, len(tokens), *counts)[1:3]
+        sentences, documents = (
+            np.fromfile(self.path, "<u4", count, offset=offset)
+            for count, offset in zip(counts, offsets, strict=True)
+        )
+        return sentences, documents
+
 
 class ShardRecord(NamedTuple):
     """What corpus.json says of a shard."""

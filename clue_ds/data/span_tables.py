@@ -22,8 +22,8 @@ class Index(NamedTuple):
     """Where samples begin. Tokens, sentences and documents are counted from the shard's start."""
 
     first_samples: np.ndarray  # int64 [shards + 1]: samples before each shard, and in all
-    first_marks: np.ndarray  # int64 [shards]: the place of its first row in `marks`
-    marks: np.ndarray  # uint32 [M, 3]: token, sentence, document at which a 64th sample begins
+    marks: np.ndarray  # uint64 [shards]: where sample_index.SampleIndex.marks of each lie
+    entry: np.ndarray  # uint32 [0]: of that type are all tables that are mapped
 
 
 class Frame(NamedTuple):

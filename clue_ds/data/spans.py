@@ -1,8 +1,8 @@
 """What text sample i of a corpus is made of: compiled code that finds it and puts it into a row.
 
 Windows are counted out. Everything else follows sentence and document ends, so where sample i
-begins depends on all before it in its shard: `index_shard` walks over a shard's tables once, at the
-start, and keeps the place of every 64th sample (12 bytes). A sample is then found by walking on
+begins depends on all before it in its shard: `index_shard` walks over the shard's tables and gives
+the place of every 64th sample (sample_index.py keeps them). A sample is then found by walking on
 from there, 32 steps on average. Sample numbers follow the text, so a range of samples is a range of
 the file.
 
@@ -20,6 +20,7 @@ from clue_ds.data.span_tables import Frame, Index, Source
 
 # Kinds of samples as compiled code knows them.
 SENTENCES, DOCUMENTS, PACKED = 0, 1, 2
+WALKS = {"sentences": SENTENCES, "documents": DOCUMENTS, "packed": PACKED}
 
 STRIDE = 64
 IGNORED_LABEL = -100
@@ -100,7 +101,7 @@ def _next(
 def index_shard(
     kind: int, width: int, num_sequences: int, sentence_ends: np.ndarray, document_ends: np.ndarray
 ) -> tuple[int, np.ndarray]:
-    """Samples in a shard, and the Index.marks of it."""
+    """Samples in a shard; uint32 [M, 3]: token, sentence, document at which a 64th one begins."""
     num_tokens = np.int64(sentence_ends[-1])
     ends = np.empty(num_sequences, np.int64)
     # Each sample ends with a sentence or is full.
@@ -124,10 +125,12 @@ def _find(
 ) -> tuple[int, int, int, int]:
     """(Sequences, first token, first sentence, document) of a sample; fills ends as _next."""
     place = sample - index.first_samples[shard]
-    mark = index.marks[index.first_marks[shard] + place // STRIDE]
-    token, sentence, document = np.int64(mark[0]), np.int64(mark[1]), np.int64(mark[2])
-    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
-    documents = mapped(source.document_ends[shard], source.num_documents[shard], index.marks)
+    at = place // STRIDE * 3
+    marks = mapped(index.marks[shard], at + 3, index.entry)
+    token, sentence = np.int64(marks[at]), np.int64(marks[at + 1])
+    document = np.int64(marks[at + 2])
+    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
+    documents = mapped(source.document_ends[shard], source.num_documents[shard], index.entry)
     for _ in range(place % STRIDE):
         _, token, sentence, document = _next(
             kind, sentences, documents, token, sentence, document, width, ends
@@ -269,7 +272,7 @@ def _partner(
     first = index.first_samples[shard]
     low = first + (sample - first) // PARTNER_WINDOW * PARTNER_WINDOW
     num = min(low + PARTNER_WINDOW, index.first_samples[shard + 1]) - low
-    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
+    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
     for attempt in range(NUM_PARTNER_DRAWS):
         draw = derive(key, _PARTNERS + np.uint64(2 * attempt))
         other = low + _below(draw, num)
@@ -311,7 +314,7 @@ def fill_pairs(
         sample = np.int64(samples[b])
         shard = _shard_of(sample, index.first_samples)
         tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
-        sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.marks)
+        sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
         _, begin, sentence, document = _find(DOCUMENTS, source, index, width, sample, shard, ends)
         end = ends[0]
         key = derive(derive(pair_key, epochs[b]), samples[b])

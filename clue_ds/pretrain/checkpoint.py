@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clue_ds import config as run_config
 from clue_ds import dist
-from clue_ds.data.sampler import STREAM_VERSION
+from clue_ds.data.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig

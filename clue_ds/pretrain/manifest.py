@@ -39,7 +39,7 @@ STEP_NAME = re.compile(r"step-(\d{8})")
 class Manifest:
     """manifest.json. `samples`: sequences consumed; `group_names`: see Engine.
 
-    `stream_version`: STREAM_VERSION of data/sampler.py; 0: from before there was one.
+    `stream_version`: STREAM_VERSION of data/samples.py; 0: from before there was one.
     """
 
     format: int

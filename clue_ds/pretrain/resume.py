@@ -19,7 +19,7 @@ from typing import Any
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
-from clue_ds.data.sampler import STREAM_VERSION
+from clue_ds.data.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
