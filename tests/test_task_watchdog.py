@@ -38,7 +38,7 @@ from clue_ds.tasks.predict import Predictor
 Predictor.classify = breaks("predict", Predictor.classify)
 predict_files.main(sys.argv[3:])
 """
-QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "15"]
+QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "30"]
 
 
 @pytest.mark.parametrize(
