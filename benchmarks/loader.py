@@ -182,7 +182,9 @@ def _measure(
         with transformers4(corpus, seq_length, batch_size, python4) as timed:
             timed = {name: _timed(make) for name, make in contenders.items()} | timed
             seconds = _take_turns(timed, num_batches)
-    tokens = dict.fromkeys(seconds, batch_size * seq_length)  # the peers' rows are all full
+    tokens: dict[str, float] = dict.fromkeys(
+        seconds, batch_size * seq_length
+    )  # the peers' rows are all full
     tokens |= {name: _tokens(stream) for name, stream in streams.items()}
     figures = {name: _summary(times, batch_size, tokens[name]) for name, times in seconds.items()}
     return {

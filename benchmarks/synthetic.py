@@ -71,16 +71,16 @@ def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> Shard
         file.write(header)
         if holes == "nothing":
             for begin in range(0, num_tokens, _AT_ONCE):
-                file.write(_tokens(index, begin, min(begin + _AT_ONCE, num_tokens)))
+                file.write(_tokens(index, begin, min(begin + _AT_ONCE, num_tokens)).data)
         file.truncate(size)
         if holes != "everything":
             document_ends = _ends(DOCUMENTS, num_documents, num_sentences)
             # The tables are what stands at the end of the file, each at a multiple of ALIGNMENT.
             at = size - document_ends.nbytes
             file.seek(at)
-            file.write(document_ends)
+            file.write(document_ends.data)
             file.seek((at - 4 * num_sentences) // ALIGNMENT * ALIGNMENT)
-            file.write(_ends(SENTENCES, num_sentences, num_tokens))
+            file.write(_ends(SENTENCES, num_sentences, num_tokens).data)
     digest = hashlib.sha256(header + str(index).encode()).hexdigest()
     return ShardRecord(path.name, num_tokens, num_sentences, num_documents, size, digest)
 

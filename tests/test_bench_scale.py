@@ -43,7 +43,7 @@ def test_a_process_that_opens_100_gb_stays_under_300_mb(tmp_path: Path) -> None:
     assert figures["kinds"]["num_sentences"] > 100_000_000
     for name in ("sentences", "documents", "packed", "nsp"):
         assert figures["kinds"][name]["index_megabytes"] > 3
-        assert figures["kinds"][name]["megabytes_resident_with_first_batch"] < 300
+        assert figures["kinds"][name]["megabytes_anonymous"] < 150  # measured: 75
     for row in figures["orders"].values():
         # Measured: 180. What batches touch later is in the page cache, for the kernel to take back.
         assert row["megabytes_resident_with_first_batch"] < 300

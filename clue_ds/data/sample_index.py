@@ -157,12 +157,12 @@ def _write(path: Path, key: bytes, index: SampleIndex) -> None:
     body = [index.num_samples.astype("<i8"), num_marks, *(m.astype("<u4") for m in index.marks)]
     checksum = 0
     for array in body:
-        checksum = zlib.crc32(array, checksum)
+        checksum = zlib.crc32(array.data, checksum)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(_HEADER.pack(_MAGIC, key, checksum))
         for array in body:
-            file.write(array)
+            file.write(array.data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
