@@ -60,14 +60,15 @@ test-gpu: $(if $(VENV),$(VENV)/.dev)  ## what needs CUDA
 	$(TEST_PYTHON) -m pytest tests/gpu $(ARGS) || failed=1; \
 	exit $$failed
 
-bench: $(VENV)/.dev  ## the figures in benchmarks/results, made again on this machine
+bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
 	$(BIN)/python -c "from pathlib import Path; from clue_ds.demo import write_texts; write_texts(Path('build/text'))"
 	$(BIN)/clue-ds bench tokenizer $(BENCH_TEXTS) --vocab $(BENCH_VOCAB) --output benchmarks/results/tokenizer.json
 	$(BIN)/clue-ds bench shard $(firstword $(BENCH_TEXTS)) --vocab $(BENCH_VOCAB) --memory-megabytes 300 \
 		--output benchmarks/results/shard.json
 	$(BIN)/clue-ds bench loader --text build/text/news.txt --output benchmarks/results/loader.json \
-		$(addprefix --transformers4-python ,$(wildcard $(CLIENTS)/4/bin/python)) $(ARGS)
+		$(addprefix --transformers4-python ,$(wildcard $(CLIENTS)/4/bin/python)) \
+		--streaming-python $(CLIENTS)/streaming/bin/python $(ARGS)
 	$(BIN)/clue-ds bench scale --output benchmarks/results/scale.json
 	$(BIN)/clue-ds bench cold --directory build --output benchmarks/results/cold.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
@@ -109,6 +110,14 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $(VENV)/.demo $@
+
+# Peers of the loader benchmark that want other versions than ours.
+$(CLIENTS)/streaming/.done:
+	$(PYTHON) -m venv $(CLIENTS)/streaming
+	$(CLIENTS)/streaming/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
+		|| $(CLIENTS)/streaming/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(CLIENTS)/streaming/bin/python -m pip --disable-pip-version-check install --quiet mosaicml-streaming==0.13.0 litdata==0.2.76
+	touch $@
 
 # TensorFlow takes 1.4 GB; nothing of ours imports it, so it has an environment of its own.
 $(CLIENTS)/.done: tests/clients/requirements.txt

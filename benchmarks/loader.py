@@ -2,11 +2,11 @@
 
 The peer is what the usual `run_mlm` script does: an Arrow data set of token rows of fixed length,
 shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Other
-peers are in loader_peers.py. All get the same tokens, length and batch size, one thread each, and
-take turns of 8 batches, so that what else the machine does hits all, and only the first of a turn
-begins with another's data in the caches. What is compared is CPU time of making batches, no
-training: wall time where nothing waits, and not sensitive to other load. Tokens a second leave out
-padding, which our other kinds of samples have.
+peers are in loader_peers.py and loader_children.py. All get the same tokens, length and batch size,
+one thread each, and take turns of 8 batches, so that what else the machine does hits all, and only
+the first of a turn begins with another's data in the caches. What is compared is CPU time of making
+batches, no training: wall time where nothing waits, and not sensitive to other load. Tokens a
+second leave out padding, which our other kinds of samples have.
 
 The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
 makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from clue_ds.benchmarks.environment import write_results
-from clue_ds.benchmarks.loader_peers import torch_peers, transformers4, version_of
+from clue_ds.benchmarks.loader_children import STREAMING, streaming, transformers4, version_of
+from clue_ds.benchmarks.loader_peers import torch_peers
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.samples import KINDS
 from clue_ds.data.vocab import learn, read_vocab
@@ -45,6 +46,7 @@ def loader(
     batches: int = 120,
     seed: int = 0,
     transformers4_python: Path | None = None,
+    streaming_python: Path | None = None,
 ) -> None:
     """Compare SampleStream with other loaders, plain and whole-word: CPU time a batch on one core.
 
@@ -57,6 +59,7 @@ def loader(
         batches: timed batches of each contender; they take turns
         seed: of order and masks
         transformers4_python: interpreter with transformers 4.57, to compare its whole-word collator
+        streaming_python: interpreter with mosaicml-streaming and litdata, to compare them
     """
     if (corpus is None) == (text is None):
         raise UserError("give one of --corpus and --text")
@@ -65,7 +68,7 @@ def loader(
     try:
         with _corpus(corpus, text) as opened:
             sizes = (seq_length, batch_size, batches)
-            figures = _measure(opened, *sizes, seed, transformers4_python)
+            figures = _measure(opened, *sizes, seed, transformers4_python, streaming_python)
     finally:
         torch.set_num_threads(previous)
     _print(figures)
@@ -160,6 +163,7 @@ def _measure(
     num_batches: int,
     seed: int,
     python4: Path | None,
+    python_streaming: Path | None,
 ) -> dict[str, Any]:
     """Seconds a batch of each contender: median, 20th and 80th percentile; and ratios."""
     with tempfile.TemporaryDirectory() as directory:
@@ -179,8 +183,11 @@ def _measure(
             **torch_peers(corpus, seq_length, batch_size, directory),
             **_peers(corpus, rows, rows_with_offsets, batch_size),
         }
-        with transformers4(corpus, seq_length, batch_size, python4) as timed:
-            timed = {name: _timed(make) for name, make in contenders.items()} | timed
+        with (
+            transformers4(corpus, seq_length, batch_size, python4) as theirs,
+            streaming(corpus, seq_length, batch_size, python_streaming) as streamed,
+        ):
+            timed = {name: _timed(make) for name, make in contenders.items()} | theirs | streamed
             seconds = _take_turns(timed, num_batches)
     tokens: dict[str, float] = dict.fromkeys(
         seconds, batch_size * seq_length
@@ -195,6 +202,7 @@ def _measure(
         "num_batches": num_batches,
         "contenders": figures,
         "transformers4": version_of(python4, "transformers"),
+        **{library: version_of(python_streaming, library) for library in STREAMING},
         "ratios": _ratios(figures),
     }
 
