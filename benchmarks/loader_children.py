@@ -82,30 +82,30 @@ def streaming(
 @contextmanager
 def _child(python: Path, needs: str, *words: object) -> Iterator[Callable[[int], float]]:
     """A function that has a process of `python` make a batch."""
-    child = subprocess.Popen(
-        [str(python), *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
-    to_child, from_child = child.stdin, child.stdout
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [str(python), *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert child.stdin is not None and child.stdout is not None
+        to_child, from_child = child.stdin, child.stdout
 
-    def make(step: int) -> float:
-        print(step, file=to_child, flush=True)
-        return float(from_child.readline())
+        def make(step: int) -> float:
+            print(step, file=to_child, flush=True)
+            return float(from_child.readline())
 
-    try:
-        if from_child.readline() != "ready\n":
-            raise UserError(
-                f"{python} could not run {needs} (is it installed there, with torch?):\n"
-                f"{child.stderr.read()[-2000:]}"
-            )
-        yield make
-    finally:
-        to_child.close()
-        child.wait()
+        try:
+            if from_child.readline() != "ready\n":
+                errors.seek(0)
+                last = " ".join(errors.read().splitlines()[-1:])
+                raise UserError(f"{python} could not run {needs} ({last}); install it there")
+            yield make
+        finally:
+            to_child.close()
+            child.wait()
 
 
 def version_of(python: Path | None, package: str) -> str | None:

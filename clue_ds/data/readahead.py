@@ -127,6 +127,9 @@ class ReadAhead:
             begin = piece.begin // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE
             end = -(-piece.end // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE
             file.data.madvise(mmap.MADV_DONTNEED, begin, min(end, len(file.data)) - begin)
+            # Tables as well, which grow with the corpus; a kernel may map 2 MB for one touch.
+            tables = (file.first_token + file.arrays.tokens.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            file.data.madvise(mmap.MADV_DONTNEED, tables)
 
     def _run(self) -> None:
         scratch = memoryview(bytearray(BLOCK_BYTES))
