@@ -26,7 +26,7 @@ from clue_ds.pretrain import rendezvous, stop, verdicts
 from clue_ds.pretrain.rendezvous import Peer
 
 LAUNCH = [sys.executable, "-m", "clue_ds.cli", "launch", "--local", "2", "--"]
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 
 @pytest.fixture(scope="module")
