@@ -42,14 +42,14 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "$(SAMPLE_WINDOW)"
 
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
 		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) $(BIN)/pytest tests/clients $(ARGS)
 
 test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
-	$(BIN)/pytest tests/cluster $(ARGS)
+	$(BIN)/pytest tests/cluster --numprocesses 2 --dist loadfile $(ARGS)
 
 # Without a network: `make test-gpu VENV= PYTHON=python3`, with a Python that has torch for CUDA, triton,
 # transformers, pytest and pytest-xdist, and this package (pip install --no-deps --no-build-isolation

@@ -15,10 +15,22 @@ if not torch.cuda.is_available():
     # tests that ask for `kernel_device` notice: elsewhere a CPU tensor takes the torch twin.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A few tests of each take minutes, of which they wait most: begun last, they would keep one process
+# busy and leave the others without work.
+LONG_FILES = (
+    "test_task_watchdog", "test_watchdog", "test_launcher", "test_task_ranks", "test_engine",
+    "test_resume", "test_demo", "test_bench_scale", "test_docs",
+)  # fmt: skip
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Text of our own, four documents: a sentence a line, a blank line between documents.
 SAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "sample.txt"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; `make test` hands files to its processes in this order."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")

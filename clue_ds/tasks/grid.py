@@ -170,19 +170,10 @@ def _do(requests: list[Request], workers: int, kernels: ops.Kernels, health: Hea
     ops.choose_kernels(kernels)
     if dist.world_size() > 1 and workers > 1:
         raise UserError("--workers is for one process; launched ranks do one run together")
+    _start(health)
     if workers <= 1 or len(requests) <= 1:
-        _start(health)
         return _one_by_one(requests)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    # Spawned, not forked: torch's threads don't survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, _prepare, (threads, kernels)
-    ) as pool:
-        jobs = {pool.submit(runs.run, request, False): request for request in requests}
-        for job in concurrent.futures.as_completed(jobs):
-            _say(jobs[job], job.result())
-    return False
+    return _in_a_pool(requests, workers, kernels, health)
 
 
 def _start(health: HealthSection) -> None:
@@ -200,15 +191,47 @@ def _one_by_one(requests: list[Request]) -> bool:
         try:
             _say(request, runs.run(request))
         except Stopped as reason:
-            if dist.rank() == 0:
-                print(f"{request.directory}: {reason}; the same command continues", flush=True)
+            _say_stopped(request, reason)
             return True
     return False
 
 
-def _prepare(num_threads: int, kernels: ops.Kernels) -> None:
+def _in_a_pool(
+    requests: list[Request], workers: int, kernels: ops.Kernels, health: HealthSection
+) -> bool:
+    """Every process of the pool hears for itself that the job is asked to stop."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Spawned, not forked: torch's threads don't survive a fork.
+    context = multiprocessing.get_context("spawn")
+    stopped = False
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, _prepare, (threads, kernels, health)
+    ) as pool:
+        jobs = {pool.submit(runs.run, request, False): request for request in requests}
+        for job in concurrent.futures.as_completed(jobs):
+            if job.cancelled():
+                continue
+            try:
+                _say(jobs[job], job.result())
+            except Stopped as reason:
+                _say_stopped(jobs[job], reason)
+                stopped = True
+                for waiting in jobs:
+                    waiting.cancel()
+    return stopped
+
+
+def _prepare(num_threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
     torch.set_num_threads(num_threads)
     ops.choose_kernels(kernels)
+    # A world of its own, not at the address where the pool's maker listens.
+    os.environ.pop("MASTER_PORT", None)
+    _start(health)
+
+
+def _say_stopped(request: Request, reason: Stopped) -> None:
+    if dist.rank() == 0:
+        print(f"{request.directory}: {reason}; the same command continues", flush=True)
 
 
 def _say(request: Request, result: dict[str, Any]) -> None:

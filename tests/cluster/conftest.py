@@ -44,8 +44,11 @@ def slurm() -> Iterator[dict[str, str]]:
     folder.chmod(0o755)
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     environment |= {"CLUE_DS": CLUE_DS, "OMP_NUM_THREADS": "1"}
+    # Every process of xdist has a Slurm of its own: gw0, gw1, ...
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    port = str(16_800 + 100 * process)
     try:
-        subprocess.run([HERE / "slurm.sh", "up", folder], check=True, timeout=60)
+        subprocess.run([HERE / "slurm.sh", "up", folder, port], check=True, timeout=60)
         yield environment
     finally:
         subprocess.run([HERE / "slurm.sh", "down", folder], timeout=60)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, as root, without systemd and cgroups: slurm.sh up|down DIR.
+# A real Slurm on this one machine, as root, without systemd and cgroups: slurm.sh up|down DIR [PORT].
 # Two slurmd "nodes", n1 and n2, each on its own loopback port; nothing listens beyond loopback.
 # Needs the Debian packages munge slurmctld slurmd slurm-client.
 set -euo pipefail

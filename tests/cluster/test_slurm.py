@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLUE_DS
+from jobs import PATIENCE_S, SBATCH, TIME, log_of, state, submit, wait_for_state
 from ranks import read_log, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds.pretrain.checkpoint import load_weights
 
-SBATCH = Path(__file__).resolve().parents[2] / "slurm"
-PATIENCE_S = 120
 NODES = ["--nodes=2", "--ntasks-per-node=1"]
-TIME = "--time=10"
 
 
 def write_config(corpus: Path, folder: Path, **sections: Any) -> Path:
@@ -36,33 +34,6 @@ def write_config(corpus: Path, folder: Path, **sections: Any) -> Path:
     config = tiny_config(corpus, folder / "run", **{**usual, **sections})
     run_config.save(config, folder / "run.yaml")
     return folder / "run.yaml"
-
-
-def submit(slurm: dict[str, str], folder: Path, *words: str | Path) -> str:
-    command = ["sbatch", "--parsable", TIME, f"--chdir={folder}", *map(str, words)]
-    result = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
-    return result.stdout.strip()
-
-
-def state(slurm: dict[str, str], job: str) -> str:
-    command = ["scontrol", "-o", "show", "job", job]
-    shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"JobState=(\w+)", shown)
-    assert match, shown
-    return match[1]
-
-
-def log_of(folder: Path, job: str) -> str:
-    return "\n".join(path.read_text() for path in folder.glob(f"*{job}*.log"))
-
-
-def wait_for_state(slurm: dict[str, str], job: str, folder: Path, *wanted: str) -> str:
-    deadline = time.monotonic() + PATIENCE_S
-    while (now := state(slurm, job)) not in wanted:
-        assert time.monotonic() < deadline, (now, log_of(folder, job))
-        assert now not in ("FAILED", "CANCELLED", "TIMEOUT"), (now, log_of(folder, job))
-        time.sleep(0.3)
-    return now
 
 
 def wait_for_steps(run_dir: Path, num_steps: int) -> None:
