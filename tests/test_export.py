@@ -372,7 +372,7 @@ def test_run_is_exported_with_its_vocabulary_and_case(tmp_path: Path, sample_tex
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert "| steps | 3 |" in card and "| 训练步数 | 3 |" in card
     assert f"| MLM loss at the end | {last['loss']:.4f} |" in card
-    assert f"torch {torch.__version__}" in card
+    assert "torch " + torch.__version__.partition("+")[0] in card  # +cu130 in one of them only
     run, exported = export.load(tmp_path / "run"), export.load(directory)
     assert run[0] == exported[0] and run[0].vocab_size == words.count("\n")
     assert all(torch.equal(tensor, exported[1][name]) for name, tensor in run[1].items())
