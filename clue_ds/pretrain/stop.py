@@ -31,8 +31,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins, whose steps count from anywhere: its pace isn't known yet."""
         self._next_question = 0
-        self._last_step, self._last_time = 0, time.monotonic()
+        self._last_step: int | None = None
+        self._last_time = time.monotonic()
 
     def ask(self) -> None:
         """This rank was asked; from any thread."""
@@ -49,10 +54,11 @@ class StopRequest:
         if step < self._next_question:
             return False
         now = time.monotonic()
-        num_steps = max(1, step - self._last_step)
         asked, seconds = dist.all_reduce([float(self._asked.is_set()), now - self._last_time])
-        pace = seconds / dist.world_size() / num_steps
-        pause = SECONDS_BETWEEN_QUESTIONS / max(pace, 1e-6)
+        pause = 1.0
+        if self._last_step is not None:
+            pace = seconds / dist.world_size() / (step - self._last_step)
+            pause = SECONDS_BETWEEN_QUESTIONS / max(pace, 1e-6)
         self._next_question = step + int(min(MAX_STEPS_BETWEEN_QUESTIONS, max(1, pause)))
         self._last_step, self._last_time = step, now
         return asked > 0

@@ -63,8 +63,9 @@ class Watchdog(Progress):
         self, health: HealthSection, meeting: rendezvous.Meeting, command: str, can_stop: bool
     ) -> None:
         self._judge = verdicts.Judge(meeting.peers, health, SECONDS_UNDER_SUSPICION)
+        self.stop = StopRequest()
         super().__init__(health)
-        self.stop, self._command, self._can_stop = StopRequest(), command, can_stop
+        self._command, self._can_stop = command, can_stop
         self._meeting = meeting
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
@@ -107,6 +108,7 @@ class Watchdog(Progress):
     def begin(self, health: HealthSection) -> None:
         super().begin(health)
         self._judge.health = health
+        self.stop.begin()
 
     def failed(self, error: BaseException) -> None:
         """The main thread raised: find out whose fault it is, tell all, and leave if not ours."""
