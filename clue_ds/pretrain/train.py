@@ -96,9 +96,10 @@ def train(run: Run) -> int:
         grad_norm = engine.step(lr)
 
         done = step + 1
-        is_last = run.watch.step(done) or done == config.train.steps
-        saves = is_last or done % config.checkpoint.every == 0
-        evaluates = is_last or done % config.evaluate.every == 0
+        stops, is_done = run.watch.step(done), done == config.train.steps
+        saves = stops or is_done or done % config.checkpoint.every == 0
+        # Who asks for a stop leaves time to save, not to evaluate.
+        evaluates = is_done or (done % config.evaluate.every == 0 and not stops)
         # Logged before it is saved: a loss that is not a number ends the run here.
         if saves or evaluates or done % config.log.every == 0:
             line = meter.flush(done, grad_norm)
@@ -115,7 +116,7 @@ def train(run: Run) -> int:
             with meter.paused(), run.watch.section("save"):
                 directory = checkpoint.save(engine, run.source, done)
             run.writers.note(f"saved {directory}")
-        if is_last:
+        if stops or is_done:
             return done
     return run.start_step
 
