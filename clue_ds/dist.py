@@ -60,6 +60,12 @@ def local_rank() -> int:
     return _from_environment(LOCAL_RANK_VARIABLES, SLURM_VARIABLES[2], 0)
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, and not a shell."""
+    names = (*RANK_VARIABLES, SLURM_VARIABLES[0], JOB_DIR_VARIABLE)
+    return any(name in os.environ for name in names)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if torch.distributed.is_initialized():

@@ -91,7 +91,8 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
         (folder / "hostfile").write_text("".join(lines), encoding="utf-8")
     sweeps = [[*command, identifier] for command in job.sweeps]
     process = subprocess.Popen(job.command, env=environment, start_new_session=True)
-    with _guard(process.pid, identifier, sweeps), _signals(process.pid, identifier, sweeps, folder):
+    guarded = _guard(process.pid, identifier, folder, sweeps)
+    with guarded, _signals(process.pid, identifier, sweeps, folder):
         status = _wait(process, folder)
         hangs = status is None
         if status is None or status:
@@ -163,11 +164,13 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _guard(session: int, identifier: str, sweeps: list[list[str]]) -> Iterator[None]:
+def _guard(session: int, identifier: str, folder: Path, sweeps: list[list[str]]) -> Iterator[None]:
     """Have a process of its own end the job if this one can't (SIGKILL, out of memory)."""
-    command = [sys.executable, "-S", "-E", SWEEP, "--guard", str(session), identifier]
+    arguments = ("--guard", str(session), identifier, str(folder), json.dumps(sweeps))
     guard = subprocess.Popen(
-        [*command, json.dumps(sweeps)], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-S", "-E", SWEEP, *arguments],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         yield
@@ -184,7 +187,8 @@ def _signals(
 ) -> Iterator[None]:
     """INT, TERM and HUP end the job, then this process with the shell's 128 + number.
 
-    USR1 asks the ranks to save and stop.
+    One that whoever started us ignores stays ignored: nohup does so with HUP. USR1 asks the ranks
+    to save and stop.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -197,7 +201,8 @@ def _signals(
     def ask(number: int, frame: FrameType | None) -> None:
         (folder / STOP_REQUEST).touch()
 
-    handlers = {each: end for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {each: end for each in endings if signal.getsignal(each) != signal.SIG_IGN}
     handlers[signal.SIGUSR1] = ask
     before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     try:

@@ -1,8 +1,10 @@
 """Ends what is left of a job, on this machine or, as a guard, on all machines of the job.
 
     sweep.py JOB_ID                          end every process of ours that belongs to the job
-    sweep.py --guard SESSION JOB_ID COMMANDS wait until standard input closes, then end the session,
-                                             sweep here, and run each of the JSON list of commands
+    sweep.py --guard SESSION JOB_ID FOLDER COMMANDS
+                                             wait until standard input closes, then end the session,
+                                             sweep here, run each of the JSON list of commands, and
+                                             remove the job's folder
 
 Guarantees: a process is ended only if it belongs to this user and was started with this job's
 identifier in its environment; nothing is chosen by name. A script of its own, started with -S -E by
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +84,8 @@ def sweep_everywhere(job_id: str, commands: list[list[str]]) -> None:
             process.wait()
 
 
-def guard(session: int, job_id: str, commands: list[list[str]]) -> None:
-    """Wait for the launcher's end, however it comes, and end its job."""
+def guard(session: int, job_id: str, folder: str, commands: list[list[str]]) -> None:
+    """Wait for the launcher's end, however it comes, end its job, and tidy up after it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
@@ -93,10 +96,11 @@ def guard(session: int, job_id: str, commands: list[list[str]]) -> None:
             break
         time.sleep(SECONDS_BEFORE_KILL)
     sweep_everywhere(job_id, commands)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--guard":
-        guard(int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+        guard(int(sys.argv[2]), sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))
     else:
         sweep(sys.argv[1])

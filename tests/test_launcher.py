@@ -67,9 +67,13 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], folder: Path, *prefix: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*LAUNCH, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*prefix, *LAUNCH, *arguments],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -102,21 +106,24 @@ def test_a_users_mistake_is_said_once_and_ends_with_2(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killing_the_launcher_leaves_no_rank(
-    corpus: Path, tmp_path: Path, number: signal.Signals
+def test_killing_the_launcher_leaves_no_rank_and_no_folder(
+    corpus: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     config = write_config(corpus, tmp_path, steps=100_000)
     job = start(["pretrain", "--config", str(config)], tmp_path)
     wait_for(tmp_path / "run" / "log.jsonl", job)
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(ranks_of(job)) == 2
+    assert list(tmp_path.glob("clue-ds-launch-*"))
     job.send_signal(number)
     job.communicate(timeout=PATIENCE_S)
     assert job.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert_gone(family)
+    assert not list(tmp_path.glob("clue-ds-launch-*"))
 
 
-def test_a_killed_rank_fails_the_job_and_the_next_start_resumes(
+def test_a_killed_rank_fails_the_job_and_the_next_start_resumes_and_outlives_its_terminal(
     corpus: Path, tmp_path: Path
 ) -> None:
     config = write_config(corpus, tmp_path, steps=400)
@@ -129,7 +136,9 @@ def test_a_killed_rank_fails_the_job_and_the_next_start_resumes(
     assert "rank 1 on " in errors and "was killed" in errors
     assert_gone(family)
 
-    again = start(["pretrain", "--config", str(config)], tmp_path)
+    again = start(["pretrain", "--config", str(config)], tmp_path, "nohup")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000200", again)
+    again.send_signal(signal.SIGHUP)
     output, errors = again.communicate(timeout=PATIENCE_S)
     assert again.returncode == 0, errors
     assert "resuming after step" in output

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from clue_ds.pretrain.checkpoint import load_weights
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Another order of the sums over sequences.
 LOSS_TOLERANCE = 1e-5
+PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,24 @@ def test_local_rank_that_launchers_append_is_accepted(
     run_config.save(tiny_config(corpus, tmp_path / "run"), path)
     parsed = train.parse([*flag, "--config", str(path), "--train.lr", "1e-4"])
     assert parsed.train.lr == 1e-4
+
+
+def test_a_run_in_the_background_outlives_the_shell_that_started_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    steps, path = 200, tmp_path / "run.yaml"
+    sections = {"train": {"steps": steps}, "checkpoint": {"every": steps}}
+    run_config.save(tiny_config(corpus, tmp_path / "run", **sections), path)
+    # As after `nohup clue-ds pretrain ... &`, some steps, and the end of the connection.
+    script = """"$0" -m clue_ds.pretrain.train --config run.yaml > output.txt 2>&1 &
+        while kill -0 $! && [ ! -e run/log.jsonl ]; do sleep 0.1; done"""
+    subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while "done: " not in (tmp_path / "output.txt").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+        time.sleep(0.1)
+    assert len(read_log(tmp_path / "run")) == steps
 
 
 def test_the_loop_can_be_read_in_one_sitting() -> None:

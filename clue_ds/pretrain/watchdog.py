@@ -57,10 +57,17 @@ class Watchdog(Progress):
     """The threads of one rank. `stop`: whether somebody asked this run to save and end.
 
     `can_stop`: whether the run saves and stops when it is asked; else TERM simply ends it.
+    `launcher`: the process whose end is this one's end too; None for a run that a shell started,
+    which goes on in the background when the shell ends.
     """
 
     def __init__(
-        self, health: HealthSection, meeting: rendezvous.Meeting, command: str, can_stop: bool
+        self,
+        health: HealthSection,
+        meeting: rendezvous.Meeting,
+        command: str,
+        can_stop: bool,
+        launcher: int | None,
     ) -> None:
         self._judge = verdicts.Judge(meeting.peers, health, SECONDS_UNDER_SUSPICION)
         self.stop = StopRequest()
@@ -73,7 +80,7 @@ class Watchdog(Progress):
         self._suspicion: str | None = None
         self._last_talk = time.monotonic()
         self._closing, self._left = threading.Event(), threading.Lock()
-        self._parent = os.getppid()
+        self._launcher = launcher
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._install_handlers()
@@ -237,9 +244,9 @@ class Watchdog(Progress):
             if self._closing.is_set():
                 return
             self.stop.look_for_file()
-            # Whoever read our output, or started us, is gone: ssh, a killed launcher.
+            # Whoever read our output, or launched us, is gone: ssh, a killed launcher.
             broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-            if broken or os.getppid() != self._parent:
+            if broken or self._launcher not in (None, os.getppid()):
                 os._exit(1)
             if self._world_size > 1:
                 self._check_rank_0()
@@ -298,8 +305,10 @@ def start(
     """This process' watchdog, told the deadlines of the run that begins; all ranks meet here."""
     global _watchdog
     if _watchdog is None:
+        # Asked first: to meet sets the variables that a launcher left out.
+        launcher = os.getppid() if dist.is_launched() else None
         meeting = rendezvous.meet(health.start_seconds)
-        _watchdog = Watchdog(health, meeting, command, can_stop)
+        _watchdog = Watchdog(health, meeting, command, can_stop, launcher)
     _watchdog.begin(health)
     return _watchdog
 
