@@ -14,9 +14,6 @@ from clue_ds.errors import UserError
 from clue_ds.metrics import format_seconds
 from clue_ds.pretrain import alive, manifest
 
-# A sign may be late by a slow disk; a run that missed three is gone.
-SECONDS_UNTIL_DEAD = 3 * alive.SECONDS_BETWEEN_SIGNS
-
 
 def status(run: tyro.conf.Positional[Path]) -> None:
     """Where a run stands: step, speed, time left, newest checkpoint, alive or not.
@@ -70,6 +67,6 @@ def _alive(run: Path, is_done: bool) -> str:
     except (FileNotFoundError, ValueError):
         return "no, it is done" if is_done else "no; the same pretrain command continues it"
     where = f"rank 0 is process {process['pid']} on {process['host']}"
-    if age < SECONDS_UNTIL_DEAD:
+    if age < alive.SECONDS_UNTIL_DEAD:
         return f"yes; {where}"
     return f"no, it ended without a word {format_seconds(age)} ago; {where}"

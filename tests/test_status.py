@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from clue_ds import config as run_config
 from clue_ds import doctor, status
 from clue_ds.config import CheckpointSection
 from clue_ds.errors import UserError
+from clue_ds.pretrain import alive, rendezvous
 
 
 def test_status_of_a_run_done_alive_and_dead(
@@ -27,8 +29,9 @@ def test_status_of_a_run_done_alive_and_dead(
     assert "time left   none: done" in text
     assert "checkpoint  step-00000006" in text
 
-    sign = run / "alive.json"  # still there: the helper above does not close its runs
-    sign.touch()
+    assert "no, it is done" in "\n".join(status.describe(run))
+    sign = run / alive.FILE
+    assert alive.claim(run, rendezvous.myself(), threading.Event()) is None
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
     old = time.time() - 3_700
     os.utime(sign, (old, old))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -163,22 +164,30 @@ def test_local_rank_that_launchers_append_is_accepted(
     assert parsed.train.lr == 1e-4
 
 
-def test_a_run_in_the_background_outlives_the_shell_that_started_it(
+def test_a_run_in_the_background_outlives_its_shell_keeps_others_out_and_stops_when_asked(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    steps, path = 200, tmp_path / "run.yaml"
-    sections = {"train": {"steps": steps}, "checkpoint": {"every": steps}}
+    path = tmp_path / "run.yaml"
+    sections = {"train": {"steps": 10**6}, "checkpoint": {"every": 10**6}}
     run_config.save(tiny_config(corpus, tmp_path / "run", **sections), path)
+    command = [sys.executable, "-m", "clue_ds.pretrain.train", "--config", str(path)]
     # As after `nohup clue-ds pretrain ... &`, some steps, and the end of the connection.
-    script = """"$0" -m clue_ds.pretrain.train --config run.yaml > output.txt 2>&1 &
+    script = """"$@" > output.txt 2>&1 &
         while kill -0 $! && [ ! -e run/log.jsonl ]; do sleep 0.1; done"""
-    subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
+    subprocess.run(["sh", "-c", script, "sh", *command], cwd=tmp_path, check=True)
+
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 2
+    asked = re.search(r"is in use: process (\d+) on .*kill -USR1 (\d+)", second.stderr)
+    assert asked is not None and asked[1] == asked[2]
+
+    subprocess.run(["kill", "-USR1", asked[1]], check=True)
     deadline = time.monotonic() + PATIENCE_S
-    while "done: " not in (tmp_path / "output.txt").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+    while "stopped on request" not in (output := (tmp_path / "output.txt").read_text()):
+        assert time.monotonic() < deadline, output
         time.sleep(0.1)
-    assert len(read_log(tmp_path / "run")) == steps
+    assert "saved " in output
 
 
 def test_the_loop_can_be_read_in_one_sitting() -> None:

@@ -151,9 +151,9 @@ def build(config: RunConfig) -> Run:
     watch = watchdog.start(config.health)
     device = start()
     note = preflight.check(watch, config, corpus.fingerprint, device)
+    watch.claim(config.run_dir)
     choice = resume.choose(source)
     start_step = 0 if choice is None else choice.manifest.step
-    watch.announce(config.run_dir)
     stop.check_progress(config.run_dir, start_step)
     model, notes = build_model(source, choice, corpus)
     engine = Engine(model, config, device)

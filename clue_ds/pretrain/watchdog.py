@@ -107,10 +107,13 @@ class Watchdog(Progress):
         super().step(step)
         return self.stop.agreed(step)
 
-    def announce(self, run_dir: str | Path) -> None:
-        """Let `clue-ds status` see that this run is alive; rank 0 does it."""
-        if self._rank == 0:
-            alive.announce(run_dir, self._me, self._closing)
+    def claim(self, run_dir: str | Path) -> None:
+        """Keep other processes out of `run_dir`, and let `clue-ds status` see that it is alive.
+
+        UserError on every rank when another process trains into it.
+        """
+        error = alive.claim(run_dir, self._me, self._closing) if self._rank == 0 else None
+        dist.agree(error)
 
     def begin(self, health: HealthSection) -> None:
         super().begin(health)
