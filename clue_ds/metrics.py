@@ -27,14 +27,31 @@ from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 
-# Dense bf16 tensor-core FLOP/s by a part of the device's name; the first that fits counts, so
-# the longer names come first. NVIDIA's data sheets.
+# Dense tensor-core FLOP/s in bf16 (V100: fp16) with fp32 sums, by a part of the device's name; the
+# first that fits counts, so the longer names come first. NVIDIA's data sheets and white papers.
 PEAK_FLOPS = (
+    ("B200", 2250e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
+    ("H800 PCIe", 756e12),
     ("H200", 989e12),
     ("H100", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
     ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L20", 119.5e12),
+    ("A40", 149.7e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("RTX 4090 D", 147e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("V100-PCIE", 112e12),
+    ("V100", 125e12),
 )
 
 

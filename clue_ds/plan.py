@@ -143,7 +143,7 @@ def plan(
         config: the run's YAML file
         gpus: ranks in all
         gpus_per_node: ranks on one machine
-        gpu: for its peak speed: H100, H100 PCIe, H100 NVL, H200 or A100
+        gpu: for its peak speed: H100, H800, H20, A100, A800, ...; a wrong one lists them all
         gpu_memory: GiB of one GPU
         mfu: share of the peak that you expect to reach; measure it: every run logs its own
         bandwidth: GB/s that one GPU can send to another machine (25 = 200 Gbit/s)

@@ -16,6 +16,7 @@ from clue_ds.metrics import (
     flops_per_token,
     format_line,
     format_seconds,
+    peak_flops,
     truncate_log,
 )
 
@@ -43,6 +44,29 @@ def a_batch(lengths: list[int], num_predicted: int) -> dict[str, torch.Tensor]:
     labels = torch.full((len(lengths), 4), -100)
     labels.view(-1)[:num_predicted] = 7
     return {"lengths": torch.tensor(lengths), "masked_labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090 D", 147e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("a device of tomorrow", None),
+    ],
+)
+def test_a_peak_is_found_by_the_names_that_drivers_give(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_meter_counts_real_tokens_and_means_over_parts_and_steps() -> None:
