@@ -32,6 +32,7 @@ FINISHED, STOPPED, VERDICT, STOP_REQUEST = "finished-*", "stopped-*", "verdict.j
 
 # Stopped on request with everything saved: start again to continue (sysexits' EX_TEMPFAIL).
 STATUS_STOPPED = 75
+STATUS_DIED = 71
 STATUS_HANG = 72
 INTERNAL_ERROR = 1
 SECONDS_TO_END = 10.0
@@ -40,6 +41,12 @@ SECONDS_AFTER_VERDICT = 8.0
 # Ranks end together: one that is still there this long after the first is stuck.
 SECONDS_AFTER_FIRST_END = 100.0
 POLL_SECONDS = 0.2
+DEADLY = (
+    *(signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS),
+    *(signal.SIGABRT, signal.SIGILL, signal.SIGFPE),
+)
+# What launchers end with when a rank died of a signal: 128 + n (srun, mpirun) or -n (DeepSpeed).
+DEATHS = {status: number for number in DEADLY for status in (128 + number, 256 - number)}
 
 
 @contextlib.contextmanager
@@ -149,6 +156,14 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
         return int(found["status"])
     if status < 0:
         return 128 - status
+    if num_ranks and status in DEATHS:
+        print(
+            "clue-ds launch: error: a rank was killed or has crashed "
+            f"({DEATHS[status].name}; out of memory? `dmesg` on its host tells), and no other was "
+            "left to say which one",
+            file=sys.stderr,
+        )
+        return STATUS_DIED
     if status or not num_ranks:
         return status
     num_finished = len(_ended(folder))

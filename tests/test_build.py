@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -233,6 +234,17 @@ def test_second_run_on_the_same_output_is_refused(inputs: Path, tmp_path: Path) 
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another `clue-ds shard` is writing"):
             build(tmp_path, output, "text.txt", vocab=inputs / "vocab.txt")
+
+
+def test_a_disk_without_locks_will_do(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    output = build(inputs, tmp_path / "corpus", "a.txt")
+    assert Corpus(output).num_tokens
 
 
 def test_finished_corpus_is_kept_unless_told(inputs: Path, tmp_path: Path) -> None:

@@ -198,7 +198,9 @@ def test_what_the_user_set_is_kept_but_not_where_rank_0_was_in_another_job() -> 
         (0, 0, 0, 1),
         (0, 0, 2, 75),
         (2, 0, 0, 2),
-        (247, 1, 0, 247),
+        (247, 1, 0, 71),
+        (139, 0, 0, 71),
+        (143, 0, 0, 143),
         (-9, 0, 0, 137),
     ],
 )
@@ -241,6 +243,7 @@ def test_the_launcher_and_the_ranks_mean_the_same_things() -> None:
     assert processes.VERDICT == verdicts.FILE
     assert processes.STOP_REQUEST == stop.REQUEST_FILE
     assert processes.STATUS_STOPPED == dist.STATUS_STOPPED
+    assert processes.STATUS_DIED == verdicts.STATUS["died"]
     assert processes.STATUS_HANG == verdicts.STATUS["hang"]
     assert environment.FIRST_PORT == rendezvous.FIRST_PORT
 

@@ -3,11 +3,12 @@
 It lies in OUTPUT/.building: plan.json and one small JSON a finished piece, written after its shards
 were synced and renamed; where duplicates are dropped there is a second one, from when that was
 done. The directory goes when corpus.json is there. A lock on it keeps a second run from writing to
-the same corpus; the system drops the lock when a process dies.
+the same corpus, where the disk has locks; the system drops the lock when a process dies.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -22,6 +23,8 @@ PLAN = "plan.json"
 LOCK = "lock"
 # The stages of a piece.
 CONVERTED, COMPARED = "converted", "compared"
+# What shared disks without locks say (Lustre, unless it is mounted with -o flock; some NFS).
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Staging:
@@ -56,6 +59,9 @@ class Staging:
         except BlockingIOError:
             self._lock.close()
             raise UserError(f"another `clue-ds shard` is writing to {self.output}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         self._prepare(finished)
         return self
 
@@ -109,6 +115,8 @@ class Staging:
 
     def remove(self) -> None:
         """Remove the staging area: the corpus is complete."""
+        # NFS keeps a file that is open, under another name, and with it the directory.
+        self._lock.close()
         shutil.rmtree(self.directory)
 
 

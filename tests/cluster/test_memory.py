@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def test_a_rank_that_the_kernel_kills_for_memory_ends_the_job(
         timeout=PATIENCE_S,
     )
     assert job.returncode == 71, job.stderr
-    assert f"on {os.uname().nodename} was killed or has crashed (out of memory?" in job.stderr
+    # By the other rank, with its name, unless the kernel killed both.
+    assert re.search(r"was killed or has crashed \((SIGKILL; )?out of memory\?", job.stderr)
     # It was the kernel, and not something else that went wrong.
     counts = (cgroup / ("memory.oom_control", "memory.events")[is_v2(cgroup)]).read_text()
     assert int(counts.split("oom_kill ")[1].split()[0]) >= 1, counts
