@@ -1,12 +1,13 @@
 """The one kind of error that a user's mistake may raise, and how a command ends on it.
 
 Guarantees: a `UserError`, or a file that this user may not open, reaches the terminal as one
-message without a traceback and ends the process with status 2; every other exception is a bug of
-ours and keeps its traceback.
+message without a traceback and ends the process with status 2; Ctrl-C ends it with a line and the
+shell's 130; every other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ class UserError(ValueError):
 
 
 def run_command(command: str, function: Callable[[], object]) -> int:
-    """Run `function`; return the exit status of `command`: 0, or 2 after printing a UserError."""
+    """Run `function`; return the exit status of `command`: 0, 2 after printing a UserError, 130."""
     try:
         function()
     except UserError as error:
@@ -32,6 +33,9 @@ def run_command(command: str, function: Callable[[], object]) -> int:
             file=sys.stderr,
         )
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

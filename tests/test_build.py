@@ -190,6 +190,28 @@ def test_interrupted_run_goes_on(inputs: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
 
+def test_ctrl_c_is_one_line_and_the_rerun_gives_the_same_bytes(
+    inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_bytes(100 * (inputs / "a.txt").read_bytes())
+    options = {"vocab": inputs / "vocab.txt", "shard_megabytes": 0.02}
+    expected = digest(build(tmp_path, tmp_path / "expected", "text.txt", **options))
+    output = tmp_path / "c"
+    command = [sys.executable, "-m", "clue_ds.cli", "shard", str(tmp_path / "text.txt")]
+    command += ["--output", str(output), "--vocab", str(options["vocab"]), "--workers", "2"]
+    with subprocess.Popen(
+        [*command, "--shard-megabytes", "0.02"], stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        while process.poll() is None and not list(output.glob(".building/converted-*.json")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    assert process.returncode == 130
+    assert "clue-ds shard: interrupted" in errors and "Traceback" not in errors
+    assert digest(build(tmp_path, output, "text.txt", **options)) == expected
+
+
 def half_finished(inputs: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A run that stopped at bad bytes behind some finished shards; (text, output)."""
     text = tmp_path / "text.txt"

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
@@ -94,7 +95,9 @@ def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
         yield Workers(None, 1)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context)
+    # Ctrl-C reaches every process of the terminal; one of them says so, and it is not a worker.
+    quietly = (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(num_workers, context, signal.signal, quietly)
     try:
         yield Workers(pool, num_workers)
     finally:

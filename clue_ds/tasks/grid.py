@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -222,6 +223,8 @@ def _in_a_pool(
 
 
 def _prepare(num_threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
+    # Ctrl-C reaches every process of the terminal; the pool's maker says so.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(num_threads)
     ops.choose_kernels(kernels)
     # A world of its own, not at the address where the pool's maker listens.
