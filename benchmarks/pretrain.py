@@ -32,7 +32,7 @@ from clue_ds.benchmarks.environment import write_results
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import IGNORED, pad_vocab
+from clue_ds.model.bert import IGNORED, pad_vocab, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
@@ -79,7 +79,7 @@ def make_ours(setting: Setting, seed: int) -> Side:
     def loss(batch: Batch) -> Tensor:
         return network(
             batch["input_ids"],
-            lengths=batch["lengths"],
+            lengths=batch.get("lengths"),
             masked_positions=batch["masked_positions"],
             masked_labels=batch["masked_labels"],
         ).loss
@@ -170,7 +170,8 @@ class Trainer:
         if self.cursor + size > self.num_rows:
             self.cursor = 0
         span = slice(self.cursor, self.cursor + size)
-        batch = {name: tensor[span] for name, tensor in self.rows.items()}
+        # As the engine does.
+        batch = without_full_lengths({name: tensor[span] for name, tensor in self.rows.items()})
         self.cursor += size
         self._wait()
         began = time.perf_counter()

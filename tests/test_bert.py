@@ -16,7 +16,7 @@ from transformers import BertForPreTraining as Peer
 
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import IGNORED, pad_vocab
+from clue_ds.model.bert import IGNORED, key_mask, pad_vocab, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
@@ -198,6 +198,16 @@ def test_padded_vocabulary_changes_neither_loss_nor_gradients() -> None:
         assert torch.count_nonzero(gradients(padded)[name][SMALL.vocab_size :]) == 0
     data.pop("masked_labels")
     assert padded(**data).prediction_logits.shape[-1] == SMALL.vocab_size
+
+
+def test_full_rows_need_no_lengths_and_no_mask() -> None:
+    full, ragged = batch([9, 9]), batch([9, 5])
+    assert without_full_lengths(full) == {k: v for k, v in full.items() if k != "lengths"}
+    assert without_full_lengths(ragged) is ragged
+    assert key_mask(full["lengths"], None, 9) is None
+    assert key_mask(None, None, 9) is None
+    mask = key_mask(ragged["lengths"], None, 9)
+    assert mask is not None and mask.squeeze().sum(1).tolist() == [9, 5]
 
 
 def test_attention_mask_and_lengths_agree_and_padding_does_not_matter() -> None:

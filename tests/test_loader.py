@@ -40,6 +40,29 @@ def test_batches_come_in_order(stream: SampleStream, start_step: int) -> None:
         assert loader.samples_consumed == (start_step + 10) * 8
 
 
+def test_batches_for_a_gpu_are_pinned_by_a_thread_that_uses_that_gpu(
+    stream: SampleStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what is asked of torch, and of which thread (tests/gpu has the real thing)."""
+    asked = []
+
+    def set_device(device: torch.device) -> None:
+        asked.append((threading.current_thread().name, device))
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append((threading.current_thread().name, "pinned"))
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    gpu = torch.device("cuda", 1)
+    with Loader(stream, device=gpu) as loader:
+        batch = next(loader)
+    assert_equal(batch, stream.batch(0))
+    assert asked[0] == ("clue-ds-loader", gpu)
+    assert set(asked[1:]) == {("clue-ds-loader", "pinned")} and len(asked) > len(batch)
+
+
 def test_close_ends_thread_and_iterator(stream: SampleStream) -> None:
     loader = Loader(stream)
     next(loader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -176,6 +177,17 @@ def test_grid_continues_shares_and_keeps_the_best(model: Path, data: Path, tmp_p
     best = (folder / "best").resolve()
     assert best.name.startswith("lr=0.002") and (best / "model" / "config.json").is_file()
     assert [p.parent.name for p in folder.glob("lr*/model")] == [best.name]
+
+
+def test_the_processes_of_a_pool_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    num_started = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        grid.take_device(num_started)
+    assert taken == [0, 1, 0]
 
 
 def test_tasks_of_pairs_start_from_the_pair_model(model: Path, data: Path, tmp_path: Path) -> None:

@@ -302,19 +302,28 @@ class BertForPreTraining(nn.Module):
 def key_mask(
     lengths: Tensor | None, attention_mask: Tensor | None, seq_length: int
 ) -> Tensor | None:
-    """bool [B, 1, 1, S], True where a key counts; None when all do (attention is then cheaper)."""
+    """bool [B, 1, 1, S], True where a key counts; None when all do (attention is then cheaper).
+
+    On a GPU None only when neither is given: to ask whether all count would wait for the GPU.
+    """
     assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
     if lengths is not None:
-        if bool((lengths >= seq_length).all()):
-            return None
         keep = torch.arange(seq_length, device=lengths.device) < lengths[:, None]
     elif attention_mask is not None:
         keep = attention_mask.bool()
-        if bool(keep.all()):
-            return None
     else:
         return None
+    if keep.device.type == "cpu" and bool(keep.all()):
+        return None
     return keep[:, None, None, :]
+
+
+def without_full_lengths(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch that is still on the host, without its `lengths` [B] where every row is full."""
+    lengths, seq_length = batch.get("lengths"), batch["input_ids"].shape[1]
+    if lengths is None or bool((lengths < seq_length).any()):
+        return batch
+    return {name: tensor for name, tensor in batch.items() if name != "lengths"}
 
 
 def split_rows(cu_seqlens: Tensor, seq_length: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
 from clue_ds.metrics import diverged
+from clue_ds.model.bert import without_full_lengths
 from clue_ds.pretrain import ds_json, optim, rendezvous
 
 # DeepSpeed's own variable, in minutes; its default too.
@@ -153,7 +154,9 @@ class Engine:
 
     def parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """A rank's batch [B, ...] on its device, cut into the parts of one accumulation."""
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        moved = {
+            k: v.to(self.device, non_blocking=True) for k, v in without_full_lengths(batch).items()
+        }
         cut = {k: v.chunk(self.num_parts) for k, v in moved.items()}
         return [{k: v[part] for k, v in cut.items()} for part in range(self.num_parts)]
 

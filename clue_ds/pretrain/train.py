@@ -172,7 +172,7 @@ def build(config: RunConfig) -> Run:
         notes += resume.describe(choice)
     for note in notes:
         writers.note(note)
-    loader = Loader(stream, dist.rank(), dist.world_size(), start_step)
+    loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
     meter = Meter(model_config, device)
     return Run(config, source, engine, stream, loader, meter, writers, evaluator, start_step, watch)
 

@@ -86,7 +86,8 @@ def finetune(
         seed: of the head, the order and dropout; the first one where there are several.
         seeds: number of seeds: seed, seed + 1, ...
         grid: values to try, every combination: lr=1e-4,4e-4 epochs=5,8.
-        workers: runs at a time, each in a process of its own.
+        workers: runs at a time, each in a process of its own; where there are several GPUs, in turn
+            on each.
         array_task: I/N: do only every N-th run, from the I-th (from 0): for job arrays.
         limit: train on this many examples only, drawn at random.
         from_scratch: random weights of the model's shape, for comparison.
@@ -204,9 +205,10 @@ def _in_a_pool(
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spawned, not forked: torch's threads don't survive a fork.
     context = multiprocessing.get_context("spawn")
+    num_started = context.Value("i", 0)
     stopped = False
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, _prepare, (threads, kernels, health)
+        workers, context, _prepare, (num_started, threads, kernels, health)
     ) as pool:
         jobs = {pool.submit(runs.run, request, False): request for request in requests}
         for job in concurrent.futures.as_completed(jobs):
@@ -222,14 +224,24 @@ def _in_a_pool(
     return stopped
 
 
-def _prepare(num_threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
+def _prepare(num_started: Any, threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
     # Ctrl-C reaches every process of the terminal; the pool's maker says so.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(num_threads)
+    take_device(num_started)
+    torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
     # A world of its own, not at the address where the pool's maker listens.
     os.environ.pop("MASTER_PORT", None)
     _start(health)
+
+
+def take_device(num_started: Any) -> None:
+    """Spread the processes of a pool over the GPUs; `num_started`: a Value that they share."""
+    with num_started.get_lock():
+        number = num_started.value
+        num_started.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _say_stopped(request: Request, reason: Stopped) -> None:

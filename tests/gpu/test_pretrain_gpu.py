@@ -18,6 +18,7 @@ for name in ("deepspeed", "pydantic", "numba"):
 from ranks import make_corpus, read_log, tiny_config
 
 from clue_ds import config as run_config
+from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.init import initialize
 from clue_ds.presets import get
@@ -58,6 +59,16 @@ def test_losses_equal_the_cpus(
     train = {"precision": precision}
     losses = _losses(tmp_path / "run", corpus, "cuda", deepspeed=deepspeed, train=train)
     assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE[precision])
+
+
+def test_batches_for_a_gpu_are_pinned_and_the_same(corpus: Path) -> None:
+    stream = SampleStream(Corpus(corpus), seq_length=16, global_batch_size=8, seed=1)
+    with Loader(stream, device=torch.device("cuda", 0)) as loader:
+        found = next(loader)
+    assert all(tensor.is_pinned() for tensor in found.values())
+    expected = stream.batch(0)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_compiled_blocks_compute_the_same(
