@@ -30,7 +30,8 @@ from rich.table import Table
 
 from clue_ds.errors import UserError
 
-NUM_CPU_RANKS = 2
+# As many as the batch of CONFIG can be shared by.
+MAX_RANKS = 2
 NUM_STEPS = 5_000
 NUM_WARMUP_STEPS = 200
 NUM_HELD_OUT = 2_000
@@ -95,7 +96,7 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     settings = {"run_dir": run_dir, "corpus": corpus, "steps": steps, "warmup_steps": warmup_steps}
     config.write_text(CONFIG.format(**settings), encoding="utf-8")
     model = run_dir / "export" / "hf"
-    ranks = torch.cuda.device_count() or NUM_CPU_RANKS
+    ranks = num_ranks()
 
     step = _Steps(console)
     step.show("a vocabulary from news and reviews")
@@ -114,6 +115,11 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     accuracies = fine_tune(console, model, reviews, directory / "reviews")
     draw_loss(run_dir / "log.jsonl", directory / "loss.png")
     _summary(console, directory, accuracies, time.perf_counter() - started)
+
+
+def num_ranks() -> int:
+    """One a GPU, and two on a CPU."""
+    return min(torch.cuda.device_count(), MAX_RANKS) or MAX_RANKS
 
 
 class _Steps:

