@@ -157,13 +157,21 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
     if status < 0:
         return 128 - status
     if num_ranks and status in DEATHS:
+        if len(_ended(folder)) < num_ranks:
+            print(
+                "clue-ds launch: error: a rank was killed or has crashed "
+                f"({DEATHS[status].name}; out of memory? `dmesg` on its host tells), and no other "
+                "was left to say which one",
+                file=sys.stderr,
+            )
+            return STATUS_DIED
+        # Threads of gloo, and NCCL, may abort an interpreter that takes itself apart.
         print(
-            "clue-ds launch: error: a rank was killed or has crashed "
-            f"({DEATHS[status].name}; out of memory? `dmesg` on its host tells), and no other was "
-            "left to say which one",
+            "clue-ds launch: all ranks had done their work; one then ended by "
+            f"{DEATHS[status].name}",
             file=sys.stderr,
         )
-        return STATUS_DIED
+        status = 0
     if status or not num_ranks:
         return status
     num_finished = len(_ended(folder))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import opencc
+import psutil
 import pytest
 
 from clue_ds.cli import main
@@ -190,8 +191,9 @@ def test_interrupted_run_goes_on(inputs: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
 
-def test_ctrl_c_is_one_line_and_the_rerun_gives_the_same_bytes(
-    inputs: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_by_hand_it_leaves_no_worker_and_the_rerun_gives_the_same_bytes(
+    inputs: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     (tmp_path / "text.txt").write_bytes(100 * (inputs / "a.txt").read_bytes())
     options = {"vocab": inputs / "vocab.txt", "shard_megabytes": 0.02}
@@ -204,11 +206,19 @@ def test_ctrl_c_is_one_line_and_the_rerun_gives_the_same_bytes(
     ) as process:
         while process.poll() is None and not list(output.glob(".building/converted-*.json")):
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        workers = psutil.Process(process.pid).children(recursive=True)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()  # and nobody else
         assert process.stderr is not None
         errors = process.stderr.read().decode()
-    assert process.returncode == 130
-    assert "clue-ds shard: interrupted" in errors and "Traceback" not in errors
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.strip().splitlines()[-1] == "clue-ds shard: interrupted"
+        assert "Traceback" not in errors and "leaked" not in errors
     assert digest(build(tmp_path, output, "text.txt", **options)) == expected
 
 

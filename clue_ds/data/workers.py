@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from types import FrameType
 from typing import Any, TypeVar
 
 from clue_ds.errors import UserError
@@ -77,10 +80,7 @@ def _take_done(pending: dict[Future[Any], Label]) -> Iterator[tuple[Label, Any]]
 
 @contextlib.contextmanager
 def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
-    """The workers; None on an MPI rank that has served as one, and has nothing left to do.
-
-    Processes are spawned: forking one that has run threads (tokenizers, numba) can hang.
-    """
+    """The workers; None on an MPI rank that has served as one, and has nothing left to do."""
     if mpi_size() > 1:
         if num_workers is not None:
             raise UserError("--workers is for one machine; under MPI, mpirun -n says how many")
@@ -94,14 +94,50 @@ def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
     if num_workers == 1:
         yield Workers(None, 1)
         return
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches every process of the terminal; one of them says so, and it is not a worker.
-    quietly = (signal.SIGINT, signal.SIG_DFL)
-    pool = ProcessPoolExecutor(num_workers, context, signal.signal, quietly)
-    try:
+    with spawned(num_workers) as pool:
         yield Workers(pool, num_workers)
+
+
+@contextlib.contextmanager
+def spawned(
+    num_processes: int, prepare: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, each of which calls `prepare` first; none outlives this one.
+
+    Ctrl-C ends them at once and without a word. They are spawned: forking a process that has run
+    threads (torch, tokenizers, numba) can hang.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, context, _begin, (prepare, arguments))
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    # Ctrl-C reaches every process of a terminal; the pool's owner hears it and tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
+    if prepare is not None:
+        prepare(*arguments)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_with_owner() -> None:
+    """An idle process of a pool would wait for ever for one that was killed."""
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+    multiprocessing.connection.wait([owner.sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager

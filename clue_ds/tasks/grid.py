@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from clue_ds import dist
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
+from clue_ds.data.workers import spawned
 from clue_ds.errors import UserError, run_command
 from clue_ds.model import ops
 from clue_ds.pretrain import watchdog
@@ -203,13 +203,9 @@ def _in_a_pool(
 ) -> bool:
     """Every process of the pool hears for itself that the job is asked to stop."""
     threads = max(1, (os.cpu_count() or 1) // workers)
-    # Spawned, not forked: torch's threads don't survive a fork.
-    context = multiprocessing.get_context("spawn")
-    num_started = context.Value("i", 0)
+    num_started = multiprocessing.get_context("spawn").Value("i", 0)
     stopped = False
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, _prepare, (num_started, threads, kernels, health)
-    ) as pool:
+    with spawned(workers, _prepare, num_started, threads, kernels, health) as pool:
         jobs = {pool.submit(runs.run, request, False): request for request in requests}
         for job in concurrent.futures.as_completed(jobs):
             if job.cancelled():
@@ -225,8 +221,6 @@ def _in_a_pool(
 
 
 def _prepare(num_started: Any, threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
-    # Ctrl-C reaches every process of the terminal; the pool's maker says so.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
