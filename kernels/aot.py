@@ -2,9 +2,10 @@
 
 For each variant and target: registers a thread, spilled bytes, the narrowest bulk access to global
 memory in bits, and instructions an element (those of a straight kernel, or those of the loop of a
-persistent one, times threads, over the elements of a tile that are real). The limits are what lets
-a kernel keep up with memory; `variants.py` lists what is compiled, `clue-ds bench kernels --aot`
-prints the table, tests/aot_kernels.txt keeps it.
+persistent one, times threads, over the elements of a tile that are real; on AMD without the scalar
+ones, which have an issue slot of their own). The limits are what lets a kernel keep up with memory;
+`variants.py` lists what is compiled, `clue-ds bench kernels --aot` prints the table,
+tests/aot_kernels.txt keeps it.
 
 NVIDIA's numbers come from the cuobjdump that Triton bundles, AMD's from the assembly and its
 metadata. Needs a process without TRITON_INTERPRET, which turns kernels into Python functions.
@@ -45,7 +46,7 @@ class Variant:
     num_warps: int
     elements: int  # real elements of a tile
     max_registers: int
-    max_instructions: float  # an element, on NVIDIA
+    max_instructions: float  # an element
     loops: bool  # a persistent kernel
     targets: tuple[str, ...] = tuple(TARGETS)
 
@@ -70,7 +71,7 @@ class Report(NamedTuple):
             found.append(f"{self.registers} registers > {limits.max_registers}")
         if self.narrowest_bulk < 64:
             found.append(f"bulk accesses of {self.narrowest_bulk} bits < 64")
-        if self.target != "gfx942" and self.instructions > limits.max_instructions:
+        if self.instructions > limits.max_instructions:
             found.append(f"{self.instructions:.1f} instructions > {limits.max_instructions:g}")
         return [f"{self.variant} on {self.target}: {what}" for what in found]
 
@@ -124,13 +125,18 @@ def _body(code: list[tuple[int, str, str]], loops: bool) -> list[str]:
     if not loops:
         last = max(i for i, entry in enumerate(real) if entry[1] == "EXIT")
         return [name for _, name, _ in real[: last + 1]]
-    spans = []
+    jumps = []
     for address, name, rest in real:
         target = re.search(r"0x([0-9a-f]+)", rest)
-        if name.startswith("BRA") and target and int(target[1], 16) < address:
-            spans.append((int(target[1], 16), address))
-    start, end = max(spans, key=lambda span: span[1] - span[0])
+        if name.startswith("BRA") and target:
+            jumps.append((int(target[1], 16), address))
+    start, end = _longest_loop(jumps)
     return [name for address, name, _ in real if start <= address <= end]
+
+
+def _longest_loop(jumps: list[tuple[int, int]]) -> tuple[int, int]:
+    """(first, last) of the jump farthest back, of all (target, address)."""
+    return max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0])
 
 
 def _nvidia_width(name: str) -> int:
@@ -150,15 +156,27 @@ def _read_amd(variant: Variant, target: str, assembly: str, shared: int) -> Repo
     def field(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
 
-    code = re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+)\b", assembly, re.M)
+    names: list[str] = []
+    labels, branches = {}, []
+    for label, name, rest in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]\w+)(.*))", assembly, re.M):
+        if label:
+            labels[label] = len(names)
+        elif name.startswith(("v_", "s_", "global_", "buffer_", "ds_", "flat_")):
+            if name.startswith(("s_branch", "s_cbranch")):
+                branches.append((rest.strip(), len(names)))
+            names.append(name)
     widths = []
-    for name in code:
+    for name in names:
         if name.startswith(("global_load", "global_store", "buffer_load", "buffer_store")):
             words = re.search(r"dwordx(\d)", name)
             narrow = 16 if "short" in name else 8 if "byte" in name else 32
             widths.append(32 * int(words[1]) if words else narrow)
+    if variant.loops:
+        first, last = _longest_loop([(labels[label], address) for label, address in branches])
+        names = names[first : last + 1]
+    num_vector = sum(not name.startswith("s_") for name in names)
     spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
-    return _report(variant, target, field("vgpr_count"), spilled, widths, len(code), shared)
+    return _report(variant, target, field("vgpr_count"), spilled, widths, num_vector, shared)
 
 
 def _report(

@@ -7,7 +7,8 @@ the bias gradient is the column sum of dx, kept in registers by persistent progr
 [P, H] and added in a fixed order.
 
 tanh comes as 2 sigmoid(2u) - 1: Triton's interpreter has no tanh, and so small results keep their
-digits.
+digits. Exact GELU has a polynomial of ours in place of `tl.erf`, which took twice the instructions
+and made arithmetic the limit.
 """
 
 from __future__ import annotations
@@ -25,9 +26,33 @@ from . import launching, registered, tiles
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 CUBIC = tl.constexpr(0.044715)
 
 MAX_BLOCK = 256  # columns of a program: 1248 wastes 2.5% of a block of 256, 39% of one of 2048
+
+
+@triton.jit
+def one_plus_erf(z: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
+    """1 + erf(z / sqrt(2)): twice the share of a standard normal that is below z.
+
+    2^polynomial(|z|) is twice the share beyond |z|. The polynomial's error, times that share and
+    |z|^-1/2, is the least that degree 8 can have up to |z| = 5. GELU in fp32 is off by 1.16 to 0.4
+    times what it is with erf (RMS; inputs of scale 0.1 to 4), since 1 + erf cancels below 0. The
+    leading coefficient is negative: farther out the share goes on to 0.
+    """
+    if ACC == tl.float64:
+        return 1.0 + tl.erf(z * SQRT_HALF)
+    distance = tl.abs(z)
+    log2_share = distance * -2.510766080376925e-06 + 3.691668825922534e-05
+    log2_share = log2_share * distance - 1.8005547462962568e-04
+    log2_share = log2_share * distance - 1.4107655442785472e-04
+    log2_share = log2_share * distance + 7.058489136397839e-03
+    log2_share = log2_share * distance - 5.24880550801754e-02
+    log2_share = log2_share * distance - 4.592116177082062e-01
+    log2_share = log2_share * distance - 1.1511048078536987
+    share = tl.exp2(log2_share * distance)
+    return tl.where(z < 0.0, share, 2.0 - share)
 
 
 @triton.jit
@@ -52,7 +77,7 @@ def forward_kernel(
     if TANH:
         y = z / (1.0 + tl.exp(-(z * TWICE_SQRT_2_OVER_PI * (z * z * CUBIC + 1.0))))
     else:
-        y = z * (0.5 + 0.5 * tl.erf(z * SQRT_HALF))
+        y = 0.5 * z * one_plus_erf(z, ACC)
     tl.store(y_ptr + first * H + rows * H + cols, y, mask=inside)
 
 
@@ -95,8 +120,8 @@ def backward_kernel(
             slope = (z * z * CUBIC * 3.0 + 1.0) * TWICE_SQRT_2_OVER_PI
             dx = dy * (tl.where(inner >= 0.0, large, small) + z * small * large * slope)
         else:
-            density = tl.exp(z * z * -0.5) * INVERSE_SQRT_2_PI
-            dx = dy * (0.5 + 0.5 * tl.erf(z * SQRT_HALF) + z * density)
+            density = tl.exp2(z * z * -HALF_LOG2_E) * INVERSE_SQRT_2_PI
+            dx = dy * (0.5 * one_plus_erf(z, ACC) + z * density)
         tl.store(dx_ptr + at, dx, mask=inside)
         dbias += dx
     if dbias_ptr is not None:

@@ -86,13 +86,14 @@ def backward_tile(width: int, num_sums: int = 2, lanes: int = LANES) -> Tile:
     """8 to 16 elements a thread: each column sum takes a register an element.
 
     A second part is half of the first: fewer columns, or more lanes, would be 32-bit accesses. A
-    whole row has 16 elements a thread beside two column sums, 8 (one access of bf16) beside three.
+    whole row has 16 elements a thread beside two column sums, 8 (one access of bf16) beside three
+    and on 64 lanes, where 16 take more than 128 registers.
     """
     block = max(DRAWS, next_power_of_2(width))
     lead = block // 2
     if lanes == 32 and lead >= 256 and width <= lead + lead // 2:
         return Tile(1, lead, lead // 256, lead // 2)
-    per_warp = 512 if num_sums < 3 else 256
+    per_warp = 512 if num_sums < 3 or lanes == 64 else 256
     return Tile(max(1, min(32, per_warp // block)), block, max(1, block // per_warp))
 
 

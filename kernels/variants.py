@@ -19,7 +19,7 @@ from .functional import fused_add_norm, fused_embedding, fused_gelu, fused_norm,
 WIDTHS = (312, 768, 1024)
 KEY_LENGTHS = (128, 512)
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 128
-# Lane-instructions an H100 issues while it copies one byte: 29.6e12 / 3.0e12.
+# Lane-instructions an H100 issues while it copies one byte: 29.6e12 / 3.0e12. An MI300X: 9.7.
 ISSUED = 9.9
 EPS = 1e-12
 
@@ -63,7 +63,7 @@ def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
     forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3, lanes=lanes)
     shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     seed = _pointers("*i64", "seed") if p else {}
-    limit = 50 if p else 32
+    limit = 50 if p else 8 * ISSUED / 2
     num_bytes = 8 if p else 6  # backward
     # Without dropout dresidual is dx.
     gradients = _pointers("*bf16", "dy", "sum", "dx", *(["dresidual"] if p else []))

@@ -28,6 +28,16 @@ def test_all_shapes(dtype: torch.dtype, approximate: str, kernel_device: torch.d
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 4.0])
+def test_the_polynomial_keeps_the_rule_at_every_scale(
+    scale: float, kernel_device: torch.device
+) -> None:
+    compare(
+        kernels.bias_gelu, reference.bias_gelu,
+        lambda: [scale * torch.randn(64, 1024, device=kernel_device), None], {}, f"scale {scale}",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_large_inputs_stay_finite(approximate: str, kernel_device: torch.device) -> None:
     x = torch.tensor([[-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4]], device=kernel_device)
