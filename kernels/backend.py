@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: the Triton kernel or its plain-torch twin.
 
-`auto` is Triton for CUDA tensors and torch for all others, `torch` always the twin, `triton` always
-the kernel. A CPU tensor can take a kernel only in Triton's interpreter (TRITON_INTERPRET=1 in the
-environment before `clue_ds.kernels` is imported), which is for tests: it is thousands of times
-slower than torch.
+`auto` is Triton for CUDA tensors (but see `is_host_bound`) and torch for all others, `torch` always
+the twin, `triton` always the kernel. A CPU tensor can take a kernel only in Triton's interpreter
+(TRITON_INTERPRET=1 in the environment before `clue_ds.kernels` is imported), which is for tests: it
+is thousands of times slower than torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 # A fused row lives in the registers of one program; at 16384 the backward pass spills (and would
 # want 64 warps). Up to here every width is tested; wider rows go to torch.
 MAX_WIDTH = 4_096
+
+# A LayerNorm forward and backward moves 14 bytes an element with torch's kernels and 10 with ours:
+# up to here that gains less than an autograd function in Python costs the host, 28 us.
+HOST_BOUND_ELEMENTS = 4_096 * 1_024
 
 _backend = "auto"
 
@@ -57,3 +61,13 @@ def use_triton(x: Tensor, width: int) -> bool:
     if _backend == "triton":
         return True
     return x.is_cuda and HAS_TRITON and not INTERPRETED
+
+
+def is_host_bound(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether "auto" leaves LayerNorm of `x` to torch, whose eager call is shorter, for its size.
+
+    Compiled code has no such call. Parameters of another dtype would cost torch casts.
+    """
+    if _backend != "auto" or torch.compiler.is_compiling():
+        return False
+    return x.numel() <= HOST_BOUND_ELEMENTS and (weight is None or weight.dtype == x.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from . import reference
-from .backend import HAS_TRITON, use_triton
+from .backend import HAS_TRITON, is_host_bound, use_triton
 
 if HAS_TRITON:
     from . import bias_dropout_add_layer_norm as fused_add_norm
@@ -31,7 +31,7 @@ if HAS_TRITON:
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x [..., H], weight and bias [H] or None -> [..., H]."""
-    if use_triton(x, x.shape[-1]):
+    if use_triton(x, x.shape[-1]) and not is_host_bound(x, weight):
         return fused_norm.layer_norm(x, weight, bias, eps)
     return reference.layer_norm(x, weight, bias, eps)
 

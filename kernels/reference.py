@@ -103,7 +103,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """LayerNorm over the last dimension: x [..., H], weight and bias [H] or None -> [..., H]."""
     shape = x.shape[-1:]
     if weight is None or weight.dtype == x.dtype:
-        return F.layer_norm(x, shape, weight, bias, eps)
+        y = torch.layer_norm(x, shape, weight, bias, eps)  # F.layer_norm's checks take 1 us
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast makes it fp32
     wide_bias = None if bias is None else bias.float()
     return F.layer_norm(x.float(), shape, weight.float(), wide_bias, eps).to(x.dtype)
 

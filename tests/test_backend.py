@@ -11,6 +11,7 @@ import torch
 
 from clue_ds import kernels
 from clue_ds.errors import UserError
+from clue_ds.kernels import backend, functional, reference
 from clue_ds.model import BertForPreTraining, ops
 from clue_ds.presets import get
 
@@ -75,6 +76,37 @@ def test_cpu_tensors_take_the_twin_unless_told(kernel_device: torch.device) -> N
     assert not kernels.use_triton(x, 4)
     kernels.set_backend("triton")
     assert kernels.use_triton(x, 4) and not kernels.use_triton(x, kernels.backend.MAX_WIDTH + 1)
+
+
+def test_auto_leaves_small_eager_layer_norms_to_torch(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; here the limit is lowered and `auto` takes kernels as if there were one."""
+    monkeypatch.setattr(functional, "use_triton", lambda x, width: True)
+    monkeypatch.setattr(backend, "HOST_BOUND_ELEMENTS", 64)
+    weight, bias = torch.randn(2, 16, device=kernel_device)
+    taken = []
+    kernel = functional.fused_norm.layer_norm
+    monkeypatch.setattr(
+        functional.fused_norm, "layer_norm", lambda *a: taken.append(len(a[0])) or kernel(*a)
+    )
+
+    def call(rows: int, dtype: torch.dtype = torch.float32) -> None:
+        x = torch.randn(rows, 16, device=kernel_device).to(dtype)
+        out = kernels.layer_norm(x, weight, bias, 1e-5)
+        assert out.dtype == dtype
+        torch.testing.assert_close(
+            out, reference.layer_norm(x, weight, bias, 1e-5), rtol=1e-2, atol=1e-2
+        )
+
+    kernels.set_backend("auto")
+    call(4)
+    assert taken == []
+    call(5)
+    call(3, torch.bfloat16)  # beside fp32 parameters
+    kernels.set_backend("triton")
+    call(2)
+    assert taken == [5, 3, 2]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "masked_softmax"])

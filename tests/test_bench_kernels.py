@@ -58,9 +58,10 @@ def test_every_operation_is_checked_timed_written_and_drawn(
     kernels(hidden=(8, 16), rows=(4,), dtype="fp32", device="cpu", csv=table, plot=picture)
     with table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Five operations, three of them also with dropout; two widths, three modes, two providers.
+    # Five operations, three of them also with dropout, two providers, layer_norm a third; two
+    # widths, three modes.
     host = [row for row in rows if row["clock"] == "host"]
-    assert len(rows) - len(host) == (5 + 3) * 2 * 3 * 2
+    assert len(rows) - len(host) == ((5 + 3) * 2 + 1) * 2 * 3
     assert {row["op"] for row in rows} == {row["op"] for row in host} == set(bench.OPS)
     assert {row["rows"] for row in host} == {"0"}  # nothing to launch on a CPU
     assert any(row["provider"] == "ours" for row in host) == backend.available()

@@ -116,6 +116,18 @@ def test_replayed_graph_draws_new_masks_and_right_gradients(kernel_device: torch
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+def test_auto_takes_torch_for_a_small_layer_norm_only(kernel_device: torch.device) -> None:
+    kernels.set_backend("auto")
+    weight, bias = torch.randn(2, 1024, device=kernel_device)
+    nodes = []
+    for rows in (4096, 4097):
+        x = torch.randn(rows, 1024, device=kernel_device, requires_grad=True)
+        y = kernels.layer_norm(x, weight, bias, 1e-12)
+        torch.testing.assert_close(y, reference.layer_norm(x, weight, bias, 1e-12))
+        nodes.append(y.grad_fn.name())
+    assert nodes == ["NativeLayerNormBackward0", "layer_norm_directBackward"]
+
+
 def test_inductor_compiles_around_the_operations(kernel_device: torch.device) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 312, device=kernel_device, requires_grad=True)
