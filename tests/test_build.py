@@ -195,14 +195,18 @@ def test_interrupted_run_goes_on(inputs: Path, tmp_path: Path) -> None:
 def test_ended_by_hand_it_leaves_no_worker_and_the_rerun_gives_the_same_bytes(
     inputs: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    (tmp_path / "text.txt").write_bytes(2000 * (inputs / "a.txt").read_bytes())
-    options = {"vocab": inputs / "vocab.txt", "shard_megabytes": 0.2}
+    (tmp_path / "text.txt").write_bytes(300 * (inputs / "a.txt").read_bytes())
+    options = {"vocab": inputs / "vocab.txt", "shard_megabytes": 0.05}
     expected = digest(build(tmp_path, tmp_path / "expected", "text.txt", **options))
     output = tmp_path / "c"
     command = [sys.executable, "-m", "clue_ds.cli", "shard", str(tmp_path / "text.txt")]
     command += ["--output", str(output), "--vocab", str(options["vocab"]), "--workers", "2"]
     with subprocess.Popen(
-        [*command, "--shard-megabytes", "0.2"], stderr=subprocess.PIPE, start_new_session=True
+        [*command, "--shard-megabytes", "0.05"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Tests that a shell started in the background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while process.poll() is None and not list(output.glob(".building/converted-*.json")):
             time.sleep(0.01)
