@@ -100,7 +100,9 @@ def backward_kernel(
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     bias = 0.0
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        bias = tl.load(bias_ptr + column, mask=column < H, other=0.0).to(ACC)
+        bias = tiles.without_layout(bias)[None, :]
     dbias = tl.zeros((ROWS, BLOCK), ACC)
     for tile in tl.range(
         tl.program_id(1), tl.cdiv(num_rows, ROWS), tl.num_programs(1), num_stages=STAGES

@@ -167,6 +167,16 @@ def columns(part: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> tl.t
 
 
 @triton.jit
+def without_layout(values: tl.tensor) -> tl.tensor:
+    """`values` [N], spread over threads as it suits their use: layouts don't pass a gather.
+
+    A loop over bf16 rows otherwise takes on the layout that an fp32 parameter was loaded in, and
+    moves each tile through shared memory (Triton 3.9) or computes it in both layouts (3.6).
+    """
+    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
+
+
+@triton.jit
 def load_columns(
     ptr: tl.tensor, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
@@ -175,7 +185,9 @@ def load_columns(
     for part in tl.static_range(2 if TAIL else 1):
         cols = columns(part, BLOCK, TAIL)
         if ptr is not None:
-            parts += (tl.load(ptr + cols, mask=cols < H, other=0.0).to(ACC),)
+            column = part * BLOCK + tl.arange(0, cols.shape[1])
+            values = tl.load(ptr + column, mask=column < H, other=0.0).to(ACC)
+            parts += (without_layout(values)[None, :],)
         else:
             parts += (tl.full(cols.shape, 1.0, ACC),)
     return parts
