@@ -5,18 +5,23 @@ Public: the operations, `reference` (each of them in plain torch), `set_backend`
 Triton; the operations are then their twins.
 """
 
-# `functional` before its names: a kernel's module is called as its operation, and importing it
-# binds that name here.
-from . import functional, reference  # isort: skip
-from .backend import available, get_backend, set_backend, use_triton
-from .functional import (
-    bias_dropout_add_layer_norm,
-    bias_gelu,
-    embedding_layer_norm,
-    layer_norm,
-    masked_softmax,
-)
-from .modules import FusedLayerNorm, FusedScaleMaskSoftmax, apply_kernels_to_bert
+if __name__ != "clue_ds.kernels":
+    from .namesake import give_way
+
+    give_way(__name__, __path__[0])
+else:
+    # `functional` before its names: a kernel's module is called as its operation, and importing it
+    # binds that name here.
+    from . import functional, reference  # isort: skip
+    from .backend import available, get_backend, set_backend, use_triton
+    from .functional import (
+        bias_dropout_add_layer_norm,
+        bias_gelu,
+        embedding_layer_norm,
+        layer_norm,
+        masked_softmax,
+    )
+    from .modules import FusedLayerNorm, FusedScaleMaskSoftmax, apply_kernels_to_bert
 
 __all__ = [
     "FusedLayerNorm",

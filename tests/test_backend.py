@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,33 @@ def test_importing_works_without_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "need the package triton; 'auto' or 'torch' runs without" in done.stdout
+
+
+NAMESAKE = """
+import sys
+sys.path.append(sys.argv[1])
+import clue_ds.kernels
+import kernels
+from transformers.utils import is_kernels_available
+print(kernels.__file__, hasattr(kernels, "functional"), is_kernels_available())
+"""
+
+
+@pytest.mark.parametrize("version", [None, "0.0.1"])
+def test_in_a_clone_hugging_faces_package_of_this_name_comes_forward(
+    tmp_path: Path, version: str | None
+) -> None:
+    """Python and transformers look into the current folder first, where ours lies."""
+    if version:
+        (tmp_path / "kernels.py").write_text(f"__version__ = {version!r}\n")
+    clone = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", NAMESAKE, str(tmp_path)],
+        cwd=clone, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = tmp_path / "kernels.py" if version else clone / "kernels" / "__init__.py"
+    assert done.stdout == f"{expected} False False\n"
 
 
 def test_without_gpu_and_interpreter_kernels_are_a_users_mistake() -> None:
