@@ -63,7 +63,8 @@ def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
     forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3, lanes=lanes)
     shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     seed = _pointers("*i64", "seed") if p else {}
-    limit = 50 if p else 8 * ISSUED / 2
+    # gfx942 rounds to bf16 in software, 5 instructions an element of both results.
+    limit = 50 if p else 32 if lanes == 32 else 8 * ISSUED / 2
     num_bytes = 8 if p else 6  # backward
     # Without dropout dresidual is dx.
     gradients = _pointers("*bf16", "dy", "sum", "dx", *(["dresidual"] if p else []))
