@@ -101,8 +101,7 @@ def backward_kernel(
     bias = 0.0
     if bias_ptr is not None:
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        bias = tl.load(bias_ptr + column, mask=column < H, other=0.0).to(ACC)
-        bias = tiles.without_layout(bias)[None, :]
+        bias = tiles.load_parameter(bias_ptr, column, H, ACC)
     dbias = tl.zeros((ROWS, BLOCK), ACC)
     for tile in tl.range(
         tl.program_id(1), tl.cdiv(num_rows, ROWS), tl.num_programs(1), num_stages=STAGES

@@ -167,13 +167,17 @@ def columns(part: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def without_layout(values: tl.tensor) -> tl.tensor:
-    """`values` [N], spread over threads as it suits their use: layouts don't pass a gather.
+def load_parameter(
+    ptr: tl.tensor, column: tl.tensor, H: tl.constexpr, ACC: tl.constexpr
+) -> tl.tensor:
+    """Columns [N] of a parameter [H] as [1, N] in ACC, 0 outside, for a loop over rows.
 
-    A loop over bf16 rows otherwise takes on the layout that an fp32 parameter was loaded in, and
-    moves each tile through shared memory (Triton 3.9) or computes it in both layouts (3.6).
+    Spread over threads as it suits the loop: layouts don't pass a gather. The loop would otherwise
+    take on the layout that an fp32 parameter was loaded in, and move each tile of bf16 rows through
+    shared memory (Triton 3.9) or compute it in both layouts (3.6).
     """
-    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
+    values = tl.load(ptr + column, mask=column < H, other=0.0).to(ACC)
+    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)[None, :]
 
 
 @triton.jit
@@ -186,8 +190,7 @@ def load_columns(
         cols = columns(part, BLOCK, TAIL)
         if ptr is not None:
             column = part * BLOCK + tl.arange(0, cols.shape[1])
-            values = tl.load(ptr + column, mask=column < H, other=0.0).to(ACC)
-            parts += (without_layout(values)[None, :],)
+            parts += (load_parameter(ptr, column, H, ACC),)
         else:
             parts += (tl.full(cols.shape, 1.0, ACC),)
     return parts
