@@ -77,7 +77,7 @@ bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/res
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/tree && $(PIP) install --quiet --no-deps --target build/tree .
+	rm -rf build/tree build/lib build/bdist.* && $(PIP) install --quiet --no-deps --target build/tree .
 	$(BIN)/mypy build/tree/clue_ds
 
 clean:  ## the environment and build products

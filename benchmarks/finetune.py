@@ -22,9 +22,10 @@ from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.presets import ModelConfig, get
-from clue_ds.tasks import examples, features, registry, training
+from clue_ds.tasks import examples, features, registry
+from clue_ds.tasks.finetune import loop
+from clue_ds.tasks.finetune.loop import Encoded, Recipe
 from clue_ds.tasks.heads import BertForSequenceClassification
-from clue_ds.tasks.training import Encoded, Recipe
 
 TASK = "tnews"
 # fp32 on one device, sums in another order, four layers deep.
@@ -125,7 +126,7 @@ def _ours(config: ModelConfig, batch: Encoded, pad_id: int, recipe: Recipe) -> f
     network = BertForSequenceClassification(config, 15)
     dev = Encoded(batch.texts[:1], batch.targets[:1])
     begin = time.perf_counter()
-    training.train(network, batch, dev, pad_id, recipe)
+    loop.train(network, batch, dev, pad_id, recipe)
     return time.perf_counter() - begin
 
 

@@ -103,15 +103,17 @@ def _cases(
 
 
 def _compile_all() -> None:
-    """Print the table of kernels/aot.py; a UserError lists what breaks a limit."""
+    """Print the table of kernels/aot/machine_code.py; a UserError lists what breaks a limit."""
     if backend.INTERPRETED or not backend.HAS_TRITON:
         raise UserError("--aot needs the package triton, and TRITON_INTERPRET unset")
-    from clue_ds.kernels import aot, variants
+    from clue_ds.kernels.aot import machine_code, variants
 
     all_variants = variants.everything()
-    pairs = [(v, aot.compile_variant(v, target)) for v in all_variants for target in v.targets]
-    print(f"# triton {aot.VERSION}; made by: clue-ds bench kernels --aot")
-    print(aot.table([report for _, report in pairs]), end="")
+    pairs = [
+        (v, machine_code.compile_variant(v, target)) for v in all_variants for target in v.targets
+    ]
+    print(f"# triton {machine_code.VERSION}; made by: clue-ds bench kernels --aot")
+    print(machine_code.table([report for _, report in pairs]), end="")
     broken = [line for variant, report in pairs for line in report.violations(variant)]
     if broken:
         raise UserError("kernels break their limits:\n" + "\n".join(broken))

@@ -29,8 +29,8 @@ from clue_ds.benchmarks.environment import write_results
 from clue_ds.benchmarks.loader_children import STREAMING, streaming, transformers4, version_of
 from clue_ds.benchmarks.loader_peers import torch_peers
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.samples import KINDS
-from clue_ds.data.vocab import learn, read_vocab
+from clue_ds.data.stream.samples import KINDS
+from clue_ds.data.text.vocab import learn, read_vocab
 from clue_ds.errors import UserError
 
 Contenders = dict[str, Callable[[int], Any]]
@@ -82,7 +82,7 @@ def _corpus(corpus: Path | None, text: Path | None) -> Iterator[Corpus]:
     if corpus is not None:
         yield Corpus(corpus)
         return
-    from clue_ds.data.build import shard
+    from clue_ds.data.build.command import shard
 
     with tempfile.TemporaryDirectory() as directory:
         vocab, built = Path(directory) / "vocab.txt", Path(directory) / "corpus"

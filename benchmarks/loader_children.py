@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clue_ds.data import Corpus
-from clue_ds.data.vocab import read_vocab
+from clue_ds.data.text.vocab import read_vocab
 from clue_ds.errors import UserError
 
 SecondsABatch = dict[str, Callable[[int], float]]

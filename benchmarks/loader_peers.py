@@ -16,7 +16,7 @@ import torch
 
 from clue_ds.benchmarks.torch_masking import mask_in_torch
 from clue_ds.data import Corpus
-from clue_ds.data.vocab import read_vocab
+from clue_ds.data.text.vocab import read_vocab
 
 
 class MemmapRows(torch.utils.data.Dataset):

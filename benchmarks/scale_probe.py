@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from clue_ds.data.sampler import SampleStream
-from clue_ds.data.samples import Kind
-from clue_ds.data.shards import Corpus
+from clue_ds.data.corpus import Corpus
+from clue_ds.data.stream.sample_stream import SampleStream
+from clue_ds.data.stream.samples import Kind
 
 
 def measure(

@@ -87,7 +87,7 @@ class PipelineQueue:
     def __init__(self, model: str, num_threads: int, max_length: int) -> None:
         import transformers
 
-        from clue_ds.tasks.batching import Counters
+        from clue_ds.tasks.serve.batcher import Counters
 
         self.counters = Counters()
         self._pool = ThreadPoolExecutor(num_threads)
@@ -101,7 +101,7 @@ class PipelineQueue:
         return self._pool.submit(self._run, items)
 
     def _run(self, items: list[str]) -> list[Any]:
-        from clue_ds.tasks.predict import Prediction
+        from clue_ds.tasks.predict.predictor import Prediction
 
         found: Any = self._pipeline(items, **self._options)
         return [
@@ -118,9 +118,9 @@ def serve_contender(model: str, kind: str) -> None:
     import uvicorn
 
     from clue_ds.tasks import Predictor
-    from clue_ds.tasks.batching import Batcher
-    from clue_ds.tasks.serve import bind
-    from clue_ds.tasks.service import compute, create_app
+    from clue_ds.tasks.serve.app import compute, create_app
+    from clue_ds.tasks.serve.batcher import Batcher
+    from clue_ds.tasks.serve.command import bind
 
     predictor = Predictor(model)
     waiting: Batcher | PipelineQueue

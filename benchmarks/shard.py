@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 
 from clue_ds.benchmarks.environment import write_results
-from clue_ds.data.build import shard as build
+from clue_ds.data.build.command import shard as build
 from clue_ds.errors import UserError, existing_file
 
 PEER = "datasets.map + tokenizers + save"

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from clue_ds.data.shards import (
+from clue_ds import files
+from clue_ds.data.corpus import (
     ALIGNMENT,
     FORMAT_VERSION,
     MANIFEST,
@@ -23,9 +24,8 @@ from clue_ds.data.shards import (
     fingerprint,
     shard_header,
     shard_name,
-    write_json,
 )
-from clue_ds.data.vocab import SPECIAL_TOKENS, vocab_sha256
+from clue_ds.data.text.vocab import SPECIAL_TOKENS
 
 VOCAB_SIZE = 21_128
 SENTENCES = np.array([9, 18, 27, 31, 36, 45, 160, 1, 33])  # tokens of each, over and over
@@ -51,7 +51,7 @@ def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes
     manifest = {
         "format": "clue_ds corpus",
         "version": FORMAT_VERSION,
-        "vocab_sha256": vocab_sha256(vocab),
+        "vocab_sha256": files.sha256(vocab),
         "vocab_size": VOCAB_SIZE,
         "token_bytes": 2,
         "num_tokens": num_tokens,
@@ -60,7 +60,7 @@ def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes
         "options": {"lower_case": True},
         "shards": [record._asdict() for record in records],
     }
-    write_json(directory / MANIFEST, {**manifest, "fingerprint": fingerprint(manifest)})
+    files.write_json(directory / MANIFEST, {**manifest, "fingerprint": fingerprint(manifest)})
 
 
 def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> ShardRecord:

@@ -42,18 +42,28 @@ BENCHMARKS = {
 }
 
 VERBS: dict[str, Verb] = {
-    "vocab": Verb("clue_ds.data.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"),
-    "shard": Verb("clue_ds.data.build:shard", "turn raw text into a memory-mapped corpus"),
+    "vocab": Verb(
+        "clue_ds.data.text.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"
+    ),
+    "shard": Verb("clue_ds.data.build.command:shard", "turn raw text into a memory-mapped corpus"),
     "plan": Verb("clue_ds.plan:plan", "memory, batches, disk and time of a run, by arithmetic"),
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
     "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
-    "finetune": Verb("clue_ds.tasks.grid:finetune", "train a model for tasks of CLUE or your own"),
-    "score": Verb("clue_ds.tasks.score:score", "table of fine-tuned runs beside published scores"),
-    "report": Verb("clue_ds.tasks.score:report", "one page about a fine-tuning run"),
-    "predict": Verb("clue_ds.tasks.predict_files:predict", "classify, fill masks, embed, compare"),
-    "serve": Verb("clue_ds.tasks.serve:serve", "answer over HTTP, with a page to try it"),
-    "submit": Verb("clue_ds.tasks.submit:submit", "write and check the zip for CLUE's leaderboard"),
+    "finetune": Verb(
+        "clue_ds.tasks.finetune.command:finetune", "train a model for tasks of CLUE or your own"
+    ),
+    "score": Verb(
+        "clue_ds.tasks.finetune.score:score", "table of fine-tuned runs beside published scores"
+    ),
+    "report": Verb("clue_ds.tasks.finetune.score:report", "one page about a fine-tuning run"),
+    "predict": Verb(
+        "clue_ds.tasks.predict.command:predict", "classify, fill masks, embed, compare"
+    ),
+    "serve": Verb("clue_ds.tasks.serve.command:serve", "answer over HTTP, with a page to try it"),
+    "submit": Verb(
+        "clue_ds.tasks.predict.submit:submit", "write and check the zip for CLUE's leaderboard"
+    ),
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "doctor": Verb("clue_ds.doctor:main", "check this machine or all hosts of a job", True),
     "status": Verb("clue_ds.status:status", "where a run stands, and whether it is alive"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -338,6 +339,17 @@ def _tyro_default(path: str) -> Any:
         section = config.data.model_copy(update={"corpus": tyro.MISSING})
         config = config.model_copy(update={"data": section})
     return config.model_copy(update={"run_dir": tyro.MISSING}) if no_run_dir else config
+
+
+def flatten(
+    values: dict[str, Any], keep: Set[str] = frozenset(), prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested dicts; the dicts at the keys in `keep` stay whole."""
+    for key, value in values.items():
+        if isinstance(value, dict) and prefix + key not in keep:
+            yield from flatten(value, keep, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def save(config: RunConfig, path: str | Path) -> None:

@@ -199,7 +199,7 @@ def fine_tune(
     The better of two epochs is chosen on other reviews than those.
     """
     from clue_ds.tasks import Predictor
-    from clue_ds.tasks.finetune import Recipe, finetune
+    from clue_ds.tasks.finetune.fit import Recipe, fit
 
     held_out, others = reviews[:NUM_HELD_OUT], reviews[NUM_HELD_OUT:]
     labelled, dev = others[:NUM_LABELLED], others[NUM_LABELLED:][:NUM_DEV]
@@ -208,7 +208,7 @@ def fine_tune(
         output = directory / name.replace(" ", "-")
         with Progress(console=console, transient=True) as progress:
             report = functools.partial(_advance, progress, progress.add_task(name))
-            finetune(
+            fit(
                 model,
                 labelled,
                 dev,

@@ -25,10 +25,12 @@ import torch
 
 from clue_ds import config as run_config
 from clue_ds import dist, plan
+from clue_ds.checkpoint import manifest
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_command
+from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches, ds_json, manifest, preflight, train, watchdog
+from clue_ds.pretrain import batches, ds_json, train
 from clue_ds.pretrain.engine import start
 
 MIN_TORCH = (2, 10)

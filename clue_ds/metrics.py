@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clue_ds import dist
+from clue_ds import dist, files
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 
@@ -254,9 +254,7 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
             break
         if line["step"] <= step:
             kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

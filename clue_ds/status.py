@@ -10,9 +10,10 @@ from typing import Any
 import tyro
 
 from clue_ds import config as run_config
+from clue_ds.checkpoint import manifest
 from clue_ds.errors import UserError
+from clue_ds.job import run_lock
 from clue_ds.metrics import format_seconds
-from clue_ds.pretrain import alive, manifest
 
 
 def status(run: tyro.conf.Positional[Path]) -> None:
@@ -60,13 +61,13 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 
 def _alive(run: Path, is_done: bool) -> str:
-    path = run / alive.FILE
+    path = run / run_lock.FILE
     try:
         age = time.time() - path.stat().st_mtime
         process = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return "no, it is done" if is_done else "no; the same pretrain command continues it"
     where = f"rank 0 is process {process['pid']} on {process['host']}"
-    if age < alive.SECONDS_UNTIL_DEAD:
+    if age < run_lock.SECONDS_UNTIL_DEAD:
         return f"yes; {where}"
     return f"no, it ended without a word {format_seconds(age)} ago; {where}"

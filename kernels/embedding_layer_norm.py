@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, normalization, reference, registered, tiles
+from . import reference
+from .shared import launching, normalization, registered, tiles
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, normalization, registered, tiles
+from .shared import launching, normalization, registered, tiles
 
 
 @triton.jit

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, reference, registered, tiles
+from . import reference
+from .shared import launching, registered, tiles
 
 
 @triton.jit

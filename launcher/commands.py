@@ -26,8 +26,8 @@ from .hosts import Host
 # Verbs that run on all ranks, and the module of a rank; the others are one process.
 ON_RANKS = {
     "pretrain": "clue_ds.pretrain.train",
-    "finetune": "clue_ds.tasks.grid",
-    "predict": "clue_ds.tasks.predict_files",
+    "finetune": "clue_ds.tasks.finetune.command",
+    "predict": "clue_ds.tasks.predict.command",
     "doctor": "clue_ds.doctor",
 }
 ONE_PROCESS = ("shard", "export")

@@ -90,8 +90,8 @@ def make_corpus(directory: Path, text: str, num_documents: int = 120) -> Path:
 
     Random tokens would hide lost Adam moments: nothing about them can be learned.
     """
-    from clue_ds.data.build import shard
-    from clue_ds.data.vocab import learn
+    from clue_ds.data.build.command import shard
+    from clue_ds.data.text.vocab import learn
 
     documents = text.strip().split("\n\n")
     draw = random.Random(0)

@@ -12,7 +12,7 @@ from test_training import request
 
 from clue_ds.benchmarks import evidence
 from clue_ds.benchmarks.finetune import finetune
-from clue_ds.tasks import runs
+from clue_ds.tasks.finetune import run
 
 SENTENCES = ["今天天气很好", "股市大涨", "球队赢了", "新车上市"]
 
@@ -69,7 +69,7 @@ def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_p
         for seed in (42, 43):
             asked = request(model, data, tmp_path / kind / "tone" / f"seed={seed}", epochs=1)
             asked.changes["seed"] = seed
-            result = runs.run(asked, show=False)
+            result = run.run(asked, show=False)
             accuracies.setdefault(kind, []).append(result["best"]["accuracy"])
     starts = {kind: (("tone",), model) for kind in evidence.STARTS}
     row = evidence._row(tmp_path, "tone", starts, 2)

@@ -24,9 +24,9 @@ import pytest
 
 from clue_ds.cli import main
 from clue_ds.data import Corpus, Tokenizer
-from clue_ds.data.build import shard
-from clue_ds.data.options import Cleaning
-from clue_ds.data.vocab import learn
+from clue_ds.data.build.command import shard
+from clue_ds.data.build.options import Cleaning
+from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 
 SHARD_MEGABYTES = 0.004

@@ -12,8 +12,9 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
+from clue_ds.checkpoint import manifest, masters
 from clue_ds.errors import UserError
-from clue_ds.pretrain import checkpoint, manifest
+from clue_ds.pretrain import saving
 
 Made = tuple[Path, Path, dict[str, Any]]
 
@@ -64,7 +65,7 @@ def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
     from clue_ds.pretrain import train
 
     results = pretrain_runs(configs[:-1])
-    original = checkpoint.save
+    original = saving.save
 
     def limited(*arguments: Any) -> Path:
         if arguments[2] == 4:
@@ -79,7 +80,7 @@ def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
 
 def test_manifest_lists_every_file_and_what_made_it(made: Made) -> None:
     run, corpus, _ = made
-    directory = checkpoint.newest_checkpoint(run)
+    directory = masters.newest_checkpoint(run)
     assert directory.name == "step-00000006"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000006\n"
     saved = manifest.verify(directory)
@@ -93,7 +94,7 @@ def test_manifest_lists_every_file_and_what_made_it(made: Made) -> None:
 
 
 def test_only_pickles_of_deepspeed(made: Made) -> None:
-    directory = checkpoint.newest_checkpoint(made[0])
+    directory = masters.newest_checkpoint(made[0])
     ours = [p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith("zero_to")]
     assert all(name.endswith((".json", ".yaml", ".txt", ".safetensors")) for name in ours)
 
@@ -173,13 +174,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_message(made: Made) -
     assert "can't write the checkpoint" in message and "step-00000004.tmp" in message
     assert "earlier checkpoints are untouched" in message
     folder = Path(made[2]["folder"]) / "full"
-    assert checkpoint.newest_checkpoint(folder).name == "step-00000002"
+    assert masters.newest_checkpoint(folder).name == "step-00000002"
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
-    assert checkpoint.no_room(tmp_path, 1) is None
-    message = checkpoint.no_room(tmp_path, 10**18)
+    assert saving.no_room(tmp_path, 1) is None
+    message = saving.no_room(tmp_path, 10**18)
     assert message is not None and "GiB free, but a checkpoint needs about" in message
 
 
@@ -197,9 +198,9 @@ def test_old_checkpoints_are_deleted_and_leftovers_are_not_counted(tmp_path: Pat
 
 def test_weights_of_something_else_are_refused(tmp_path: Path, made: Made) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.load_weights(tmp_path)
+        masters.load_weights(tmp_path)
     directory = tmp_path / "step-00000006"
     shutil.copytree(made[0] / "checkpoints" / "step-00000006", directory)
     flip_a_byte(directory / "frozen.safetensors")
     with pytest.raises(UserError, match="is damaged: frozen.safetensors has other bytes"):
-        checkpoint.load_weights(directory)
+        masters.load_weights(directory)

@@ -17,14 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_ds.data import Corpus, Tokenizer, clean, dedup
-from clue_ds.data.build import shard
-from clue_ds.data.clean import line_facts
-from clue_ds.data.options import DUPLICATE, KEPT, MAX_SIMILARITY, NEAR_DUPLICATE, Cleaning
-from clue_ds.data.parsing import Tally
-from clue_ds.data.report import write_report
-from clue_ds.data.shards import ShardArrays
-from clue_ds.data.vocab import LEADING_TOKENS
+from clue_ds.data import Corpus, Tokenizer
+from clue_ds.data.build import clean, dedup
+from clue_ds.data.build.clean import line_facts
+from clue_ds.data.build.command import shard
+from clue_ds.data.build.options import DUPLICATE, KEPT, MAX_SIMILARITY, NEAR_DUPLICATE, Cleaning
+from clue_ds.data.build.report import write_report
+from clue_ds.data.corpus import ShardArrays
+from clue_ds.data.text.decode import Tally
+from clue_ds.data.text.vocab import LEADING_TOKENS
 from clue_ds.errors import UserError
 
 

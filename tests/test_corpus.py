@@ -1,260 +1,230 @@
-"""Reading inputs: every kind of source, where segments are cut, and every kind of bad input."""
+"""The format on disk: its bytes, the documented reader, and the ways in which it can be damaged."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-from collections.abc import Callable
+import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
-import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import rjieba
 
-from clue_ds.data import corpus as corpus_module
-from clue_ds.data.corpus import Source, _cut, read_chunks, read_segments, resolve
-from clue_ds.data.parsing import OnError, Tally, read_lines, text_blocks
+from clue_ds import files
+from clue_ds.data import Corpus
+from clue_ds.data.build.command import shard
+from clue_ds.data.corpus import MAGIC, ShardArrays, fingerprint, write_shard
+from clue_ds.data.text.vocab import LEADING_TOKENS, learn
 from clue_ds.errors import UserError
 
-DOCUMENTS = [["第一句。", "第二句。"], ["another document"], ["三", "四", "五"]]
-TEXT = "\n\n".join("\n".join(lines) for lines in DOCUMENTS) + "\n"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "shard-format.md"
 
 
-def documents(path: Path, **options: str) -> list[list[str]]:
-    """The documents that are read from a file."""
-    tally = Tally()
-    result: list[list[str]] = []
-    for source in resolve((str(path),)):
-        for segment in read_segments(source, 1 << 20, 1 << 20, options.get("text_field", "text")):
-            blocks = text_blocks(segment, options.get("text_field", "text"), "refuse", tally)
-            for document in "".join(blocks).split("\n\n"):
-                lines = [line for line in document.split("\n") if line]
-                result += [lines] if lines else []
-    return result
+@pytest.fixture
+def corpus(tmp_path: Path, sample_text: str) -> Path:
+    (tmp_path / "text.txt").write_text(sample_text)
+    text = (str(tmp_path / "text.txt"),)
+    learn(text, output=tmp_path / "vocab.txt", size=400, min_frequency=1)
+    output = tmp_path / "corpus"
+    shard(text, output=output, vocab=tmp_path / "vocab.txt", workers=1, shard_megabytes=0.0005)
+    return output
 
 
-def zstd(data: bytes) -> bytes:
-    """Two frames, as pzstd writes them."""
-    half = len(data) // 2
-    return b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+def manifest(corpus: Path) -> dict:
+    return json.loads((corpus / "corpus.json").read_text())
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+def test_what_a_corpus_says(corpus: Path, sample_text: str) -> None:
+    opened = Corpus(corpus)
+    lines = [line for line in sample_text.split("\n") if line]
+    assert opened.num_sentences == len(lines)
+    assert opened.num_documents == 4
+    assert opened.num_tokens == sum(len(s.tokens) for s in opened.shards)
+    assert len(opened.shards) > 1
+    assert opened.lower_case is True
+    assert opened.vocab_sha256 == files.sha256(opened.vocab_file)
+    assert opened.vocab_size == len(opened.vocab_file.read_text().splitlines())
+    assert re.fullmatch("[0-9a-f]{64}", opened.fingerprint)
+    opened.verify()
 
 
-def parquet_bytes(texts: list[str]) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), sink)
-    return sink.getvalue()
+def test_the_documented_reader_reads_it(corpus: Path, sample_text: str) -> None:
+    """The example of docs/shard-format.md, run as it stands, gives jieba's words."""
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(corpus)], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in sample_text.split("\n") if line]
+    assert result.stdout.splitlines() == [" ".join(rjieba.cut(line.lower())) for line in lines]
 
 
-RECORDS = ["\n".join(lines) for lines in DOCUMENTS]
-CONTENTS = {
-    ".txt": TEXT.encode(),
-    ".jsonl": "".join(json.dumps({"text": r}) + "\n" for r in RECORDS).encode(),
-    ".parquet": parquet_bytes(RECORDS),
-}
+def test_documented_layout(tmp_path: Path) -> None:
+    """Byte for byte: a change here is a new format version."""
+    arrays = ShardArrays(
+        np.array([5, 0x8006, 7], np.uint16), np.array([2, 3]), np.array([1, 2], np.int64)
+    )
+    record = write_shard(tmp_path / "s.bin", arrays)
+    data = (tmp_path / "s.bin").read_bytes()
+    integers = b"".join(n.to_bytes(8, "little") for n in (2, 3, 2, 2))
+    assert data[:64] == (MAGIC + integers).ljust(64, b"\0")
+    assert data[64:128] == b"\5\0\6\x80\7\0".ljust(64, b"\0")
+    assert data[128:192] == b"\2\0\0\0\3\0\0\0".ljust(64, b"\0")
+    assert data[192:] == b"\1\0\0\0\2\0\0\0"
+    assert record[1:5] == (3, 2, 2, len(data))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.bin"]
 
 
-@pytest.mark.parametrize("packer", PACKERS)
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_every_format_in_every_packing(tmp_path: Path, kind: str, packer: str) -> None:
-    path = tmp_path / f"text{kind}{packer}"
-    path.write_bytes(PACKERS[packer](CONTENTS[kind]))
-    assert documents(path) == DOCUMENTS
+def first_shard(corpus: Path) -> Path:
+    return min(corpus.glob("shard-*.bin"))
 
 
-def test_saved_data_set(tmp_path: Path) -> None:
-    import datasets
-
-    datasets.Dataset.from_dict({"body": RECORDS}).save_to_disk(tmp_path / "saved")
-    assert documents(tmp_path / "saved", text_field="body") == DOCUMENTS
-    with pytest.raises(UserError, match="no column 'text'; its columns: body"):
-        documents(tmp_path / "saved")
+def test_truncated_shard_is_an_error_before_the_map(corpus: Path) -> None:
+    path = first_shard(corpus)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{path.name} has .* bytes where corpus.json says"):
+        Corpus(corpus)
 
 
-def test_blank_lines_inside_a_record_are_no_boundaries(tmp_path: Path) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps({"text": "一\n\n二\n \n三"}) + "\n\n" + json.dumps({"text": "四"}))
-    assert documents(path) == [["一", "二", "三"], ["四"]]
-
-
-def test_globs_are_sorted_and_order_is_kept(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "deep/c.txt", "z.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x\n")
-    sources = resolve((str(tmp_path / "z.jsonl"), str(tmp_path / "**" / "*.txt"), "-", "hf:a/b"))
-    names = [
-        Path(s.name).name if "/" in s.name and s.name[:3] != "hf:" else s.name for s in sources
-    ]
-    assert names == ["z.jsonl", "a.txt", "b.txt", "c.txt", "-", "hf:a/b"]
-    assert [s.format for s in sources] == ["jsonl", "text", "text", "text", "text", "datasets"]
-
-
-def test_a_name_with_glob_characters_is_a_name(tmp_path: Path) -> None:
-    path = tmp_path / "part[1].txt"
-    path.write_text("x\n")
-    assert [s.name for s in resolve((str(path),))] == [str(path)]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [((), "no input given"), (("none.txt",), "none.txt does not exist"), (("{dir}",), "its files")],
-)
-def test_inputs_that_name_nothing(tmp_path: Path, inputs: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        resolve(tuple(i.replace("{dir}", str(tmp_path)) for i in inputs))
-
-
-@pytest.mark.parametrize("packer", [".gz", ".zst"])
-def test_cut_off_compressed_file(tmp_path: Path, packer: str) -> None:
-    path = tmp_path / f"text.txt{packer}"
-    path.write_bytes(PACKERS[packer](TEXT.encode() * 50)[:-6])
-    with pytest.raises(UserError, match=r"text\.txt\..* not a whole compressed file"):
-        documents(path)
-
-
-def test_not_parquet_and_wrong_column(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="not a parquet file"):
-        documents(tmp_path / "a.parquet")
-    (tmp_path / "b.parquet").write_bytes(CONTENTS[".parquet"])
-    with pytest.raises(UserError, match="no column 'body'; its columns: id, text"):
-        documents(tmp_path / "b.parquet", text_field="body")
-
-
-def read_all(data: bytes, name: str, directory: Path, on_error: OnError) -> tuple[str, Tally]:
-    path = directory / name
+@pytest.mark.parametrize(("offset", "what"), [(0, "magic"), (8, "token bytes"), (17, "tokens")])
+def test_header_that_disagrees(corpus: Path, offset: int, what: str) -> None:
+    path = first_shard(corpus)
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
     path.write_bytes(data)
-    tally = Tally()
-    blocks = [
-        block
-        for source in resolve((str(path),))
-        for segment in read_segments(source, 10, 1000, "text")
-        for block in text_blocks(segment, "text", on_error, tally)
-    ]
-    return "".join(blocks), tally
+    with pytest.raises(UserError, match=f"{path.name} does not have the header"):
+        Corpus(corpus)
 
 
-BAD = [
-    ("a.txt", "好\n".encode() * 9 + b"ab\xffcd\nnext\n", "byte 38 is not UTF-8", "lines_not_utf8"),
-    ("a.txt", "好\n".encode() + "坏".encode("gb18030"), "byte 4 is not UTF-8", "lines_not_utf8"),
-    ("a.jsonl", b'{"text": "a"}\n{"text"\n', "byte 14 and after is not a JSON", "records_not_json"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "'text' is int", "records_without_text"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "'text' is missing", "records_without_text"),
-    ("a.jsonl", b'{"text": "a"}\n"\xff"\n', "byte 15 is not UTF-8", "records_not_utf8"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "surrogate", "records_not_utf8"),
-    ("a.jsonl", b'[1]\n{"text": "a"}\n', "is list, not text", "records_without_text"),
-]
+def test_flipped_bit_is_found_by_verify(corpus: Path) -> None:
+    path = first_shard(corpus)
+    data = bytearray(path.read_bytes())
+    data[64] ^= 1
+    path.write_bytes(data)
+    opened = Corpus(corpus)
+    with pytest.raises(UserError, match=f"damaged: {path.name} changed"):
+        opened.verify()
 
 
-@pytest.mark.parametrize(("name", "data", "message", "reason"), BAD)
-def test_bad_input_is_named_and_refused_or_counted(
-    tmp_path: Path, name: str, data: bytes, message: str, reason: str
-) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        read_all(data, name, tmp_path, "refuse")
-    assert name in str(error.value)
-    text, tally = read_all(data, name, tmp_path, "skip")
-    assert tally.counts[reason] == 1
-    assert len(tally.examples) == 1
-    assert name in tally.examples[0]
-    assert message in tally.examples[0]
-    assert "a" in text or "好" in text
+def test_changed_manifest_is_found_by_verify(corpus: Path) -> None:
+    changed = manifest(corpus)
+    changed["fingerprint"] = "0" * 64
+    files.write_json(corpus / "corpus.json", changed)
+    with pytest.raises(UserError, match="damaged: corpus.json"):
+        Corpus(corpus).verify()
 
 
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
-def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path, kind: str) -> None:
-    text = "x" + "中文" * 2_000_000
-    contents = {
-        ".txt": text.encode(),
-        ".jsonl": json.dumps({"text": text}).encode(),
-        ".parquet": parquet_bytes([text]),
-    }
-    path = tmp_path / f"a{kind}"
-    path.write_bytes(contents[kind])
-    lines = [
-        line
-        for segment in read_segments(resolve((str(path),))[0], 1 << 20, 1 << 21, "text")
-        for block in text_blocks(segment, "text", "refuse", Tally())
-        for line in block.split("\n")
-    ]
-    assert "".join(lines) == text
-    assert 2 < len([line for line in lines if line]) < 30
+def test_missing_parts(corpus: Path) -> None:
+    vocab = (corpus / "vocab.txt").read_bytes()
+    (corpus / "vocab.txt").write_bytes(vocab + "新\n".encode())
+    with pytest.raises(UserError, match="is not the vocabulary that corpus"):
+        Corpus(corpus)
+    (corpus / "vocab.txt").unlink()
+    with pytest.raises(UserError, match="lacks its vocab.txt"):
+        Corpus(corpus)
+    (corpus / "vocab.txt").write_bytes(vocab)
+    first_shard(corpus).unlink()
+    with pytest.raises(UserError, match="lacks shard-"):
+        Corpus(corpus)
 
 
-def test_reading_stops_at_a_record_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(corpus_module, "READ_BYTES", 100)
-    with pytest.raises(UserError, match=r"a\.jsonl has a record of more than .* after byte 0"):
-        read_all(b"x" * 5000, "a.jsonl", tmp_path, "refuse")
+def test_what_is_no_corpus(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; make one with"):
+        Corpus(tmp_path / "none")
+    with pytest.raises(UserError, match="has no corpus.json, so it is no corpus"):
+        Corpus(tmp_path)
+    path = corpus / "corpus.json"
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        Corpus(corpus)
+    path.write_text('{"a": 1}')
+    with pytest.raises(UserError, match="does not describe a corpus"):
+        Corpus(corpus)
+    path.write_text(whole.replace('"version": 1', '"version": 99', 1))
+    with pytest.raises(UserError, match="format version 99"):
+        Corpus(corpus)
+    path.unlink()
+    (corpus / ".building").mkdir()
+    with pytest.raises(UserError, match="is not finished; run the same"):
+        Corpus(corpus)
 
 
-def cut_all(data: bytes, segment_bytes: int, max_bytes: int, read_bytes: int) -> list[bytes]:
-    """What the reader does, with reads of any size."""
-    buffer, parts, place = bytearray(), [], 0
-    while place < len(data) or buffer:
-        cut = _cut(buffer, segment_bytes - 1, max_bytes, "text", place >= len(data))
-        if cut is None:
-            buffer += data[place : place + read_bytes]
-            place += read_bytes
-            continue
-        parts.append(bytes(buffer[: cut[0]]))
-        del buffer[: cut[0]]
-    return parts
+def test_fingerprint_names_the_content(corpus: Path, tmp_path: Path, sample_text: str) -> None:
+    """Equal text, vocabulary and options: equal; another token: another fingerprint."""
+    base = manifest(corpus)
+    assert base["fingerprint"] == fingerprint(base)
+    (tmp_path / "text.txt").write_text(sample_text.replace("清晨", "早晨"))
+    shard((str(tmp_path / "text.txt"),), output=tmp_path / "other", vocab=corpus / "vocab.txt")
+    assert Corpus(tmp_path / "other").fingerprint != base["fingerprint"]
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    text=st.text(st.sampled_from("ab \t\r\n\n\n中"), max_size=120),
-    segment_bytes=st.integers(1, 30),
-    extra=st.integers(0, 40),
-)
-def test_segments_do_not_depend_on_reads(text: str, segment_bytes: int, extra: int) -> None:
-    """Cuts are lossless, lie at line ends, and split a document only past the limit."""
-    data = text.encode()
-    max_bytes = segment_bytes + extra
-    parts = cut_all(data, segment_bytes, max_bytes, 10**6)
-    assert b"".join(parts) == data
-    assert all(part.endswith(b"\n") for part in parts[:-1])
-    for read_bytes in (1, 2, 7):
-        assert cut_all(data, segment_bytes, max_bytes, read_bytes) == parts
+def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
+    tokens = [*LEADING_TOKENS, *(f"zz{i}" for i in range(40_000)), *"中国"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{t}\n" for t in tokens))
+    (tmp_path / "text.txt").write_text("中国zz39999\n")
+    shard((str(tmp_path / "text.txt"),), output=tmp_path / "c", vocab=tmp_path / "vocab.txt")
+    opened = Corpus(tmp_path / "c")
+    tokens_on_disk = opened.shards[0].tokens
+    assert tokens_on_disk.dtype == np.dtype("<u4")
+    expected = [tokens.index("中"), 1 << 31 | tokens.index("国"), tokens.index("zz39999")]
+    assert tokens_on_disk.tolist() == expected
 
 
-def test_reader_resumes_its_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """read_segments, which skips what it has searched, cuts where a fresh search would."""
-    data = ("一二三\n" * 5 + " \t\r\n" + "长" * 30 + "\n").encode() * 20
-    expected = cut_all(data, 50, 400, 10**6)
-    (tmp_path / "a.txt").write_bytes(data)
-    for read_bytes in (1, 3, 64):
-        monkeypatch.setattr(corpus_module, "READ_BYTES", read_bytes)
-        source = Source(str(tmp_path / "a.txt"), "text", len(data))
-        segments = list(read_segments(source, 50, 400, "text"))
-        assert [s.data for s in segments] == expected
-        assert [s.offset for s in segments] == [
-            sum(map(len, expected[:i])) for i in range(len(expected))
-        ]
+def damage(corpus: Path, rng: random.Random, kind: str) -> str:
+    """Flip a bit of, cut off or swap files of the corpus; what was done."""
+    shards = sorted(corpus.glob("shard-*.bin"))
+    path = rng.choice([*shards, corpus / "vocab.txt"] if kind != "swap" else shards)
+    data = bytearray(path.read_bytes())
+    if kind == "flip":
+        place = rng.randrange(8 * len(data))
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        return f"bit {place} of {path.name}"
+    if kind == "truncate":
+        path.write_bytes(data[: rng.randrange(len(data))])
+        return f"{path.name} cut off"
+    other = rng.choice([shard for shard in shards if shard != path])
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    return f"{path.name} and {other.name} swapped"
 
 
-def test_chunks_hold_whole_segments_of_all_sources(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(TEXT)
-    sources = resolve((str(tmp_path / "*.txt"),))
-    chunks = list(read_chunks(sources, 70, 10, "text"))
-    assert len(chunks) > 1
-    data = b"".join(s.data for chunk in chunks for s in chunk if isinstance(s.data, bytes))
-    assert data == TEXT.encode() * 2
-    assert max(map(len, chunks)) > 1
-    assert all(sum(s.size for s in chunk) <= 70 for chunk in chunks)
+def test_verify_finds_each_of_500_damages(corpus: Path) -> None:
+    """Bit flips, truncations, swapped shards: each is one UserError, found before or by verify."""
+    rng = random.Random(0)
+    whole = {path: path.read_bytes() for path in corpus.iterdir()}
+    missed = []
+    for kind in rng.choices(["flip", "truncate", "swap"], [3, 1, 1], k=500):
+        what = damage(corpus, rng, kind)
+        try:
+            Corpus(corpus).verify()
+            missed.append(what)
+        except UserError:
+            pass
+        for path, data in whole.items():
+            if path.read_bytes() != data:
+                path.write_bytes(data)
+    assert missed == []
+    Corpus(corpus).verify()
 
 
-def test_read_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    lines = list(read_lines(resolve((str(tmp_path / "a.txt"),)), "text"))
-    assert [line for line in lines if line] == [line for lines in DOCUMENTS for line in lines]
+def test_verify_finds_every_flip_that_changes_what_the_manifest_says(corpus: Path) -> None:
+    """Only a bit of white space may flip into other white space."""
+    path = corpus / "corpus.json"
+    text, base = path.read_bytes(), manifest(corpus)
+    rng = random.Random(0)
+    for place in rng.sample(range(8 * len(text)), 300):
+        data = bytearray(text)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            is_same = json.loads(data) == base
+        except ValueError:
+            is_same = False
+        if not is_same:
+            with pytest.raises(UserError):
+                Corpus(corpus).verify()
+    path.write_bytes(text)

@@ -153,7 +153,7 @@ def plain_run(precision: str, optimizer: str) -> tuple[list[float], list[float],
 def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[dict[str, Any]]:
     """On every rank: train each case, save a checkpoint for some; losses and norms of each."""
     from clue_ds import dist
-    from clue_ds.pretrain import checkpoint, resume
+    from clue_ds.pretrain import resume, saving
     from clue_ds.pretrain.engine import Engine, start
 
     device = start()
@@ -177,7 +177,7 @@ def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[di
         result["skipped"] = engine.skipped_steps
         if dist.world_size() == SAVED_WORLD_SIZE:
             source = resume.Source(config, MODEL, Path(vocab_file), "none", True, "none")
-            checkpoint.save(engine, source, NUM_STEPS)
+            saving.save(engine, source, NUM_STEPS)
         results.append(result)
     return results
 
@@ -222,7 +222,7 @@ def test_losses_and_norms_equal_those_of_plain_pytorch(
 def test_load_weights_gives_the_masters_of_every_stage(
     plain: Any, trained: Any, case: tuple[str, str, str]
 ) -> None:
-    from clue_ds.pretrain.checkpoint import load_weights
+    from clue_ds.checkpoint.masters import load_weights
 
     name, precision, optimizer = case
     expected = plain[precision, optimizer][2]
@@ -250,7 +250,7 @@ def make_frozen() -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_frozen_heads_keep_every_bit(trained: Any, case: tuple[str, str, str]) -> None:
     """In bf16 DeepSpeed rounds them; a model that others continue with NSP must not lose them."""
-    from clue_ds.pretrain.checkpoint import load_weights
+    from clue_ds.checkpoint.masters import load_weights
 
     _, state, _ = load_weights(trained[SAVED_WORLD_SIZE][0] / "-".join(case))
     fresh = make_model().state_dict()

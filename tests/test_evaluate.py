@@ -10,14 +10,14 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
+from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.build import shard
-from clue_ds.data.vocab import learn
+from clue_ds.data.build.command import shard
+from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 from clue_ds.metrics import format_line
 from clue_ds.model import BertForPreTraining
 from clue_ds.pretrain import batches
-from clue_ds.pretrain.checkpoint import load_weights
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EVALUATE = {"every": 2, "batches": 3}

@@ -15,9 +15,11 @@ import clue_ds.export as export
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining, ops
 from clue_ds.presets import ModelConfig
-from clue_ds.tasks import Predictor, features, grid, predict_files
-from clue_ds.tasks.finetune import Recipe, finetune
-from clue_ds.tasks.training import _epoch
+from clue_ds.tasks import Predictor, features
+from clue_ds.tasks.finetune import command as finetune_command
+from clue_ds.tasks.finetune.fit import Recipe, fit
+from clue_ds.tasks.finetune.loop import _epoch
+from clue_ds.tasks.predict import command as predict_command
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一二三四五六七八九十好坏"]
 CONFIG = ModelConfig(
@@ -57,7 +59,7 @@ def test_it_learns_a_task_and_the_saved_directory_says_the_same(
 ) -> None:
     train, dev = examples(400, 1), examples(60, 2)
     heard: list[tuple[int, int, float]] = []
-    result = finetune(
+    result = fit(
         model,
         train,
         dev,
@@ -86,11 +88,11 @@ def test_the_seed_decides_everything_and_torchs_generator_is_left_alone(model: P
     short = Recipe(epochs=1, batch_size=16, lr=1e-3)
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    first = finetune(model, train, dev, recipe=short)
+    first = fit(model, train, dev, recipe=short)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert finetune(model, train, dev, recipe=short).losses == first.losses
-    other = finetune(model, train, dev, recipe=Recipe(epochs=1, batch_size=16, lr=1e-3, seed=43))
+    assert fit(model, train, dev, recipe=short).losses == first.losses
+    other = fit(model, train, dev, recipe=Recipe(epochs=1, batch_size=16, lr=1e-3, seed=43))
     assert other.losses != first.losses
 
 
@@ -103,9 +105,7 @@ def test_pretrained_weights_are_used_unless_from_scratch(model: Path) -> None:
     train, dev = examples(32, 1), examples(8, 2)
     still = Recipe(epochs=1, lr=1e-12)
     losses = {
-        (directory, scratch): finetune(
-            directory, train, dev, recipe=still, from_scratch=scratch
-        ).losses
+        (directory, scratch): fit(directory, train, dev, recipe=still, from_scratch=scratch).losses
         for directory in (model, other)
         for scratch in (False, True)
     }
@@ -128,12 +128,12 @@ def test_kernels_train_and_predict_what_their_twins_do(
     losses, answers = [], []
     for kernels in ("torch", "triton"):
         out = tmp_path / kernels
-        grid.finetune(
+        finetune_command.finetune(
             (str(row),), str(plain), str(tmp_path), out, lr=1e-4, epochs=1, kernels=kernels
         )
         losses.append(json.loads((out / "tone" / "best" / "result.json").read_text())["losses"])
         file, lines = tmp_path / "dev.jsonl", tmp_path / f"{kernels}.jsonl"
-        predict_files.predict(out / "tone/best/model", file=file, out=lines, kernels=kernels)
+        predict_command.predict(out / "tone/best/model", file=file, out=lines, kernels=kernels)
         answers.append([json.loads(line) for line in lines.read_text("utf-8").splitlines()])
     ops.choose_kernels("torch")
     # Other orders of sums, through three AdamW steps.
@@ -164,4 +164,4 @@ def test_an_epoch_has_every_example_once_with_little_padding(model: Path) -> Non
 )
 def test_impossible_examples_are_errors(train: list, dev: list, message: str, model: Path) -> None:
     with pytest.raises(UserError, match=message):
-        finetune(model, train, dev)
+        fit(model, train, dev)

@@ -11,8 +11,8 @@ import torch
 
 from clue_ds.benchmarks.loader import loader as bench_loader
 from clue_ds.data import Corpus, Loader, SampleStream
-from clue_ds.data.build import shard
-from clue_ds.data.vocab import learn
+from clue_ds.data.build.command import shard
+from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from clue_ds.data import Corpus, Loader, SampleStream
-from clue_ds.data.build import shard
-from clue_ds.data.mixture import Mixture, open_corpus
-from clue_ds.data.readahead import ReadAhead
-from clue_ds.data.vocab import learn
+from clue_ds.data.build.command import shard
+from clue_ds.data.stream.mixture import Mixture, open_corpus
+from clue_ds.data.stream.readahead import ReadAhead
+from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 
 
@@ -103,7 +103,7 @@ def test_loader_reads_lanes_of_any_world_size(
 def test_read_ahead_reads_each_byte_once_an_epoch(
     directories: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clue_ds.data.sampler.BLOCK_BYTES", 56)  # two samples a block
+    monkeypatch.setattr("clue_ds.data.stream.sample_stream.BLOCK_BYTES", 56)  # two samples a block
     corpus = Corpus(directories[0])
     stream = SampleStream(corpus, 16, 8, seed=0, order="lanes")
     num_bytes = sum(one.tokens.nbytes for one in corpus.shards)
@@ -132,7 +132,7 @@ def test_auto_depends_on_the_corpus_alone(
 ) -> None:
     corpus = Corpus(directories[0])
     assert not SampleStream(corpus, 16, 8, seed=0).uses_lanes
-    monkeypatch.setattr("clue_ds.data.sampler.LANES_FROM_BYTES", corpus.num_bytes - 1)
+    monkeypatch.setattr("clue_ds.data.stream.sample_stream.LANES_FROM_BYTES", corpus.num_bytes - 1)
     assert SampleStream(corpus, 16, 8, seed=0).uses_lanes
     assert not SampleStream(corpus, 16, 8, seed=0, order="shuffle").uses_lanes
     with pytest.raises(UserError, match="order 'sorted' is none of auto, shuffle, lanes"):

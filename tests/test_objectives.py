@@ -14,12 +14,12 @@ from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import export, presets
+from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.pairs import LabelledPairs
+from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
-from clue_ds.pretrain.checkpoint import load_weights
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Another order of the sums over sequences.

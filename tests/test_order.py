@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_ds.data.order import (
+from clue_ds.data.stream.order import (
     BLOCKS_PER_WINDOW,
     CYCLE,
     OrderTable,

@@ -17,8 +17,9 @@ from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.model import BertForPreTraining
 from clue_ds.presets import ModelConfig
-from clue_ds.tasks import Predictor, examples, features, predict_files, registry
+from clue_ds.tasks import Predictor, examples, features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
+from clue_ds.tasks.predict import command
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = SPECIAL + list("今天气很好我们在湖面上读书，。ab") + ["##b", "[", "]", "mask"]
@@ -188,20 +189,20 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 def test_a_file_is_answered_in_its_order(
     batch_size: int, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clue_ds.tasks.predict_files.CHUNK", 7)
+    monkeypatch.setattr("clue_ds.tasks.predict.command.CHUNK", 7)
     draws = np.random.default_rng(batch_size)
     texts = ["".join(draws.choice(WORDS[5:20], size=draws.integers(1, 14))) for _ in range(40)]
     rows = [json.dumps({"id": 1000 - i, "text": text}) for i, text in enumerate(texts)]
     file, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     predictor = Predictor(finetuned, batch_size=batch_size)
-    predict_files.predict_file(predictor, file, out)
+    command.predict_file(predictor, file, out)
     answers = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert [answer["id"] for answer in answers] == [1000 - i for i in range(40)]
     for answer, text in zip(answers, texts, strict=True):
         (alone,) = predictor.predict([text])
         assert answer["label"] == alone.label
         assert answer["probabilities"] == pytest.approx(alone.probabilities, abs=2e-6)
-    predict_files.predict_file(predictor, file, tmp_path / "v.npy", embed=True)
+    command.predict_file(predictor, file, tmp_path / "v.npy", embed=True)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), predictor.embed(texts), atol=1e-5)
 
 
@@ -234,13 +235,13 @@ def test_a_long_text_is_answered_and_said_to_be_cut_and_an_endless_one_refused(
 ) -> None:
     predictor = Predictor(finetuned)
     file = write_lines(tmp_path / "in.jsonl", [json.dumps({"text": "好" * 40_000})])
-    predict_files.predict_file(predictor, file, tmp_path / "out.jsonl")
+    command.predict_file(predictor, file, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["truncated"] is True
     assert "1 of them cut to 16 tokens" in capsys.readouterr().out
     rows = [{"text": "好"}, {"text": "好" * 100_000}]
     file = write_lines(tmp_path / "bad.jsonl", [json.dumps(row) for row in rows])
     with pytest.raises(UserError, match=r"bad\.jsonl:2: a text of 100,000 characters"):
-        predict_files.predict_file(predictor, file, tmp_path / "none.jsonl")
+        command.predict_file(predictor, file, tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -268,6 +269,6 @@ def test_tasks_read_what_finetuning_reads(
             task=name,
         )
         path = examples.find(task, shared_data / "clue", "test")
-        read = predict_files.read_unlabelled(Predictor(directory), path)
+        read = command.read_unlabelled(Predictor(directory), path)
         expected = examples.read(task, path, labelled=False)
         assert [(e.id, e.text) for e in read] == [(e.id, e.text) for e in expected]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
-from clue_ds.data.samples import STREAM_VERSION
+from clue_ds.checkpoint.masters import load_weights
+from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.pretrain import resume
-from clue_ds.pretrain.checkpoint import load_weights
 
 # As shipped, stage 3 keeps every parameter of so small a model whole; here it shards them all.
 OWN_JSON = {"zero3_sharded": str(Path(__file__).with_name("zero3_sharded.json"))}

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from ranks import read_log
 
+from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.model.bert import BertForPreTraining
-from clue_ds.pretrain.checkpoint import load_weights
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 COMMANDS = (

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from clue_ds.benchmarks.synthetic import write_corpus
-from clue_ds.data import Corpus, SampleStream, sample_index
-from clue_ds.data.mixture import Mixture
-from clue_ds.data.samples import KINDS
+from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.stream import sample_index
+from clue_ds.data.stream.mixture import Mixture
+from clue_ds.data.stream.samples import KINDS
 
 INDEXED = [kind for kind in KINDS if kind != "windows"]
 
 OPEN = """
 import sys
-from clue_ds.data import Corpus, SampleStream, sample_index
+from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.stream import sample_index
 sample_index.KEPT_FROM = 1
 stream = SampleStream(Corpus(sys.argv[1]), 64, 8, 0, samples="documents", order="shuffle")
 print(stream.arrays(5)["input_ids"].sum())

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.build import shard
-from clue_ds.data.samples import KINDS, POSITIONS_A_SEQUENCE
-from clue_ds.data.vocab import learn
+from clue_ds.data.build.command import shard
+from clue_ds.data.stream.samples import KINDS, POSITIONS_A_SEQUENCE
+from clue_ds.data.text.vocab import learn
 
 CLS, SEP = 101, 102
 Text = tuple[int, ...]

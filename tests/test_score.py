@@ -9,14 +9,14 @@ from test_finetune import model as model  # the fixture
 from test_training import data as data  # the fixture
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import grid, score
+from clue_ds.tasks.finetune import command, score
 
 
 @pytest.fixture(scope="module")
 def output(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("output")
     task = (str(data / "tone.yaml"),)
-    grid.finetune(task, str(model), str(data), directory, epochs=1, seeds=2)
+    command.finetune(task, str(model), str(data), directory, epochs=1, seeds=2)
     return directory
 
 

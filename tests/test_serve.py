@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import Predictor, serve
-from clue_ds.tasks.batching import Batcher, Closed, Full
+from clue_ds.tasks import Predictor
+from clue_ds.tasks.serve import command
+from clue_ds.tasks.serve.batcher import Batcher, Closed, Full
 
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
-service = pytest.importorskip("clue_ds.tasks.service")
+service = pytest.importorskip("clue_ds.tasks.serve.app")
 
 from test_predict import TEXTS, finetuned, pretrained, vocab_file  # noqa: E402, F401
 
@@ -37,7 +38,7 @@ class Running:
         predictor = Predictor(directory)
         self.batcher = Batcher(service.compute(predictor), **options)
         app = service.create_app(predictor, self.batcher, LIMITS)
-        self.listener = serve.bind("127.0.0.1", 0)
+        self.listener = command.bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
@@ -220,12 +221,12 @@ def test_verb_ends_on_term_and_answers_everything_in_flight(finetuned: Path) -> 
 
 def test_answers_do_not_wait_for_acknowledgements() -> None:
     """asyncio leaves Nagle's algorithm on, 40 ms an answer, for a socket of protocol 0."""
-    with serve.bind("127.0.0.1", 0) as listener:
+    with command.bind("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_taken_port_is_one_message() -> None:
-    with serve.bind("127.0.0.1", 0) as listener:
+    with command.bind("127.0.0.1", 0) as listener:
         listener.listen()
         with pytest.raises(UserError, match="can't listen at 127.0.0.1 port"):
-            serve.bind("127.0.0.1", listener.getsockname()[1])
+            command.bind("127.0.0.1", listener.getsockname()[1])

@@ -166,22 +166,21 @@ def test_directory_with_both_layouts_is_read_as_asked(
 def test_pretraining_starts_from_every_layout(
     hf_directory: Path, tf_directory: Path, tmp_path: Path, vocab_file: Path
 ) -> None:
-    from clue_ds.data.vocab import vocab_sha256
-    from clue_ds.pretrain import init
+    from clue_ds.pretrain import start_weights
 
     archive = tmp_path / "model.zip"
     archives.pack(tf_directory, archive)
     for where in (hf_directory, tf_directory, archive):
         model = BertForPreTraining(CONFIG, padded_vocab_size=64)
-        assert init.load(model, str(where), vocab_sha256(vocab_file)) == []
+        assert start_weights.load(model, str(where)(vocab_file)) == []
         assert same_bits(
             model.state_dict()["bert.pooler.dense.weight"],
             export.load(hf_directory)[1]["bert.pooler.dense.weight"],
         )
     with pytest.raises(UserError, match="another vocabulary"):
-        init.load(model, str(archive), "0" * 64)
+        start_weights.load(model, str(archive), "0" * 64)
     with pytest.raises(UserError, match="nowhere is not a directory"):
-        init.load(model, "nowhere", "0" * 64)
+        start_weights.load(model, "nowhere", "0" * 64)
 
 
 def test_unknown_variables_are_named_and_holes_refused(

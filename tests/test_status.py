@@ -14,7 +14,7 @@ from clue_ds import config as run_config
 from clue_ds import doctor, status
 from clue_ds.config import CheckpointSection
 from clue_ds.errors import UserError
-from clue_ds.pretrain import alive, rendezvous
+from clue_ds.job import rendezvous, run_lock
 
 
 def test_status_of_a_run_done_alive_and_dead(
@@ -30,8 +30,8 @@ def test_status_of_a_run_done_alive_and_dead(
     assert "checkpoint  step-00000006" in text
 
     assert "no, it is done" in "\n".join(status.describe(run))
-    sign = run / alive.FILE
-    assert alive.claim(run, rendezvous.myself(), threading.Event()) is None
+    sign = run / run_lock.FILE
+    assert run_lock.claim(run, rendezvous.myself(), threading.Event()) is None
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
     old = time.time() - 3_700
     os.utime(sign, (old, old))

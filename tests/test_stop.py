@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clue_ds.pretrain import stop
-from clue_ds.pretrain.stop import StopRequest
+from clue_ds.job import stop
+from clue_ds.job.stop import StopRequest
 
 
 class Clock:

@@ -10,7 +10,7 @@ import pytest
 
 from clue_ds.benchmarks.synthetic import write_corpus
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.samples import STREAM_VERSION
+from clue_ds.data.stream.samples import STREAM_VERSION
 
 OPTIONS: list[dict[str, Any]] = [
     {"whole_word": False},

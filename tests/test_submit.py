@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import submit
+from clue_ds.tasks.predict import submit
 from clue_ds.tasks.registry import TASKS
 
 Lines = list[dict[str, object]]

@@ -18,8 +18,12 @@ from test_finetune import model as model  # the fixture
 from test_training import data as data  # the fixture
 from test_training import same_weights
 
-from clue_ds.tasks import Predictor, finetune, grid, predict_files, runs
-from clue_ds.tasks.training import Recipe
+from clue_ds.tasks import Predictor
+from clue_ds.tasks.finetune import command as finetune_command
+from clue_ds.tasks.finetune import fit
+from clue_ds.tasks.finetune.loop import Recipe
+from clue_ds.tasks.finetune.run import RESULT, STATE
+from clue_ds.tasks.predict import command as predict_command
 
 CLUE_DS = str(Path(sys.executable).with_name("clue-ds"))
 # The order of a sum, and so its last bit, depends on the number of threads.
@@ -34,7 +38,7 @@ def launch(*words: object) -> list[str]:
 @pytest.fixture(scope="module")
 def finetuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finetuned") / "model"
-    finetune.finetune(model, examples(64, 1), examples(8, 2), directory, Recipe(epochs=1))
+    fit.fit(model, examples(64, 1), examples(8, 2), directory, Recipe(epochs=1))
     return directory
 
 
@@ -62,8 +66,8 @@ def test_launched_prediction_is_that_of_one_process(
 def undisturbed(classifier: str, file: str, asked: list[str], directory: str) -> None:
     """On every rank: embed a file, and train without being killed."""
     path, out = Path(file), Path(directory, "2.npy")
-    predict_files.predict(Path(classifier), file=path, out=out, embed=True, batch_size=8)
-    grid.main([*asked, "--output", directory])
+    predict_command.predict(Path(classifier), file=path, out=out, embed=True, batch_size=8)
+    finetune_command.main([*asked, "--output", directory])
 
 
 def test_embeddings_agree_and_killed_training_continues_bit_for_bit(
@@ -81,16 +85,16 @@ def test_embeddings_agree_and_killed_training_continues_bit_for_bit(
     whole, cut = (tmp_path / name / "tone" / "seed=42" for name in ("whole", "cut"))
     process = subprocess.Popen(command, env=ENVIRONMENT)
     deadline = time.monotonic() + PATIENCE_S
-    while not (cut / runs.STATE).exists() and process.poll() is None:
+    while not (cut / STATE).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()  # its guard ends the ranks
     process.wait()
     time.sleep(3)
-    assert not (cut / runs.RESULT).exists()
-    step = torch.load(cut / runs.STATE)["progress"]["step"]
+    assert not (cut / RESULT).exists()
+    step = torch.load(cut / STATE)["progress"]["step"]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=PATIENCE_S)
-    results = [json.loads((run / runs.RESULT).read_text()) for run in (whole, cut)]
+    results = [json.loads((run / RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["num_ranks"] == 2 and 0 < step < len(results[0]["losses"])
     assert results[1]["losses"] == results[0]["losses"]
     assert same_weights(whole, cut)

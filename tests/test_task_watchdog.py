@@ -20,23 +20,25 @@ from test_training import same_weights
 from test_watchdog import two_ranks
 from zygote import Zygote
 
-from clue_ds.tasks import finetune, runs
-from clue_ds.tasks.training import Recipe
+from clue_ds.tasks.finetune import fit
+from clue_ds.tasks.finetune.loop import Recipe
+from clue_ds.tasks.finetune.run import RESULT, STATE
 
 FINETUNE = """
-from clue_ds.tasks import features, grid, training
+from clue_ds.tasks import features
+from clue_ds.tasks.finetune import command, loop
 
 features.encode_all = breaks("setup", features.encode_all)
-training._step = breaks("step", training._step, after=3)
-training._save = breaks("save", training._save)
-grid.main(sys.argv[3:])
+loop._step = breaks("step", loop._step, after=3)
+loop._save = breaks("save", loop._save)
+command.main(sys.argv[3:])
 """
 PREDICT = """
-from clue_ds.tasks import predict_files
-from clue_ds.tasks.predict import Predictor
+from clue_ds.tasks.predict import command
+from clue_ds.tasks.predict.predictor import Predictor
 
 Predictor.classify = breaks("predict", Predictor.classify)
-predict_files.main(sys.argv[3:])
+command.main(sys.argv[3:])
 """
 QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "30"]
 
@@ -71,7 +73,7 @@ def test_finetuning(
 
 
 def test_prediction(zygote: Zygote, model: Path, tmp_path: Path) -> None:
-    finetune.finetune(model, examples(8, 1), examples(8, 2), tmp_path / "m", Recipe(epochs=1))
+    fit.fit(model, examples(8, 1), examples(8, 2), tmp_path / "m", Recipe(epochs=1))
     rows = [json.dumps({"text": text}) for text, _ in examples(40, 3)]
     (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     words = ["--model", tmp_path / "m", "--file", tmp_path / "in.jsonl", "--out", tmp_path / "out"]
@@ -93,7 +95,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
         [*command, str(tmp_path / "cut")], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
     )
     deadline = time.monotonic() + PATIENCE_S
-    while not (cut / runs.STATE).exists() and job.poll() is None:
+    while not (cut / STATE).exists() and job.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGUSR1)
@@ -101,8 +103,14 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     assert job.returncode == 75, output
     assert "the same command continues" in output
     for directory in (tmp_path / "cut", tmp_path / "whole"):
-        alone = [sys.executable, "-m", "clue_ds.tasks.grid", *command[4:], str(directory)]
+        alone = [
+            sys.executable,
+            "-m",
+            "clue_ds.tasks.finetune.command",
+            *command[4:],
+            str(directory),
+        ]
         subprocess.run(alone, env=ENVIRONMENT, check=True)
-    results = [json.loads((run / runs.RESULT).read_text()) for run in (whole, cut)]
+    results = [json.loads((run / RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["losses"] == results[1]["losses"]
     assert same_weights(whole, cut)

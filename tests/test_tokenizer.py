@@ -20,8 +20,8 @@ from transformers import BertTokenizer
 
 import clue_ds
 from clue_ds.data import Tokenizer
-from clue_ds.data.tokenizer import continues_bit, token_dtype
-from clue_ds.data.vocab import LEADING_TOKENS
+from clue_ds.data.text.tokenizer import continues_bit, token_dtype
+from clue_ds.data.text.vocab import LEADING_TOKENS
 from clue_ds.errors import UserError
 
 Reference = Callable[[list[str]], list[list[int]]]
@@ -234,9 +234,9 @@ def test_threads_share_a_tokenizer(vocab_file: Path) -> None:
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[2])
-import clue_ds.data.wordpiece
+import clue_ds.data.text.wordpiece
 from clue_ds.data import Tokenizer
-print(clue_ds.data.wordpiece.__file__, Tokenizer(sys.argv[1]).encode("ab"))
+print(clue_ds.data.text.wordpiece.__file__, Tokenizer(sys.argv[1]).encode("ab"))
 """
 
 

@@ -17,10 +17,9 @@ from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import export
-from clue_ds.data.vocab import vocab_sha256
+from clue_ds.checkpoint.masters import load_weights
 from clue_ds.errors import UserError
-from clue_ds.pretrain import init, train
-from clue_ds.pretrain.checkpoint import load_weights
+from clue_ds.pretrain import start_weights, train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Another order of the sums over sequences.
@@ -106,13 +105,13 @@ def test_weights_of_another_shape_or_vocabulary_are_refused(folder: Path) -> Non
     config, _, vocab_file = load_weights(folder / "one")
     model = train.BertForPreTraining(config.replace(num_hidden_layers=1))
     with pytest.raises(UserError, match="num_hidden_layers is 2 there and 1 here"):
-        init.load(model, str(folder / "one"), vocab_sha256(vocab_file))
+        start_weights.load(model, str(folder / "one")(vocab_file))
     model = train.BertForPreTraining(config)
     for source in ("one", "exported"):
         with pytest.raises(UserError, match="another vocabulary than the corpus"):
-            init.load(model, str(folder / source), "0" * 64)
+            start_weights.load(model, str(folder / source), "0" * 64)
     with pytest.raises(UserError, match="is not a directory"):
-        init.load(model, str(folder / "nowhere"), "any")
+        start_weights.load(model, str(folder / "nowhere"), "any")
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from clue_ds import files
 from clue_ds.cli import main
 from clue_ds.data import Tokenizer
-from clue_ds.data.clue_vocab import slim_vocab
-from clue_ds.data.vocab import LEADING_TOKENS, clue, learn, read_vocab, vocab_sha256
+from clue_ds.data.text.clue_vocab import slim_vocab
+from clue_ds.data.text.vocab import LEADING_TOKENS, clue, learn, read_vocab
 from clue_ds.errors import UserError
 
 
@@ -52,7 +53,7 @@ def test_line_separators_other_than_line_feeds_are_tokens(tmp_path: Path) -> Non
 def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     path.write_bytes(b"[PAD]\n")
-    assert vocab_sha256(path) == hashlib.sha256(b"[PAD]\n").hexdigest()
+    assert files.sha256(path) == hashlib.sha256(b"[PAD]\n").hexdigest()
 
 
 @pytest.fixture

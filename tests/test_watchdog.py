@@ -52,13 +52,13 @@ def breaks(place, function, after=0):
 
 # The real entry of pretraining.
 PRETRAIN = """
-from clue_ds.pretrain import checkpoint, train
+from clue_ds.pretrain import saving, train
 from clue_ds.pretrain.engine import Engine
 
 train.build_model = breaks("setup", train.build_model)
 dist.all_reduce = breaks("pre-flight", dist.all_reduce)  # pre-flight's is the first
 Engine.step = breaks("step", Engine.step, after=3)
-checkpoint.save = breaks("save", checkpoint.save)
+saving.save = breaks("save", saving.save)
 train.main(sys.argv[3:])
 """
 

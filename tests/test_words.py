@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_tokenizer import ODD, TOKENS, write_vocab
 
 from clue_ds.data import Tokenizer
-from clue_ds.data.words import mark_words, word_lengths
+from clue_ds.data.text.words import mark_words, word_lengths
 
 
 @pytest.fixture(scope="module")

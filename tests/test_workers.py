@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from clue_ds.data import Corpus
-from clue_ds.data.progress import Progress
-from clue_ds.data.vocab import learn
-from clue_ds.data.workers import mpi_size
+from clue_ds.data.build.progress import Progress
+from clue_ds.data.build.workers import mpi_size
+from clue_ds.data.text.vocab import learn
 
 RULES = ("--clean.duplicates", "--clean.repeated-lines", "--held-out", "0.1")
 

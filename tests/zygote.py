@@ -90,12 +90,12 @@ def _is_stopped(pid: int) -> bool:
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    from clue_ds.pretrain import engine
+    from clue_ds.checkpoint.deepspeed_import import import_deepspeed
     from clue_ds.pretrain import train as train
-    from clue_ds.tasks import grid as grid
-    from clue_ds.tasks import predict_files as predict_files
+    from clue_ds.tasks.finetune import command as finetune_command  # noqa: F401
+    from clue_ds.tasks.predict import command as predict_command  # noqa: F401
 
-    engine.import_deepspeed()
+    import_deepspeed()
     for line in sys.stdin:
         request = json.loads(line)
         pids = []

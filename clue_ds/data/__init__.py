@@ -11,18 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clue_ds.data.loader import Loader
-    from clue_ds.data.sampler import SampleStream
-    from clue_ds.data.shards import Corpus
-    from clue_ds.data.tokenizer import Tokenizer
+    from clue_ds.data.corpus import Corpus
+    from clue_ds.data.stream.loader import Loader
+    from clue_ds.data.stream.sample_stream import SampleStream
+    from clue_ds.data.text.tokenizer import Tokenizer
 
 __all__ = ["Corpus", "Loader", "SampleStream", "Tokenizer"]
 
 _HOMES = {
-    "Corpus": "clue_ds.data.shards",
-    "Loader": "clue_ds.data.loader",
-    "SampleStream": "clue_ds.data.sampler",
-    "Tokenizer": "clue_ds.data.tokenizer",
+    "Corpus": "clue_ds.data.corpus",
+    "Loader": "clue_ds.data.stream.loader",
+    "SampleStream": "clue_ds.data.stream.sample_stream",
+    "Tokenizer": "clue_ds.data.text.tokenizer",
 }
 
 

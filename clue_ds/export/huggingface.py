@@ -32,7 +32,7 @@ from clue_ds.export.publish import (
     copy_vocab,
     read_tokens,
     staged,
-    write_json,
+    write_model_json,
 )
 from clue_ds.model.weights import DECODER_WEIGHT, TIED, StateDict, is_tied, tie
 from clue_ds.presets import ModelConfig
@@ -64,9 +64,9 @@ def write(
         place.mkdir()
         _write_weights(state, dtype, place)
         fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
-        write_json(place / "tokenizer_config.json", tokenizer_config(config, lower_case))
+        write_model_json(place / "tokenizer_config.json", tokenizer_config(config, lower_case))
         values = config_json(config, state, labels, task) | {"torch_dtype": str(dtype)[6:]}
-        write_json(place / "config.json", values)
+        write_model_json(place / "config.json", values)
         copy_vocab(vocab_file, place)
         card = model_card(directory.name, values, state, Path(vocab_file).parent)
         (place / "README.md").write_text(card, encoding="utf-8")

@@ -29,7 +29,7 @@ from clue_ds.export.publish import (
     copy_vocab,
     read_tokens,
     staged,
-    write_json,
+    write_model_json,
 )
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.weights import PREDICTION_BIAS, StateDict, load_into
@@ -110,8 +110,8 @@ def write(
         _check(network, config, place / FILE)
         huggingface.fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
         tokenizer = huggingface.tokenizer_config(config, lower_case)
-        write_json(place / "tokenizer_config.json", tokenizer)
-        write_json(place / "config.json", huggingface.config_json(config, state))
+        write_model_json(place / "tokenizer_config.json", tokenizer)
+        write_model_json(place / "config.json", huggingface.config_json(config, state))
         copy_vocab(vocab_file, place)
     return directory
 

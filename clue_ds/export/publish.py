@@ -6,7 +6,6 @@ one is replaced only when that was asked, and only when it holds a model; nothin
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import safetensors
 
+from clue_ds import files
 from clue_ds.errors import UserError, existing_file
 from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict, expected_shapes
 from clue_ds.presets import ModelConfig
@@ -116,9 +116,9 @@ def check_state(config: ModelConfig, state: StateDict) -> None:
             raise UserError(f"the state dict holds {name}, which BertForPreTraining has not")
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+def write_model_json(path: Path, values: dict[str, Any]) -> None:
+    """Write config.json and its neighbours as transformers does: sorted keys, two spaces."""
+    files.write_json(path, values, indent=2, sort_keys=True)
 
 
 def copy_vocab(vocab_file: str | Path, directory: Path) -> None:

@@ -71,9 +71,9 @@ def open_model(directory: str | Path, layout: str | None = None) -> Source:
     if layout == "hf":
         return _open_hf(directory)
     # Imported here because it imports DeepSpeed, which takes seconds.
-    from clue_ds.pretrain import checkpoint
+    from clue_ds.checkpoint import masters
 
-    config, state, vocab_file = checkpoint.load_weights(directory)
+    config, state, vocab_file = masters.load_weights(directory)
     return Source(config, state, vocab_file, _lower_case(vocab_file))
 
 

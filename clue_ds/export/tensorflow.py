@@ -30,7 +30,7 @@ from clue_ds.export.publish import (
     copy_vocab,
     read_tokens,
     staged,
-    write_json,
+    write_model_json,
 )
 from clue_ds.model.weights import (
     DECODER_BIAS,
@@ -139,7 +139,7 @@ def write(
         entries = tf_bundle.write(place / PREFIX, _tensors(config, state))
         shapes = {name: entry.shape for name, entry in entries.items()}
         (place / f"{PREFIX}.meta").write_bytes(tf_graph.meta_graph(shapes))
-        write_json(place / CONFIG_FILE, config_json(config, lower_case))
+        write_model_json(place / CONFIG_FILE, config_json(config, lower_case))
         copy_vocab(vocab_file, place)
     return directory
 

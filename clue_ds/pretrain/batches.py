@@ -10,9 +10,9 @@ from pathlib import Path
 
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.mixture import Mixture, open_corpus
-from clue_ds.data.pairs import LabelledPairs
-from clue_ds.data.samples import Kind
+from clue_ds.data.stream.labelled_pairs import LabelledPairs
+from clue_ds.data.stream.mixture import Mixture, open_corpus
+from clue_ds.data.stream.samples import Kind
 from clue_ds.errors import UserError
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs

@@ -21,11 +21,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import logging
 import math
 import os
-import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,30 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from clue_ds import dist
+from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
+from clue_ds.job import rendezvous
 from clue_ds.metrics import diverged
 from clue_ds.model.bert import without_full_lengths
-from clue_ds.pretrain import ds_json, optim, rendezvous
+from clue_ds.pretrain import ds_json, optim
 
 # DeepSpeed's own variable, in minutes; its default too.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def import_deepspeed() -> Any:
-    """deepspeed, told to be quiet, and to be content with a CPU where there is no GPU."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 warns about the names of collectives that DeepSpeed calls, once a call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # By its name in sys.modules: `import deepspeed.comm.torch as x` gives the torch package.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    return deepspeed
 
 
 def start() -> torch.device:

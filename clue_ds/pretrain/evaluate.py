@@ -13,7 +13,7 @@ import torch
 
 from clue_ds import dist
 from clue_ds.data import SampleStream
-from clue_ds.pretrain import watchdog
+from clue_ds.job import watchdog
 from clue_ds.pretrain.engine import Engine
 
 

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clue_ds import config as run_config
 from clue_ds import dist
+from clue_ds.checkpoint import manifest as manifests
+from clue_ds.checkpoint.manifest import Choice
 from clue_ds.config import RunConfig
-from clue_ds.data.samples import STREAM_VERSION
+from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
-from clue_ds.pretrain import manifest as manifests
-from clue_ds.pretrain.manifest import Choice
 
 # What may differ between the run that saved and the run that resumes: where things lie, how often
 # they are written, and how the same arithmetic is carried out.
@@ -101,8 +100,8 @@ def _set_aside(choice: Choice) -> None:
 def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     """Settings whose change would make the continued run another run than the one that saved."""
     changed = []
-    flat_now = dict(flatten(now.model_dump()))
-    for key, old in flatten(saved.model_dump()):
+    flat_now = dict(run_config.flatten(now.model_dump(), MAY_CHANGE))
+    for key, old in run_config.flatten(saved.model_dump(), MAY_CHANGE):
         new = flat_now[key]
         if old != new and key not in MAY_CHANGE:
             changed.append(f"{key} was {old!r}, is {new!r}")
@@ -113,14 +112,6 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
             free = ("train.steps ", "train.decay_steps ")
             changed = [line for line in changed if not line.startswith(free)]
     return changed
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and prefix + key not in MAY_CHANGE:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _check_same_run(choice: Choice, source: Source) -> None:

@@ -23,27 +23,16 @@ from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
-from clue_ds.data.mixture import Mixture
-from clue_ds.data.pairs import LabelledPairs
+from clue_ds.data.stream.labelled_pairs import LabelledPairs
+from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError, run_command
+from clue_ds.job import preflight, run_lock, stop, watchdog
 from clue_ds.metrics import Meter, Writers
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import (
-    alive,
-    batches,
-    checkpoint,
-    ds_json,
-    init,
-    optim,
-    preflight,
-    resume,
-    schedule,
-    stop,
-    watchdog,
-)
+from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, start_weights
 from clue_ds.pretrain.engine import Engine, start
 from clue_ds.pretrain.evaluate import Evaluator
 
@@ -114,7 +103,7 @@ def train(run: Run) -> int:
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused(), run.watch.section("save"):
-                directory = checkpoint.save(engine, run.source, done)
+                directory = saving.save(engine, run.source, done)
             run.writers.note(f"saved {directory}")
         if stops or is_done:
             return done
@@ -162,13 +151,13 @@ def build(config: RunConfig) -> Run:
         run_config.save(config, Path(config.run_dir) / "config.yaml")
     # Now, and not after the hours until the first checkpoint.
     run_dir = Path(config.run_dir)
-    dist.agree(checkpoint.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
+    dist.agree(saving.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     writers.note(note)
     writers.note(_describe(engine, source, stream))
-    checkpoint.seed_dropout(config.seed, start_step)
+    saving.seed_dropout(config.seed, start_step)
     if choice is not None:
-        checkpoint.load(engine, choice)
+        saving.load(engine, choice)
         notes += resume.describe(choice)
     for note in notes:
         writers.note(note)
@@ -204,7 +193,7 @@ def build_model(
     if choice is None:
         initialize(model, source.config.seed)
         if section.init is not None:
-            missing = init.load(model, section.init, source.vocab_sha256)
+            missing = start_weights.load(model, section.init, source.vocab_sha256)
             notes.append(f"starting from the weights in {section.init}")
             notes += [f"{section.init} has no {name}: it starts fresh" for name in missing]
     optim.freeze_unused(model, source.config.train.objective)
@@ -244,7 +233,7 @@ def close(run: Run, stopped_at: int | None = None) -> None:
     run.writers.close()
     run.engine.close()
     run.watch.close()
-    alive.withdraw(run.config.run_dir)
+    run_lock.withdraw(run.config.run_dir)
     dist.report_end(stopped_at is not None)
 
 

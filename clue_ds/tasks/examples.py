@@ -8,12 +8,12 @@ end with a line feed: other separators (U+2028) are text.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from clue_ds import files
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.registry import Row, Split, Task
@@ -53,7 +53,7 @@ def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
     """
     path = existing_file(path, f"{task.name} file")
     examples = collect(task, path, rows(path), labelled)
-    examples.sha256 = file_sha256(path)
+    examples.sha256 = files.sha256(path)
     return examples
 
 
@@ -116,15 +116,6 @@ def version_of(task: Task, path: str | Path) -> str:
         return next(iter(task.test_stems))
     path = existing_file(path, f"{task.name} file")
     return "1.0" if any(row.get("keywords") for _, row in rows(path)) else "1.1"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
-from clue_ds.pretrain import watchdog
+from clue_ds.job import watchdog
 
 Text = str | tuple[str, str]
 

@@ -19,7 +19,7 @@ from jobs import PATIENCE_S, SBATCH, TIME, log_of, state, submit, wait_for_state
 from ranks import read_log, tiny_config
 
 from clue_ds import config as run_config
-from clue_ds.pretrain.checkpoint import load_weights
+from clue_ds.checkpoint.masters import load_weights
 
 NODES = ["--nodes=2", "--ntasks-per-node=1"]
 

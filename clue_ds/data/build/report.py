@@ -1,0 +1,146 @@
+"""`clue-ds shard --report`: what a corpus holds and what was left out: JSON, a page, a picture.
+
+All of it comes from corpus.json, so it can be made again at any time, and the account on the page
+is checked while it is made: what was accepted and what was dropped add up to what was read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from clue_ds import files
+from clue_ds.data.build.options import FOREIGN, REASONS
+from clue_ds.data.corpus import REPORT, Corpus
+from clue_ds.errors import UserError
+
+_LINES = (
+    "blank_lines",
+    "lines_not_utf8",
+    "lines_without_tokens",
+    *(f"lines_{reason}" for reason in REASONS[1:]),
+    "lines_held_out",
+)
+_DOCUMENTS = (
+    "documents_emptied",
+    *(f"documents_{reason}" for reason in REASONS[FOREIGN:]),
+    "documents_held_out",
+)
+_RECORDS = ("records_not_utf8", "records_not_json", "records_without_text")
+
+
+def check_report() -> None:
+    """Raise a UserError if a report can't be made here: before the corpus is, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "the report's picture needs matplotlib; install it with `pip install 'clue_ds[plots]'`"
+        )
+
+
+def write_report(directory: Path) -> Path:
+    """Write report.json, report.md and report.png for a corpus; return the page."""
+    manifest = json.loads(Corpus(directory).manifest_file.read_text(encoding="utf-8"))
+    target = directory / REPORT
+    target.mkdir(exist_ok=True)
+    report = summarise(manifest)
+    files.write_json(target / "report.json", report)
+    _draw(report, target / "report.png")
+    page = target / "report.md"
+    page.write_text(_page(report), encoding="utf-8")
+    return page
+
+
+def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The account, unit by unit, and the statistics."""
+    counts, statistics = manifest["counts"], manifest["statistics"]
+    accounts = {
+        "lines": _account(counts, "lines", manifest["num_sentences"], _LINES),
+        "documents": _account(counts, "documents", manifest["num_documents"], _DOCUMENTS),
+    }
+    if "records" in counts:
+        accepted = counts.get("records_accepted", 0)
+        accounts["records"] = _account(counts, "records", accepted, _RECORDS)
+    edits = ("characters_removed", "entities_replaced", "documents_split")
+    return {
+        "tokens": manifest["num_tokens"],
+        "accounts": accounts,
+        "edits": {name: counts.get(name, 0) for name in edits},
+        "unknown_share": statistics["num_unknown"] / manifest["num_tokens"],
+        "unknown": statistics.get("unknown", {}),
+        "sentence_tokens": statistics["sentence_tokens"],
+        "document_tokens": statistics["document_tokens"],
+        "options": manifest["options"],
+        "samples": manifest.get("samples", {}),
+        "rejected_examples": manifest.get("rejected_examples", []),
+    }
+
+
+def _account(
+    counts: dict[str, int], unit: str, accepted: int, dropped: tuple[str, ...]
+) -> dict[str, int]:
+    account = {"read": counts.get(unit, 0), "accepted": accepted}
+    account |= {name: counts[name] for name in dropped if counts.get(name)}
+    assert account["read"] == sum(account.values()) - account["read"], f"{unit} don't add up"
+    return account
+
+
+def _page(report: dict[str, Any]) -> str:
+    lines = ["# What this corpus holds, and what was left out", "", "![](report.png)", ""]
+    for unit, account in report["accounts"].items():
+        lines += [f"## {unit.capitalize()}", "", f"| {unit} | number | share |", "|---|---|---|"]
+        for name, number in account.items():
+            share = number / max(1, account["read"])
+            lines.append(f"| {name.replace('_', ' ')} | {number:,} | {share:.2%} |")
+        lines.append("")
+    lines += ["## Changed, not dropped", ""]
+    lines += [f"- {number:,} {name.replace('_', ' ')}" for name, number in report["edits"].items()]
+    share = f"{report['unknown_share']:.3%} of {report['tokens']:,} tokens are [UNK]."
+    lines += ["", "## What the vocabulary doesn't know", "", share]
+    if report["unknown"]:
+        lines += ["The most frequent ones in the text, before anything was dropped:", ""]
+        top = list(report["unknown"].items())[:40]
+        lines.append(", ".join(f"{_code(text)} {number:,}" for text, number in top))
+    for rule, texts in report["samples"].items():
+        lines += ["", f"## Samples: {rule.replace('_', ' ')}", ""]
+        lines += [f"- {_code(text)}" for text in texts]
+    if report["rejected_examples"]:
+        lines += ["", "## Rejected input", ""]
+        lines += [f"- {_code(text)}" for text in report["rejected_examples"]]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """`text` as it is, whatever Markdown it would be."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # No font that comes with matplotlib has Han characters, so the picture has numbers only.
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False}):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        axes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+        account = {k: n for k, n in report["accounts"]["lines"].items() if k != "read"}
+        names = [name.removeprefix("lines_").replace("_", " ") for name in account]
+        bars = axes[0].barh(names, list(account.values()), color="#4477aa")
+        axes[0].bar_label(bars, labels=[f" {number:,}" for number in account.values()])
+        axes[0].margins(x=0.25)
+        axes[0].invert_yaxis()
+        axes[0].set_title("what became of the lines read")
+        axes[0].spines["right"].set_visible(False)
+        axes[0].xaxis.set_visible(False)
+        axes[0].spines["bottom"].set_visible(False)
+        for axis, key, unit in zip(
+            axes[1:], ("sentence_tokens", "document_tokens"), ("sentence", "document"), strict=True
+        ):
+            axis.bar(list(report[key]), list(report[key].values()), color="#4477aa")
+            axis.set_title(f"tokens a {unit}")
+            axis.set_xlabel("at most, and more than half of")
+            axis.tick_params(axis="x", rotation=60)
+            axis.spines["right"].set_visible(False)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        figure.savefig(path, dpi=120)

@@ -1,0 +1,151 @@
+"""What a worker does: a chunk becomes shards on disk, and shards lose their duplicates.
+
+A piece of the corpus is one chunk's share of it: a shard for training, and where documents are held
+out, one for those. Functions here take all they need as arguments, so that any process can run
+them; each returns the JSON that the staging area keeps as proof that the piece is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clue_ds import files
+from clue_ds.data.build import clean, dedup
+from clue_ds.data.build.convert import Converter, add_samples, is_held_out
+from clue_ds.data.build.options import (
+    DUPLICATE,
+    KEPT,
+    NEAR_DUPLICATE,
+    REASONS,
+    Cleaning,
+    ConvertOptions,
+)
+from clue_ds.data.corpus import (
+    HELD_OUT,
+    STATE_DIRECTORY,
+    ShardArrays,
+    map_shard,
+    shard_name,
+    write_shard,
+)
+from clue_ds.data.text.decode import Tally
+from clue_ds.data.text.inputs import Segment, chunk_hash
+
+# Converted shards wait here until it is known which documents occur twice.
+WAITING = Path(STATE_DIRECTORY) / "waiting"
+
+
+@functools.lru_cache(maxsize=1)
+def converter(vocab_file: str, options: ConvertOptions) -> Converter:
+    """The converter of this process."""
+    return Converter(vocab_file, options)
+
+
+def prepare(vocab_file: str, options: ConvertOptions) -> None:
+    """Convert a line: a bad vocabulary is one error, and compiled code is there for all."""
+    converter(vocab_file, options).convert([Segment("text", "", 0, "暖身\n".encode())])
+
+
+def _keys_file(output: Path, index: int) -> Path:
+    """Where the hashes and keys of piece `index`'s documents are until duplicates are known."""
+    return output / STATE_DIRECTORY / f"keys-{index:06d}.npy"
+
+
+def write_piece(
+    output: Path, vocab_file: str, options: ConvertOptions, index: int, chunk: list[Segment]
+) -> dict[str, Any]:
+    """Convert chunk `index`, which is empty then, write its shards, return their record."""
+    worker = converter(vocab_file, options)
+    input_sha256 = chunk_hash(chunk)
+    converted = worker.convert(chunk)
+    directory = output
+    if options.clean.compares_documents:
+        directory = output / WAITING
+        (directory / HELD_OUT).mkdir(parents=True, exist_ok=True)
+        rows = [converted.hashes[np.newaxis], converted.keys][: 1 + bool(converted.keys.size)]
+        with files.writing(_keys_file(output, index)) as file:
+            np.save(file, np.concatenate(rows))
+    sides = (directory, converted.training), (directory / HELD_OUT, converted.held_out)
+    return {
+        "input_sha256": input_sha256,
+        "sides": [_write_side(path, index, arrays, worker) for path, arrays in sides],
+        "tally": converted.tally.as_dict(),
+        "seconds": converted.seconds,
+    }
+
+
+def _write_side(
+    directory: Path, index: int, arrays: ShardArrays, worker: Converter
+) -> dict[str, Any] | None:
+    """Write one shard and say what is in it; None when it holds no token."""
+    if not len(arrays.tokens):
+        return None
+    directory.mkdir(exist_ok=True)
+    tokenizer = worker.tokenizer
+    ids = arrays.tokens & (tokenizer.continues - 1)
+    document_ends = np.asarray(arrays.sentence_ends)[np.asarray(arrays.document_ends) - 1]
+    return {
+        "shard": write_shard(directory / shard_name(index), arrays)._asdict(),
+        "max_token_id": int(ids.max()),
+        "num_unknown": int((ids == tokenizer.unk_id).sum()),
+        "sentence_tokens": _histogram(arrays.sentence_ends),
+        "document_tokens": _histogram(document_ends),
+    }
+
+
+def _histogram(ends: np.ndarray) -> dict[str, int]:
+    """How many lengths are at most 1, 2, 4, 8, ... and more than half of that."""
+    lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=0)
+    powers = np.ceil(np.log2(lengths)).astype(np.int64)
+    return {str(1 << power): n for power, n in enumerate(np.bincount(powers).tolist()) if n}
+
+
+def find_duplicates(output: Path, num_pieces: int, cleaning: Cleaning) -> None:
+    """Find out, and keep in files, which documents of all pieces are to be dropped."""
+    dedup.find_duplicates([_keys_file(output, i) for i in range(num_pieces)], cleaning)
+
+
+def drop_from_piece(
+    output: Path,
+    vocab_file: str,
+    options: ConvertOptions,
+    index: int,
+    sides: list[dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Give the shards of a piece their place, without the documents that have a reason to go.
+
+    May be called again after it was killed: what waits is removed last, when its record is there
+    (`Staging.remove`).
+    """
+    worker = converter(vocab_file, options)
+    reasons = dedup.reasons_beside(_keys_file(output, index))
+    aside = is_held_out(np.load(_keys_file(output, index))[0], options.held_out)
+    tally = Tally(Counter())
+    written: list[dict[str, Any] | None] = []
+    for side, directory in enumerate(("", HELD_OUT)):
+        record = sides[side]
+        of_side = reasons[aside == bool(side)]
+        waiting = output / WAITING / directory / shard_name(index)
+        if record is None or not of_side.any():
+            if record is not None and waiting.exists():
+                (output / directory).mkdir(exist_ok=True)
+                os.replace(waiting, output / directory / shard_name(index))
+            written.append(record)
+            continue
+        arrays = map_shard(waiting).arrays
+        num_sentences: np.ndarray = np.diff(arrays.document_ends.astype(np.int64), prepend=0)
+        first = np.cumsum(num_sentences) - num_sentences
+        for code in (DUPLICATE, NEAR_DUPLICATE):
+            reason, dropped = REASONS[code], of_side == code
+            tally.counts[f"lines_{reason}"] += int(num_sentences[dropped].sum())
+            tally.counts[f"documents_{reason}"] += int(dropped.sum())
+            add_samples(worker.tokenizer, arrays, first[dropped], reason, tally)
+        kept = clean.take(arrays, np.repeat(of_side == KEPT, num_sentences))
+        written.append(_write_side(output / directory, index, kept, worker))
+    return {"sides": written, "tally": tally.as_dict()}

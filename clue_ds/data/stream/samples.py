@@ -1,0 +1,160 @@
+"""`Samples`: what sample i of a corpus is. Each kind holds every token of the corpus exactly once.
+
+    windows    S - 2 consecutive tokens, across sentences and documents; no padding
+    sentences  as many whole consecutive sentences as fit, across documents
+    documents  the same, but never across the end of a document: a long one gives several samples
+    packed     several documents in a row, each a [CLS] ... [SEP] of its own (cu_seqlens); one
+               that fits into a row stays whole, a longer one is cut at sentence ends
+    nsp, sop   a sample of `documents`, split in two at a sentence end, A and B. nsp, as in BERT: B
+               is another document's text in half of the cases; sop, as in ALBERT: A and B are
+               swapped in half of the cases
+
+A sentence is cut only where it is longer than a row. No sample crosses a shard. For all but windows
+an index says where samples begin (sample_index.py).
+
+Exactly once, with one exception: the text that nsp puts in place of a B is not the B that it
+replaces. It comes from the same 4,096 samples of the shard, so it is near on disk, and a shard with
+one document only has true pairs only. A piece of a single word has no B and no label (-100).
+
+Rejected: BERT's 10% of shorter samples (a fixed share of the work for padding), filling a packed
+row with half a short document (its context is what the kind is for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from clue_ds.data.corpus import Corpus, ShardArrays
+from clue_ds.data.stream import rows
+from clue_ds.data.stream.mixture import Mixture, parts_of
+from clue_ds.data.stream.sample_index import Walk, open_index
+from clue_ds.data.stream.tables import Frame, Index, Source
+
+Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# Raise it with any change after which the same corpus, seed and options give other batches:
+# checkpoints remember it, and a run made under another version is not continued. Indexes as well.
+STREAM_VERSION = 1
+# Of a packed row: a document of fewer tokens than that on average is rare, and cu_seqlens is dense.
+POSITIONS_A_SEQUENCE = 8
+
+
+class Rows(NamedTuple):
+    """Unmasked rows of a batch, and what else a kind says about them."""
+
+    tokens: np.ndarray  # uint16 or uint32 [B, S]: marked tokens, [CLS] and [SEP]; not padded
+    lengths: np.ndarray  # int64 [B]
+    extras: dict[str, np.ndarray]  # further entries of the batch, see SampleStream.batch
+
+
+class Samples:
+    """The samples of a corpus: `num_samples`, numbered along the text."""
+
+    def __init__(
+        self, corpus: Corpus | Mixture, kind: Kind, seq_length: int, cls_id: int, sep_id: int
+    ) -> None:
+        self.kind, self.seq_length = kind, seq_length
+        self._shards = corpus.shards  # the maps must outlive the addresses
+        self._dtype = corpus.shards[0].tokens.dtype
+        self._source = _source(corpus.shards)
+        id_mask = (1 << (8 * self._dtype.itemsize - 1)) - 1
+        self._frame = Frame(cls_id, sep_id, id_mask)
+        self._num_sequences = 1
+        if kind == "windows":
+            self._firsts = _cumulative(-(-self._source.num_tokens // (seq_length - 2)))
+        else:
+            if kind == "packed":
+                self._num_sequences = max(1, seq_length // POSITIONS_A_SEQUENCE)
+            self._index = self._open_index(parts_of(corpus))
+            self._firsts = self._index.first_samples
+        self.num_samples = int(self._firsts[-1])
+        num_shards = np.cumsum([0, *(len(part.shards) for part in parts_of(corpus))])
+        self.part_samples = np.diff(self._firsts[num_shards])  # int64 [parts of a mixture]
+
+    def _open_index(self, parts: list[Corpus]) -> Index:
+        own = {"sentences": "sentences", "packed": "packed"}
+        name = own.get(self.kind, "documents")
+        self._walk = rows.WALKS[name]
+        specials = {"packed": 0, "nsp": 3, "sop": 3}.get(self.kind, 2)
+        walk = Walk(name, self.seq_length - specials, self._num_sequences)
+        found = [open_index(part, walk, STREAM_VERSION) for part in parts]
+        self._marks = [marks for index in found for marks in index.marks]
+        return Index(
+            _cumulative(np.concatenate([index.num_samples for index in found])),
+            _addresses(self._marks),
+            np.empty(0, np.uint32),
+        )
+
+    def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
+        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each run.
+
+        But for windows, from the last 64th sample before to the first one behind.
+        """
+        shard = int(np.searchsorted(self._firsts, first_sample, side="right")) - 1
+        while first_sample < end_sample:
+            base, limit = self._firsts[shard : shard + 2].tolist()
+            begin, end = first_sample - base, min(end_sample, limit) - base
+            if begin < end:
+                yield shard, self._token_at(shard, begin), self._token_at(shard, end, behind=True)
+            first_sample = base + end
+            shard += 1
+
+    def _token_at(self, shard: int, place: int, behind: bool = False) -> int:
+        """The token at which a shard's sample begins, or a known place before or behind that."""
+        num_tokens = int(self._source.num_tokens[shard])
+        if self.kind == "windows":
+            return min(place * (self.seq_length - 2), num_tokens)
+        mark = -(-place // rows.STRIDE) if behind else place // rows.STRIDE
+        if mark * rows.STRIDE >= self._firsts[shard + 1] - self._firsts[shard]:
+            return num_tokens
+        return int(self._marks[shard][3 * mark])
+
+    def rows(self, samples: np.ndarray, epochs: np.ndarray, pair_key: np.uint64) -> Rows:
+        """The rows of `samples` in `epochs`, uint64 [B]; the key decides on A and B."""
+        shape = (len(samples), self.seq_length)
+        tokens = np.empty(shape, self._dtype)
+        lengths = np.empty(len(samples), np.int64)
+        extras: dict[str, Any] = {}
+        to = (self._frame, tokens, lengths)
+        if self.kind == "windows":
+            rows.fill_windows(samples, self._source, self._firsts, *to)
+        elif self.kind in ("nsp", "sop"):
+            extras["token_type_ids"] = np.empty(shape, np.int64)
+            extras["next_sentence_label"] = np.empty(len(samples), np.int64)
+            rows.fill_pairs(
+                samples,
+                epochs,
+                pair_key,
+                self.kind == "sop",
+                self._source,
+                self._index,
+                *to,
+                *extras.values(),
+            )
+        else:
+            cu_seqlens = np.empty((len(samples), self._num_sequences + 1), np.int64)
+            rows.fill_sequences(self._walk, samples, self._source, self._index, *to, cu_seqlens)
+            if self.kind == "packed":
+                extras["cu_seqlens"] = cu_seqlens
+        return Rows(tokens, lengths, extras)
+
+
+def _cumulative(counts: Any) -> np.ndarray:
+    """[0, counts[0], counts[0] + counts[1], ...], int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _addresses(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
+
+
+def _source(shards: list[ShardArrays]) -> Source:
+    def lengths(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.array([len(array) for array in arrays], dtype=np.int64)
+
+    sections = [list(section) for section in zip(*shards, strict=True)]
+    return Source(*map(_addresses, sections), *map(lengths, sections))

@@ -1,0 +1,236 @@
+"""From segments to text: decoding, records, and an account of everything that is not taken.
+
+Guarantees: every line and every record of the input is counted once, as accepted or under one
+reason for which it was dropped, and a bad one is named by its file and its byte or row. With
+on_error "refuse" the first bad one is an error; "skip" drops it alone (a line of text, a record of
+a table) and goes on. Rejected: decoding with errors="replace", which would teach the model U+FFFD.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from clue_ds.data.text.choices import OnError
+from clue_ds.data.text.inputs import MAX_LINE_BYTES, Segment, Source, character_start, read_segments
+from clue_ds.errors import UserError
+
+# Text is handled in blocks of about this size: they stay in a processor's cache.
+BLOCK_BYTES = 1 << 20
+_MAX_LINE_CHARS = MAX_LINE_BYTES // 3
+_MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MAX_EXAMPLES = 20
+# Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
+MAX_SAMPLES = 5
+MAX_UNKNOWN = 2000
+
+
+@dataclass
+class Tally:
+    """What became of the input, and the first few things that were wrong with it.
+
+    lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
+    lines_REASON for each reason of `options.REASONS`;
+    records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
+    documents = num_documents + documents_held_out + documents_emptied + documents_REASON.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    # What each rule dropped or changed, and which text became [UNK].
+    samples: dict[str, list[str]] = field(default_factory=dict)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def reject(self, reason: str, message: str, on_error: OnError) -> None:
+        """Count one rejected line or record; UserError if it is to be refused."""
+        if on_error == "refuse":
+            raise UserError(message)
+        self.counts[reason] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(message.partition(";")[0])
+
+    def wants_sample(self, rule: str) -> bool:
+        return len(self.samples.get(rule, ())) < MAX_SAMPLES
+
+    def sample(self, rule: str, text: str) -> None:
+        """Keep `text` as an example of what `rule` did, if there are not enough yet."""
+        if self.wants_sample(rule) and text not in self.samples.get(rule, ()):
+            self.samples.setdefault(rule, []).append(text)
+
+    def add(self, other: Tally) -> None:
+        self.counts.update(other.counts)
+        self.unknown.update(other.unknown)
+        if len(self.unknown) > 50 * MAX_UNKNOWN:  # rare ones of thousands of shards: 100 bytes each
+            self.unknown = Counter(dict(self.unknown.most_common(MAX_UNKNOWN)))
+        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
+        for rule, texts in other.samples.items():
+            for text in texts:
+                self.sample(rule, text)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; of the unknown the most frequent."""
+        by_number = sorted(self.unknown.items(), key=lambda item: (-item[1], item[0]))
+        return {
+            "counts": dict(self.counts),
+            "examples": self.examples,
+            "samples": self.samples,
+            "unknown": dict(by_number[:MAX_UNKNOWN]),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Tally:
+        counts, unknown = Counter(value["counts"]), Counter(value["unknown"])
+        return cls(counts, value["examples"], value["samples"], unknown)
+
+
+def text_blocks(
+    segment: Segment, text_field: str, on_error: OnError, tally: Tally
+) -> Iterator[str]:
+    """The text of a segment, in blocks of whole lines; blank lines are document boundaries."""
+    if segment.format == "text":
+        assert isinstance(segment.data, bytes)
+        yield from _decoded_blocks(segment, segment.data, on_error, tally)
+        return
+    lines: list[str] = []
+    size = 0
+    for text in _records(segment, text_field, on_error, tally):
+        all_lines = text.split("\n")
+        kept = [line for line in all_lines if line and not line.isspace()]
+        num_blank = len(all_lines) - len(kept)
+        # The boundary that is put behind the record is no line of the input.
+        tally.counts["lines"] += num_blank - 1
+        tally.counts["blank_lines"] += num_blank - 1
+        for line in [*kept, ""]:
+            for begin in range(0, len(line) or 1, _MAX_LINE_CHARS):
+                lines.append(line[begin : begin + _MAX_LINE_CHARS])
+                size += 3 * len(lines[-1])
+                if size >= BLOCK_BYTES:
+                    yield "\n".join(lines) + "\n"
+                    lines, size = [], 0
+    if lines:
+        yield "\n".join(lines) + "\n"
+
+
+def _decoded_blocks(
+    segment: Segment, data: bytes, on_error: OnError, tally: Tally
+) -> Iterator[str]:
+    begin = 0
+    while begin < len(data):
+        end = data.find(b"\n", begin + BLOCK_BYTES) + 1 or len(data)
+        if end - begin > MAX_LINE_BYTES:
+            end = character_start(data, begin + MAX_LINE_BYTES)
+        block = data[begin:end]
+        try:
+            yield block.decode()
+        except UnicodeDecodeError:
+            lines = block.split(b"\n")
+            offset = segment.offset + begin
+            good = [
+                line.decode()
+                for line, at in zip(lines, _line_offsets(lines, offset), strict=True)
+                if _is_utf8(line, at, segment.source, on_error, tally)
+            ]
+            yield "\n".join(good)
+        begin = end
+
+
+def _line_offsets(lines: list[bytes], offset: int) -> Iterator[int]:
+    for line in lines:
+        yield offset
+        offset += len(line) + 1
+
+
+def _is_utf8(line: bytes, offset: int, source: str, on_error: OnError, tally: Tally) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if not offset and line.startswith(_MARKS_OF_UTF16) else "GB18030"
+        message = (
+            f"{source}: byte {offset + error.start} is not UTF-8 ({error.reason}); convert the "
+            f"file (such as by iconv -f {encoding} -t UTF-8), or drop such lines with --on-error "
+            "skip"
+        )
+        tally.reject("lines_not_utf8", message, on_error)
+        tally.counts["lines"] += 1
+        return False
+    return True
+
+
+def _records(segment: Segment, text_field: str, on_error: OnError, tally: Tally) -> Iterator[str]:
+    """The text of each acceptable record."""
+    for where, value in _values(segment, text_field, on_error, tally):
+        if not isinstance(value, str):
+            kind = "missing or null" if value is None else f"{type(value).__name__}, not text"
+            message = (
+                f"{segment.source}: {where}: {text_field!r} is {kind}; choose the field with "
+                "--text-field, or drop such records with --on-error skip"
+            )
+            tally.reject("records_without_text", message, on_error)
+        elif not value or value.isspace():
+            tally.counts["records_without_text"] += 1
+        elif not _encodes(value):
+            message = (
+                f"{segment.source}: {where}: half of a surrogate pair, which no UTF-8 text can "
+                "hold; drop such records with --on-error skip"
+            )
+            tally.reject("records_not_utf8", message, on_error)
+        else:
+            tally.counts["records_accepted"] += 1
+            yield value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _values(
+    segment: Segment, text_field: str, on_error: OnError, tally: Tally
+) -> Iterator[tuple[str, Any]]:
+    """(where, value of the text field) of each record that can be read at all."""
+    if segment.format == "rows":
+        for row, value in enumerate(segment.data, start=segment.offset):
+            tally.counts["records"] += 1
+            yield f"row {row}", value
+        return
+    assert isinstance(segment.data, bytes)
+    next_offset = segment.offset
+    for line in io.BytesIO(segment.data):  # one at a time: a record may be tens of megabytes
+        offset, next_offset = next_offset, next_offset + len(line)
+        if not line.strip():
+            continue
+        tally.counts["records"] += 1
+        where = f"byte {offset}"
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            message = (
+                f"{segment.source}: byte {offset + error.start} is not UTF-8; convert the file"
+            )
+            tally.reject("records_not_utf8", message, on_error)
+            continue
+        except json.JSONDecodeError as error:
+            message = (
+                f"{segment.source}: {where} and after is not a JSON record ({error.msg}); correct "
+                "it, or drop such records with --on-error skip"
+            )
+            tally.reject("records_not_json", message, on_error)
+            continue
+        yield where, record.get(text_field) if isinstance(record, dict) else record
+
+
+def read_lines(sources: list[Source], text_field: str) -> Iterator[str]:
+    """All lines of the sources, blank ones included; UserError for a bad one."""
+    tally = Tally()
+    for source in sources:
+        for segment in read_segments(source, BLOCK_BYTES, BLOCK_BYTES, text_field):
+            for block in text_blocks(segment, text_field, "refuse", tally):
+                yield from block.split("\n")

@@ -1,0 +1,89 @@
+"""Hashing, writing and locking files: the one place that knows how.
+
+Guarantees: readers see a file written by `writing`, `write_text` or `write_json` with its old
+content or its complete new content, and it is on disk when the function returns; the temporary file
+is removed when writing fails. The system drops a lock when its process ends. On file systems
+without locks (Lustre without `-o flock`, some NFS) `lock` grants every request, so callers must
+stay correct when two processes hold it: work may then be done twice, but no data is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+# What flock answers where the file system has no locks.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes, which are read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: str | Path) -> None:
+    """Have the kernel write a file's bytes, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
+    """A file that replaces `path` when the block ends without an error.
+
+    The temporary file is PATH.tmp, so the next attempt overwrites what a killed process left. With
+    `shared`, which is for files that several processes may write at once, its name carries the
+    process' number, and the last one to finish wins.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by UTF-8 text as one step."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, indent: int = 1, sort_keys: bool = False) -> None:
+    """Replace `path` by JSON as one step."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys)
+    write_text(path, text + "\n")
+
+
+def lock(file: IO[Any], wait: bool) -> bool:
+    """Lock an open file for this process alone; False when another process holds the lock.
+
+    With `wait` it blocks until the lock is free. The lock ends when the file is closed.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    return True

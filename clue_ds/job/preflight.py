@@ -1,0 +1,135 @@
+"""Before the first step: are all ranks the same program on the same data, and on speaking terms?
+
+Guarantees: ranks that differ in versions, config or corpus are an error that lists the hosts of
+each value; a first all-reduce on the real devices runs under a deadline of its own; /dev/shm
+has room for NCCL. `clue-ds doctor` runs the same checks without a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clue_ds import dist
+from clue_ds.config import RunConfig, flatten
+from clue_ds.errors import UserError
+from clue_ds.job.watchdog import Watchdog
+
+ALL_REDUCE_SECONDS = 60.0
+PACKAGES = ("clue_ds", "torch", "deepspeed", "numpy")
+# NCCL maps about this much of /dev/shm a rank; with less it ends in "Bus error".
+SHM_BYTES_PER_RANK = 64 << 20
+SHM = Path("/dev/shm")
+
+
+def report(
+    config: RunConfig | None, corpus_fingerprint: str, device: torch.device
+) -> dict[str, Any]:
+    """What this rank is and has."""
+    values = "" if config is None else json.dumps(config.model_dump(), sort_keys=True)
+    cuda = device.type == "cuda"
+    return {
+        "host": socket.gethostname(),
+        "rank": dist.rank(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "same": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+            "cuda": str(torch.version.cuda),
+            "config": hashlib.sha256(values.encode()).hexdigest()[:16],
+            "corpus": corpus_fingerprint[:16],
+        },
+        "shm_bytes": shutil.disk_usage(SHM).free if SHM.is_dir() else 0,
+    }
+
+
+def differences(reports: list[dict[str, Any]]) -> list[str]:
+    """One line for each thing in which ranks differ, with the hosts of each value.
+
+    Ranks are named too where those of one host differ.
+    """
+    lines = []
+    for key in sorted({key for one in reports for key in one["same"]}):
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for one in reports:
+            groups[str(one["same"].get(key))].append(one)
+        if len(groups) > 1:
+            homes = Counter(name for ones in groups.values() for name in {o["host"] for o in ones})
+            values = (f"{v} on {_some(_names(ones, homes))}" for v, ones in sorted(groups.items()))
+            lines.append(f"{key}: {'; '.join(values)}")
+    return lines
+
+
+def _names(ones: list[dict[str, Any]], homes: Counter[str]) -> list[str]:
+    """Hosts, each once; with the rank where a host is also among the others."""
+    names = (
+        f"{one['host']} (rank {one['rank']})" if homes[one["host"]] > 1 else one["host"]
+        for one in ones
+    )
+    return list(dict.fromkeys(names))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def little_shm(reports: list[dict[str, Any]]) -> list[str]:
+    """Hosts whose /dev/shm is too small for their ranks on GPUs."""
+    by_host: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for one in reports:
+        if one["device"] != "cpu":
+            by_host[one["host"]].append(one)
+    return [
+        f"{host}: {ranks[0]['shm_bytes'] >> 20} MiB free for {len(ranks)} ranks"
+        for host, ranks in by_host.items()
+        if len(ranks) > 1 and ranks[0]["shm_bytes"] < SHM_BYTES_PER_RANK * len(ranks)
+    ]
+
+
+def check(
+    watch: Watchdog, config: RunConfig | None, corpus_fingerprint: str, device: torch.device
+) -> str:
+    """Compare all ranks; returns the line that says what they are. UserError when they differ."""
+    with watch.section("the pre-flight all-reduce", ALL_REDUCE_SECONDS):
+        (total,) = dist.all_reduce([1.0])
+        reports = dist.all_gather(report(config, corpus_fingerprint, device))
+    assert total == dist.world_size()
+    if lines := differences(reports):
+        if any(line.startswith("config:") for line in lines):
+            lines += differences(dist.all_gather(_settings(config)))  # which of them
+        raise UserError(
+            f"ranks are not the same program on the same data: {'; '.join(lines)}. Install the "
+            "same environment on every host and give all of them the same files"
+        )
+    if lines := little_shm(reports):
+        raise UserError(
+            f"/dev/shm is too small for NCCL ({'; '.join(lines)}); containers get more with "
+            "--shm-size=1g, or set NCCL_SHM_DISABLE=1"
+        )
+    return describe(reports)
+
+
+def _settings(config: RunConfig | None) -> dict[str, Any]:
+    """Every setting by its full name, to be compared like a report."""
+    values = {} if config is None else dict(flatten(config.model_dump()))
+    return {"host": socket.gethostname(), "rank": dist.rank(), "same": values}
+
+
+def describe(reports: list[dict[str, Any]]) -> str:
+    """`4 ranks on 2 hosts (n1, n2): NVIDIA H100 80GB HBM3`."""
+    hosts = list(dict.fromkeys(one["host"] for one in reports))
+    devices = list(dict.fromkeys(one["device"] for one in reports))
+    ranks = f"{len(reports)} rank{'s' if len(reports) > 1 else ''}"
+    where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
+    return f"{ranks} on {where} ({_some(hosts)}): {', '.join(devices)}; {os.cpu_count()} cores"

@@ -1,0 +1,178 @@
+"""Saving a run and loading it again: DeepSpeed's checkpoint inside one of ours.
+
+Guarantees: a checkpoint that exists is complete (checkpoint/manifest.py); saving either publishes a
+new one or leaves the earlier ones as they were; resuming at the same world size continues bit for
+bit, dropout included. Our own files are JSON, YAML and safetensors.
+
+Rejected: DeepSpeed's `latest` (written before the last barrier, and not atomically).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from clue_ds import config as run_config
+from clue_ds import dist
+from clue_ds.checkpoint import manifest as manifests
+from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
+from clue_ds.data.stream.samples import STREAM_VERSION
+from clue_ds.errors import UserError
+from clue_ds.pretrain.engine import Engine
+from clue_ds.pretrain.resume import Source
+
+VERSIONS_OF = ("clue_ds", "torch", "deepspeed", "numpy")
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def save(engine: Engine, source: Source, step: int) -> Path:
+    """Publish the state after `step` updates and delete the oldest; every rank must call it."""
+    folder = Path(source.config.run_dir) / manifests.FOLDER
+    final = folder / manifests.name(step)
+    staging = final.with_name(final.name + ".tmp")
+    dist.agree(_prepare(staging, engine) if dist.rank() == 0 else None)
+    with _clear_write_errors(staging):
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine.deepspeed.save_checkpoint(str(staging), tag=TAG, save_latest=False)
+        safetensors.torch.save_file(_random_state(), staging / _random_file(dist.rank()))
+        if dist.rank() == 0:
+            run_config.save(source.config, staging / "config.yaml")
+            shutil.copyfile(source.vocab_file, staging / "vocab.txt")
+            tokenizer = json.dumps({"do_lower_case": source.lower_case})
+            (staging / "tokenizer_config.json").write_text(tokenizer + "\n", encoding="utf-8")
+            safetensors.torch.save_file(engine.frozen, staging / FROZEN)
+    dist.barrier()
+    error = None
+    if dist.rank() == 0:
+        error = _missing_shards(staging, engine)
+        with _clear_write_errors(staging):
+            if error is None:
+                manifests.publish(staging, final, _describe(engine, source, step))
+                manifests.delete_old(folder, source.config.checkpoint.keep)
+    dist.agree(error)
+    return final
+
+
+def _prepare(staging: Path, engine: Engine) -> str | None:
+    """Make an empty staging directory; what is wrong when there is no room for a checkpoint."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return no_room_for(engine, staging)
+
+
+def no_room_for(engine: Engine, directory: Path) -> str | None:
+    """None, or the message that a checkpoint of `engine` doesn't fit on `directory`'s disk."""
+    # Weights, fp32 masters and two moments; the rest is small.
+    return no_room(directory, num_bytes=16 * engine.num_parameters + (16 << 20))
+
+
+def no_room(directory: Path, num_bytes: int) -> str | None:
+    """None, or the message that `directory`'s disk has less than `num_bytes` free."""
+    free = shutil.disk_usage(directory).free
+    if free >= num_bytes:
+        return None
+    return (
+        f"the disk of {directory} has {free / 2**30:.2f} GiB free, but a checkpoint needs about "
+        f"{num_bytes / 2**30:.2f} GiB; the earlier checkpoints are untouched. Free some space (or "
+        "lower checkpoint.keep) and start the same command again: it resumes"
+    )
+
+
+@contextlib.contextmanager
+def _clear_write_errors(staging: Path) -> Iterator[None]:
+    """A failing disk is the user's to mend: one message, and the half-written files go."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # torch's zip writer reports a failed write as a RuntimeError that names itself.
+        if isinstance(error, RuntimeError) and not _failed_write(error):
+            raise
+        if dist.rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"can't write the checkpoint {staging}: {str(error).splitlines()[0]}; the earlier "
+            "checkpoints are untouched. Make room on that disk (or move run_dir) and start the "
+            "same command again: it resumes"
+        ) from error
+
+
+def _failed_write(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "write"))
+
+
+def _missing_shards(staging: Path, engine: Engine) -> str | None:
+    """Each rank writes a shard; rank 0 must see them all."""
+    expected = dist.world_size() if engine.stage else 0
+    found = len(list((staging / TAG).glob("*_optim_states.pt")))
+    if found == expected:
+        return None
+    return (
+        f"{staging} holds the shards of {found} ranks instead of {expected}: run_dir must be on a "
+        "disk that all machines of the run share"
+    )
+
+
+def _describe(engine: Engine, source: Source, step: int) -> Manifest:
+    return Manifest(
+        format=manifests.FORMAT,
+        step=step,
+        samples=step * source.config.train.global_batch_size,
+        world_size=dist.world_size(),
+        zero_stage=engine.stage,
+        offload=engine.offload,
+        precision=engine.precision,
+        config=source.config.model_dump(),
+        model=dataclasses.asdict(source.model),
+        vocab_sha256=source.vocab_sha256,
+        corpus_fingerprint=source.corpus_fingerprint,
+        group_names=engine.group_names,
+        versions={package: importlib.metadata.version(package) for package in VERSIONS_OF},
+        files={},
+        stream_version=STREAM_VERSION,
+    )
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Start this rank's generators: other draws on every rank, and after every resume."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.rank())
+
+
+def _random_file(rank: int) -> str:
+    return f"rng-rank{rank:05d}.safetensors"
+
+
+def _random_state() -> dict[str, Tensor]:
+    """State of the generators that dropout draws from on this rank."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+# -------------------------------------------------------------------------------------- resuming
+
+
+def load(engine: Engine, choice: Choice) -> None:
+    """Put a chosen checkpoint's weights, moments and generator states into a fresh engine."""
+    engine.load(choice.directory, TAG)
+    engine.frozen = safetensors.torch.load_file(choice.directory / FROZEN)
+    if choice.manifest.world_size != dist.world_size():
+        # Stage 0 on another number of ranks: new, but reproducible, draws.
+        seed_dropout(int(choice.manifest.config["seed"]), choice.manifest.step)
+        return
+    states = safetensors.torch.load_file(choice.directory / _random_file(dist.rank()))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

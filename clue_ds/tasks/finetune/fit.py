@@ -1,0 +1,138 @@
+"""Fine-tune an encoder to classify texts, and measure it on held-out ones.
+
+What is saved loads as transformers' BertForSequenceClassification, and holds the epoch that was
+best on the held-out examples. The loop is loop.py's; the verb's directories are run.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from clue_ds import dist
+from clue_ds.data import Tokenizer
+from clue_ds.errors import UserError
+from clue_ds.export import Source, huggingface
+from clue_ds.export.sources import opened
+from clue_ds.job import watchdog
+from clue_ds.model.weights import load_into
+from clue_ds.tasks import features
+from clue_ds.tasks.features import Text
+from clue_ds.tasks.finetune import loop
+from clue_ds.tasks.finetune.loop import Encoded, OnEpoch, OnStep, Outcome, Recipe
+from clue_ds.tasks.heads import BertForSequenceClassification
+
+LabelledText = tuple[Text, str]
+DEFAULT_RECIPE = Recipe()
+
+
+class FinetuneResult(NamedTuple):
+    """How well the held-out examples were classified by the best epoch."""
+
+    accuracy: float
+    predictions: list[str]  # a label for each of `dev`, in its order
+    labels: list[str]
+    losses: list[float]  # training loss of each step
+
+
+def fit(
+    model: str | Path,
+    train: Sequence[LabelledText],
+    dev: Sequence[LabelledText],
+    output: str | Path | None = None,
+    recipe: Recipe = DEFAULT_RECIPE,
+    *,
+    from_scratch: bool = False,
+    task: str | None = None,
+    force: bool = False,
+    on_step: OnStep | None = None,
+) -> FinetuneResult:
+    """Train on (text or pair of texts, label) examples and classify `dev`.
+
+    `model`: a run directory, a checkpoint, a model directory or zip, or a name on the hub;
+    `from_scratch` takes its shape and vocabulary only and starts from random weights, for
+    comparison. `output`: where the fine-tuned model goes, with `task` as its name (`force` replaces
+    one that is there). `on_step` hears (step, number of steps, loss). UserError: no examples, a
+    single label, a label in `dev` that `train` lacks, bad directories.
+    """
+    labels = _labels(train, dev)
+    with opened(model) as source:
+        outcome = fit_source(
+            source,
+            train,
+            dev,
+            labels,
+            recipe,
+            name=model,
+            output=output,
+            task=task,
+            from_scratch=from_scratch,
+            force=force,
+            on_step=on_step,
+        )
+    predictions = [labels[i] for i in outcome.predictions]
+    return FinetuneResult(outcome.best["accuracy"], predictions, labels, outcome.losses)
+
+
+def fit_source(
+    source: Source,
+    train: Sequence[LabelledText],
+    dev: Sequence[LabelledText],
+    labels: Sequence[str],
+    recipe: Recipe,
+    *,
+    name: str | Path,
+    output: str | Path | None = None,
+    task: str | None = None,
+    from_scratch: bool = False,
+    force: bool = False,
+    state_file: Path | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Outcome:
+    """Train an opened model, called `name` in messages; `labels` in the order of their ids."""
+    config = source.config
+    huggingface.read_tokens(source.vocab_file, config.vocab_size)
+    tokenizer = Tokenizer(source.vocab_file, source.lower_case)
+    network = BertForSequenceClassification(config, len(labels), recipe.seed)
+    if not from_scratch:
+        state = {n: t for n, t in source.state_dict.items() if not n.startswith("classifier.")}
+        load_into(network, config, state, name)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    max_length = min(recipe.max_length, config.max_position_embeddings)
+    ids = {label: i for i, label in enumerate(labels)}
+    encoded, held_out = (
+        Encoded(
+            features.encode_all(tokenizer, [text for text, _ in examples], max_length),
+            torch.tensor([ids[label] for _, label in examples]),
+        )
+        for examples in (train, dev)
+    )
+    outcome = loop.train(
+        network, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
+    )
+    with watchdog.current().section("save"):
+        if output is not None and dist.rank() == 0:
+            weights, vocab_file = network.state_dict(), source.vocab_file
+            lower_case = source.lower_case
+            huggingface.write(
+                config, weights, vocab_file, output, lower_case, force, list(labels), task
+            )
+        dist.barrier()
+    return outcome
+
+
+def _labels(train: Sequence[LabelledText], dev: Sequence[LabelledText]) -> list[str]:
+    """The classes, sorted; they are what the examples to train on say."""
+    if not train or not dev:
+        raise UserError("there are no examples to train on, or none to measure with; give both")
+    labels = sorted({label for _, label in train})
+    if len(labels) < 2:
+        raise UserError(f"every example to train on has the label {labels[0]!r}; give two or more")
+    unknown = sorted({label for _, label in dev} - set(labels))
+    if unknown:
+        raise UserError(f"labels {unknown} are in dev but not in train ({labels})")
+    return labels

@@ -1,0 +1,325 @@
+"""The loop of fine-tuning: epochs over examples, the best one on dev kept, stopped when it is over.
+
+Guarantees: everything follows from the recipe's seed, without touching torch's global generator;
+a run that was killed continues bit for bit from `state_file` (dropout is a function of seed and
+step, so there is no generator to restore); one that is asked to stop saves its state;
+padding only to the longest text of a batch; no weight decay on LayerNorm and biases; on several
+ranks the update is that of one rank.
+
+Rejected: keeping every epoch's weights on disk (only the best are ever wanted).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clue_ds import dist
+from clue_ds.errors import UserError
+from clue_ds.job import watchdog
+from clue_ds.pretrain import optim, schedule
+from clue_ds.tasks import features
+from clue_ds.tasks.features import Features
+from clue_ds.tasks.finetune import measures
+from clue_ds.tasks.heads import BertForSequenceClassification
+
+OnStep = Callable[[int, int, float], None]
+OnEpoch = Callable[[dict[str, Any]], None]
+
+# Texts are shuffled, then sorted by length within runs of this many batches.
+BATCHES_PER_BUCKET = 16
+EVALUATION_BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights move. The defaults suit a few thousand short texts."""
+
+    epochs: int = 3
+    batch_size: int = 32  # examples a step, all ranks together
+    lr: float = 5e-5  # peak of a linear warm-up and decay
+    warmup_ratio: float = 0.1  # share of the steps
+    weight_decay: float = 0.01
+    gradient_clipping: float = 1.0
+    max_length: int = 128  # tokens; never more than the model's positions
+    seed: int = 42  # of the head, the order and dropout
+    patience: int = 0  # epochs without a better dev accuracy before it stops; 0: never
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass; weights are fp32
+    save_every: int = 500  # steps between states to resume from, beside the end of each epoch
+
+
+class Encoded(NamedTuple):
+    """Examples as the model reads them, with their classes [texts]."""
+
+    texts: Sequence[Features]
+    targets: Tensor
+
+
+class Stopped(Exception):
+    """Somebody asked the job to stop; the state is saved, and the same request continues."""
+
+
+class Outcome(NamedTuple):
+    """What training left: the network holds the best epoch's weights."""
+
+    epochs: list[dict[str, Any]]  # one line an epoch, see `_line`
+    best: dict[str, Any]
+    predictions: list[int]  # of dev, by the best epoch
+    losses: list[float]  # of each step
+
+
+@dataclass
+class Progress:
+    """All that changes while it trains, beside weights and moments."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_predictions: list[int] = field(default_factory=list)
+
+
+def train(
+    network: BertForSequenceClassification,
+    examples: Encoded,
+    dev: Encoded,
+    pad_id: int,
+    recipe: Recipe,
+    state_file: Path | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Outcome:
+    """Train in place and leave the weights of the epoch that was best on `dev`.
+
+    `state_file`: where the state to resume from lies; taken up when it is there, gone at the end.
+    Without it a request to stop is not heard.
+    `on_step` hears (step, number of steps, loss), `on_epoch` each epoch's line.
+    """
+    plan = [_epoch(examples.texts, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
+    ends = np.cumsum([len(batches) for batches in plan]).tolist()
+    steps = [rows for batches in plan for rows in batches]
+    updater = _updater(network, recipe, len(steps))
+    progress, watch = Progress(), watchdog.current()
+    if state_file is not None and state_file.exists():
+        progress = _resume(state_file, updater)
+    for step in range(progress.step, len(steps)):
+        if _is_over(progress.epochs, recipe):
+            break
+        network.train()
+        loss = _step(updater, examples, steps[step], pad_id, recipe, step, len(steps))
+        _check_finite(loss, step)
+        progress.losses.append(loss)
+        progress.step = step + 1
+        stops = watch.step(step + 1) and state_file is not None and step + 1 < len(steps)
+        if on_step is not None:
+            on_step(step + 1, len(steps), loss)
+        if step + 1 in ends:
+            epoch = ends.index(step + 1)
+            with watch.section("evaluate"):
+                _measure(network, dev, pad_id, progress, epoch, len(plan[epoch]))
+            if on_epoch is not None:
+                on_epoch(progress.epochs[-1])
+        saves = stops or step + 1 in ends or (step + 1) % recipe.save_every == 0
+        if state_file is not None and saves:
+            with watch.section("save"):
+                _save(state_file, updater, progress)
+        if stops:
+            raise Stopped(f"stopped on request after step {step + 1} of {len(steps)}")
+    network.load_state_dict(progress.best_weights)
+    best = _best(progress.epochs)
+    return Outcome(progress.epochs, best, progress.best_predictions, progress.losses)
+
+
+def _best(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the epochs with the highest dev accuracy."""
+    return max(epochs, key=lambda line: line["accuracy"])
+
+
+def _is_over(epochs: list[dict[str, Any]], recipe: Recipe) -> bool:
+    if not recipe.patience or not epochs:
+        return False
+    return epochs[-1]["epoch"] - _best(epochs)["epoch"] >= recipe.patience
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step + 1}: training diverged; take a smaller learning "
+            "rate, or another seed"
+        )
+
+
+def _measure(
+    network: BertForSequenceClassification,
+    dev: Encoded,
+    pad_id: int,
+    progress: Progress,
+    epoch: int,
+    num_steps: int,
+) -> None:
+    """Add the epoch's line; keep its weights when they are the best so far."""
+    predictions = classify(network, dev.texts, pad_id)
+    scores = measures.scores(dev.targets.tolist(), predictions, network.classifier.out_features)
+    loss = float(np.mean(progress.losses[-num_steps:]))
+    progress.epochs.append({"epoch": epoch + 1, "step": progress.step, "loss": loss, **scores})
+    if _best(progress.epochs) is progress.epochs[-1]:
+        progress.best_weights = copy.deepcopy(network.state_dict())
+        progress.best_predictions = predictions
+
+
+# ------------------------------------------------------------------------------------- one step
+
+
+class LocalUpdater:
+    """One process: torch's AdamW on fp32 weights."""
+
+    def __init__(self, network: BertForSequenceClassification, recipe: Recipe) -> None:
+        self.network, self.recipe = network, recipe
+        self.optimizer = _optimizer(network, recipe.weight_decay)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.network(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        clipping = self.recipe.gradient_clipping
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _updater(network: BertForSequenceClassification, recipe: Recipe, num_steps: int) -> Any:
+    """LocalUpdater, or on several ranks DeepSpeed's engine with the same methods."""
+    if dist.world_size() == 1:
+        return LocalUpdater(network, recipe)
+    from clue_ds.tasks.finetune.updater import RanksUpdater
+
+    decay, clipping = recipe.weight_decay, recipe.gradient_clipping
+    return RanksUpdater(network, recipe.batch_size, decay, clipping, num_steps)
+
+
+def _step(
+    updater: Any,
+    examples: Encoded,
+    rows: list[int],
+    pad_id: int,
+    recipe: Recipe,
+    step: int,
+    num_steps: int,
+) -> float:
+    """One update from the examples `rows`; returns their mean loss, over all ranks."""
+    network = updater.network
+    device = next(network.parameters()).device
+    rank, num_ranks = dist.rank(), dist.world_size()
+    mine = rows[rank::num_ranks] or rows[:1]  # a short last batch may leave a rank without
+    # The engine takes the mean over ranks, which here hold unequal parts of the batch.
+    weight = len(rows[rank::num_ranks]) * num_ranks / len(rows)
+    inputs = features.collate([examples.texts[i] for i in mine], pad_id)
+    with _dropout(recipe.seed, step, device), _precision(recipe, device):
+        logits = updater.forward(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    loss = F.cross_entropy(logits.float(), examples.targets[mine].to(device)) * weight
+    updater.backward(loss)
+    warmup_steps = int(recipe.warmup_ratio * num_steps)
+    scale = schedule.lr_scale(step, steps=num_steps, warmup_steps=warmup_steps, schedule="linear")
+    updater.step(recipe.lr * scale)
+    return dist.all_reduce([loss.item()])[0] / num_ranks
+
+
+@contextlib.contextmanager
+def _dropout(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Draws of this step and rank; the global generator is as before afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.rank())
+        yield
+
+
+def _precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
+def _epoch(encoded: Sequence[Features], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of indices: every example once, texts of like length together, all shuffled."""
+    draws = np.random.default_rng((seed, epoch))
+    order = draws.permutation(len(encoded))
+    bucket = batch_size * BATCHES_PER_BUCKET
+    batches = []
+    for start in range(0, len(order), bucket):
+        rows = sorted(
+            order[start : start + bucket].tolist(), key=lambda i: len(encoded[i].input_ids)
+        )
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in draws.permutation(len(batches))]
+
+
+def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    parameters = dict(network.named_parameters())
+    groups = [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(optim.group_names(network), (weight_decay, 0.0), strict=True)
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+def _save(path: Path, updater: Any, progress: Progress) -> None:
+    """Replace the state at once; a kill leaves the old one or the new one."""
+    if dist.rank() == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        state = {
+            "network": updater.network.state_dict(),
+            "optimizer": updater.optimizer.state_dict(),
+            "progress": vars(progress),
+        }
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    dist.barrier()
+
+
+def _resume(path: Path, updater: Any) -> Progress:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    updater.network.load_state_dict(state["network"])
+    updater.optimizer.load_state_dict(state["optimizer"])
+    return Progress(**state["progress"])
+
+
+# ---------------------------------------------------------------------------------- classifying
+
+
+@torch.inference_mode()
+def classify(
+    network: BertForSequenceClassification, encoded: Sequence[Features], pad_id: int
+) -> list[int]:
+    """The likeliest class of every text, in order; ranks share the work and all know the result."""
+    network.eval()
+    watch = watchdog.current()
+    device = next(network.parameters()).device
+    rank, num_ranks = dist.rank(), dist.world_size()
+    mine = [0] * len(encoded[rank::num_ranks])
+    for rows in features.batches_by_length(encoded[rank::num_ranks], EVALUATION_BATCH_SIZE):
+        texts = [encoded[rank + i * num_ranks] for i in rows]
+        inputs = features.collate(texts, pad_id)
+        logits = network(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        for row, choice in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            mine[row] = choice
+        watch.mark()
+    result = [0] * len(encoded)
+    for number, part in enumerate(dist.all_gather(mine)):
+        result[number::num_ranks] = part
+    return result

@@ -1,0 +1,278 @@
+"""`clue-ds score` and `clue-ds report`: what runs achieved, beside what was published.
+
+Guarantees: only finished runs count; seeds of the same settings make one row, with their mean and
+deviation; data that is not CLUE's whole split is marked, since its score can't be compared.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from clue_ds.errors import UserError
+from clue_ds.tasks import registry
+from clue_ds.tasks.finetune import run
+from clue_ds.tasks.registry import Split
+
+# Accuracy on the test sets, from the tables of CLUE and CLUEPretrainedModels.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "BERT-base": {"afqmc": 73.70, "tnews": 56.58, "iflytek": 60.29, "cmnli": 79.69},
+    "ALBERT-tiny": {"afqmc": 69.92, "tnews": 53.35, "iflytek": 48.71, "cmnli": 70.61},
+    "RoBERTa-tiny-clue": {"afqmc": 69.52, "tnews": 54.57, "iflytek": 57.31, "cmnli": 73.10},
+    "RoBERTa-wwm-large": {"afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20},
+    "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
+}
+COLUMNS = ["task", "model", "settings", "seeds", "accuracy", "macro F1", "majority", "data"]
+
+
+class Group(NamedTuple):
+    """Finished runs that differ in nothing but the seed."""
+
+    task: str
+    model: str
+    settings: str
+    results: list[dict[str, Any]]
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.mean(result["best"]["accuracy"] for result in self.results)
+
+    def mean(self, key: str) -> str:
+        values = [100 * result["best"][key] for result in self.results]
+        if len(values) == 1:
+            return f"{values[0]:.2f}"
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def score(
+    places: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    markdown: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Table of fine-tuning runs over tasks and seeds, beside the published scores.
+
+    Args:
+        places: outputs of `clue-ds finetune`, or single runs in them.
+        markdown: also write the tables here, as Markdown.
+        html: also write a page here that needs nothing beside it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    groups = collect(places)
+    # Without a terminal rich would fold the hashes at 80 columns.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    for title, columns, rows in tables(groups):
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if markdown is not None:
+        markdown.write_text(as_markdown(groups), encoding="utf-8")
+        print(f"wrote {markdown}")
+    if html is not None:
+        html.write_text(as_html(groups), encoding="utf-8")
+        print(f"wrote {html}")
+
+
+def report(place: tyro.conf.Positional[Path], output: Path | None = None) -> None:
+    """One page about runs: curves, confusion matrix, F1 of every class, data and settings.
+
+    Args:
+        place: a run, or an output of `clue-ds finetune`.
+        output: where the page goes; default PLACE/report.html. It needs nothing beside it.
+    """
+    target = output if output is not None else place / "report.html"
+    target.write_text(as_html(collect((place,)), details=True), encoding="utf-8")
+    print(f"wrote {target}")
+
+
+def collect(places: tuple[Path, ...]) -> list[Group]:
+    """The finished runs in `places`, seeds together, CLUE's tasks in CLUE's order."""
+    paths = {path.resolve() for place in places for path in place.glob(f"**/{run.RESULT}")}
+    if not paths:
+        given = ", ".join(map(str, places)) or "nothing"
+        raise UserError(f"{given} holds no finished run ({run.RESULT}); see clue-ds finetune")
+    groups: dict[str, Group] = {}
+    for path in sorted(paths):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        same = {k: result[k] for k in ("task", "model", "from_scratch", "limit", "data")}
+        key = json.dumps({**same, **result["recipe"], "seed": None})
+        if key not in groups:
+            groups[key] = Group(result["task"], _model(result), _settings(result), [])
+        groups[key].results.append(result)
+    order = {name: i for i, name in enumerate(registry.TASKS)}
+    return sorted(groups.values(), key=lambda g: (order.get(g.task, len(order)), g.model))
+
+
+def _model(result: dict[str, Any]) -> str:
+    return f"{result['model']}{', from random weights' if result['from_scratch'] else ''}"
+
+
+def _settings(result: dict[str, Any]) -> str:
+    recipe = result["recipe"]
+    return (
+        f"lr {recipe['lr']:g}, epochs {recipe['epochs']}, batch {recipe['batch_size']}, "
+        f"length {recipe['max_length']}"
+    )
+
+
+def _data(result: dict[str, Any]) -> str:
+    """How much of CLUE's data the score is made of: "whole", or both splits' counts."""
+    task = registry.TASKS.get(result["task"])
+    counts: dict[Split, int] = {
+        "train": result["num_trained_on"],
+        "dev": result["data"]["dev"]["num_examples"],
+    }
+    parts = []
+    for split, count in counts.items():
+        published = task.num_published.get(split) if task else None
+        whole = count + (result["data"][split]["num_skipped"] if split == "dev" else 0)
+        if published is None:
+            parts.append(f"{split} {count:,}")
+        elif whole < published:
+            parts.append(f"{split} {count:,} of {published:,}")
+    return ", ".join(parts) or "whole"
+
+
+def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, column names, rows) of everything that is shown."""
+    scores = []
+    for group in groups:
+        first = group.results[0]
+        guess = 100 * first["majority"]["accuracy"]
+        scores.append(
+            [
+                group.task,
+                group.model,
+                group.settings,
+                str(len(group.results)),
+                group.mean("accuracy"),
+                group.mean("f1"),
+                f"{guess:.2f}",
+                _data(first),
+            ]
+        )
+    files = {}
+    for group in groups:
+        for split, about in group.results[0]["data"].items():
+            counts = f"{about['num_examples']:,}", f"{about['num_skipped']:,}"
+            row = [group.task, split, about["file"], *counts, about["sha256"]]
+            files[group.task, split, about["sha256"]] = row
+        for version, digest in group.results[0]["test_versions"].items():
+            files[group.task, version, digest] = [group.task, f"test {version}", "", "", "", digest]
+    columns = ["task", "split", "file", "examples", "without label", "SHA-256"]
+    return [
+        ("dev, mean ± deviation over seeds (%)", COLUMNS, scores),
+        ("accuracy (%) beside the published; * not on all of CLUE's data", *_beside(groups)),
+        ("data", columns, list(files.values())),
+    ]
+
+
+def _beside(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows): a column a task; our models on dev, then the published on test."""
+    published = list(next(iter(PUBLISHED.values())))
+    tasks = list(dict.fromkeys([*published, *(group.task for group in groups)]))
+    best: dict[str, dict[str, Group]] = {}
+    for group in groups:  # of several settings, the best
+        row = best.setdefault(group.model, {})
+        if group.task not in row or group.accuracy > row[group.task].accuracy:
+            row[group.task] = group
+    rows = []
+    for model, row in best.items():
+        cells = []
+        for task in tasks:
+            mark = "*" if task in row and _data(row[task].results[0]) != "whole" else ""
+            cells.append(row[task].mean("accuracy") + mark if task in row else "")
+        rows.append([model, "dev", *cells])
+    for model, scores in PUBLISHED.items():
+        cells = [f"{scores[task]:.2f}" if task in scores else "" for task in tasks]
+        rows.append([model, "test", *cells])
+    return ["model", "on", *tasks], rows
+
+
+def as_markdown(groups: list[Group]) -> str:
+    """The tables as Markdown."""
+    parts = []
+    for title, columns, rows in tables(groups):
+        lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
+color:#222}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
+th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+th{background:#f5f5f5}td{font-variant-numeric:tabular-nums}code{font-size:.8em}
+img{max-width:100%}h2{margin-top:2rem}"""
+
+
+def as_html(groups: list[Group], details: bool = False) -> str:
+    """The tables as a page of its own; `details`: with the pictures of every run."""
+    body = [f"<h2>{html.escape(title)}</h2>" + _table(c, r) for title, c, r in tables(groups)]
+    if details:
+        body += [_details(result) for group in groups for result in group.results]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fine-tuning</title>'
+        f"<style>{STYLE}</style></head><body><h1>Fine-tuning</h1>{''.join(body)}</body></html>\n"
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    lines = ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _cell(text: str) -> str:
+    """Hashes narrow; paths may be broken after a slash."""
+    escaped = html.escape(text)
+    return f"<code>{escaped}</code>" if len(text) == 64 else escaped.replace("/", "/<wbr>")
+
+
+def _details(result: dict[str, Any]) -> str:
+    recipe, best = result["recipe"], result["best"]
+    names = result["label_names"]
+    title = f"{result['task']}, seed {recipe['seed']}: {_model(result)}"
+    truth = [sum(row) for row in result["confusion"]]
+    classes = [
+        [label, names.get(label, ""), f"{count:,}", f"{100 * f1:.1f}"]
+        for label, count, f1 in zip(result["labels"], truth, result["f1_of_classes"], strict=True)
+    ]
+    settings = [[key, str(value)] for key, value in recipe.items()]
+    settings += [[key, value] for key, value in result["versions"].items()]
+    return (
+        f"<h2>{html.escape(title)}</h2><p>Best in epoch {best['epoch']} of "
+        f"{len(result['epochs'])}, {result['seconds']:,.0f} s on {result['num_ranks']} "
+        f"rank(s).</p>{_pictures(result)}"
+        f"{_table(['class', 'meaning', 'dev examples', 'F1 (%)'], classes)}"
+        f"{_table(['setting', 'value'], settings)}"
+    )
+
+
+def _pictures(result: dict[str, Any]) -> str:
+    try:
+        from clue_ds.tasks.finetune import plots
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the report's pictures need {error.name}: pip install 'clue_ds[plots]'"
+        ) from None
+    parts = []
+    for draw, name in ((plots.curves, "curves"), (plots.confusion, "confusion matrix")):
+        stream = io.BytesIO()
+        draw(result, stream)
+        data = base64.b64encode(stream.getvalue()).decode()
+        parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>')
+    return "".join(parts)

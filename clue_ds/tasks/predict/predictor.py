@@ -1,0 +1,242 @@
+"""A trained model at work: fill masks, embed and compare texts, predict classes.
+
+Guarantees: the tokenizer is the one the corpus was made with; results come in the order of the
+texts however they were batched; a text that was cut to the model's length is reported.
+
+`predict` and `embed` warn of cut texts. Who wants to know which (the verb, the server) takes the
+two steps apart: `encode` says it of every text, `classify` and `pool` do the rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clue_ds.data import Tokenizer
+from clue_ds.errors import UserError
+from clue_ds.export import Source, huggingface, open_model
+from clue_ds.job import watchdog
+from clue_ds.model import BertForPreTraining
+from clue_ds.model.weights import PREDICTION_BIAS, load_into, read_config_json
+from clue_ds.tasks import features, registry
+from clue_ds.tasks.heads import BertForSequenceClassification
+from clue_ds.tasks.registry import Task
+
+MASK = "[MASK]"
+
+
+class Prediction(NamedTuple):
+    """The likeliest class and the probability of every class."""
+
+    label: str
+    probabilities: dict[str, float]
+    truncated: bool = False  # the model did not read the whole text
+
+
+class Predictor:
+    """A model from a run directory, a checkpoint or a Hugging Face directory, ready to answer.
+
+    `task`: what it answers: a name of `registry.TASKS`, a YAML file, or what the directory was
+    fine-tuned for, which is the default. `max_length`: tokens that are read of a text; default as
+    many as the task is trained with, and without a task all that the model can. It works on the GPU
+    when there is one. UserError: not a model directory, no vocabulary, another task.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        task: str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.batch_size = batch_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = open_model(directory)
+        self.config = source.config
+        # Its lines must be the model's words, or every id would mean another token.
+        huggingface.read_tokens(source.vocab_file, source.config.vocab_size)
+        self.tokenizer = Tokenizer(source.vocab_file, source.lower_case)
+        self.task: Task | None = None
+        self.labels: list[str] = []
+        self.classifier: BertForSequenceClassification | None = None
+        self.pretrained: BertForPreTraining | None = None
+        self.can_fill_mask = False
+        if huggingface.CLASSIFIER_WEIGHT in source.state_dict:
+            self._open_classifier(source, task)
+        elif task is not None:
+            raise UserError(f"{directory} is not fine-tuned, so not for {task!r} either")
+        else:
+            self._open_pretrained(source)
+        self.max_length = self._max_length(max_length)
+
+    def _max_length(self, wanted: int | None) -> int:
+        positions = self.config.max_position_embeddings
+        if wanted is None:
+            of_task = self.task.settings_for(self.config).max_length if self.task else positions
+            return min(of_task, positions)
+        if not 4 <= wanted <= positions:
+            raise UserError(f"max_length {wanted} must be from 4 to the model's {positions}")
+        return wanted
+
+    def _open_classifier(self, source: Source, task: str | None) -> None:
+        values = read_config_json(self.directory)
+        num_labels = len(source.state_dict[huggingface.CLASSIFIER_WEIGHT])
+        unnamed = [f"LABEL_{i}" for i in range(num_labels)]
+        names = values.get("id2label", {})
+        self.labels = [str(names.get(str(i), unnamed[i])) for i in range(num_labels)]
+        self._choose_task(values.get("finetuning_task"), task, self.labels == unnamed)
+        self.classifier = BertForSequenceClassification(source.config, num_labels)
+        load_into(self.classifier, source.config, source.state_dict, self.directory)
+        self.classifier.eval().to(self.device)
+        self.bert = self.classifier.bert
+
+    def _choose_task(self, trained_for: str | None, task: str | None, is_unnamed: bool) -> None:
+        """Set `task`; a model by others that names neither task nor labels gets the task's."""
+        if task is not None and (task in registry.TASKS or task != trained_for):
+            self.task = registry.get(task)
+        elif trained_for in registry.TASKS:
+            self.task = registry.TASKS[trained_for]
+        if self.task is None:
+            return
+        if trained_for not in (None, self.task.name):
+            raise UserError(
+                f"{self.directory} is fine-tuned for {trained_for!r}, not {self.task.name!r}"
+            )
+        if trained_for is None and is_unnamed and len(self.labels) == len(self.task.labels):
+            self.labels = list(self.task.labels)
+        unknown = sorted(set(self.labels) - set(self.task.labels))
+        if unknown:
+            raise UserError(
+                f"{self.directory} has labels that {self.task.name} has not: {', '.join(unknown)}; "
+                "give the task that it was fine-tuned for"
+            )
+
+    def _open_pretrained(self, source: Source) -> None:
+        self.can_fill_mask = PREDICTION_BIAS in source.state_dict
+        self.pretrained = BertForPreTraining(source.config)
+        load_into(self.pretrained, source.config, source.state_dict, self.directory)
+        self.pretrained.eval().to(self.device)
+        self.bert = self.pretrained.bert
+
+    @torch.inference_mode()
+    def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
+        """For every [MASK] in `text`, its `top_k` likeliest tokens with their probabilities."""
+        if not self.can_fill_mask:
+            raise UserError(
+                f"{self.directory} has no masked-language-model head, so it can't fill masks; "
+                "give a pretrained model, not a fine-tuned one or an encoder alone"
+            )
+        if not 1 <= top_k <= self.config.vocab_size:
+            raise UserError(f"top_k {top_k} must be from 1 to {self.config.vocab_size:,}")
+        if MASK not in text:
+            raise UserError(
+                f"there is no {MASK} in the text {text!r}; write it where a token is wanted"
+            )
+        # The tokenizer treats special tokens in a text as text, so the masks go in by hand.
+        mask_id = np.array([self.tokenizer.mask_id])
+        pieces = [self.tokenizer.encode(part) for part in text.split(MASK)]
+        joined = [pieces[0]] + [part for piece in pieces[1:] for part in (mask_id, piece)]
+        feature = features.assemble(self.tokenizer, [np.concatenate(joined)], self.max_length)
+        positions = np.flatnonzero(feature.input_ids == self.tokenizer.mask_id)
+        if len(positions) != len(pieces) - 1:
+            raise UserError(
+                f"a {MASK} lies beyond the {self.max_length} tokens that the model reads; "
+                "shorten the text"
+            )
+        self._report_truncation([feature])
+        inputs = self._inputs([feature])
+        assert self.pretrained is not None
+        out = self.pretrained(
+            **inputs, masked_positions=torch.from_numpy(positions)[None].to(self.device)
+        )
+        probabilities, ids = out.prediction_logits[0].float().softmax(-1).topk(top_k)  # [masks, k]
+        return [
+            [(self.tokenizer.tokens[i], p) for i, p in zip(row_ids, row, strict=True)]
+            for row_ids, row in zip(ids.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def embed(self, texts: Sequence[features.Text]) -> np.ndarray:
+        """Mean of the last hidden states over each text's tokens, float32 [texts, H].
+
+        [CLS] and [SEP] count, as in sentence-transformers' mean pooling.
+        """
+        encoded = self.encode(texts)
+        self._report_truncation(encoded)
+        return self.pool(encoded)
+
+    def similarity(
+        self, first: Sequence[features.Text], second: Sequence[features.Text]
+    ) -> np.ndarray:
+        """Cosine of the embeddings of each text of `first` and its partner, float32 [texts]."""
+        if len(first) != len(second):
+            raise UserError(f"{len(first)} texts can't be compared one by one with {len(second)}")
+        both = self.embed([*first, *second])
+        both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
+        return (both[: len(first)] * both[len(first) :]).sum(axis=1)
+
+    def predict(self, texts: Sequence[features.Text]) -> list[Prediction]:
+        """The class of every text (or pair of texts), from a fine-tuned directory."""
+        encoded = self.encode(texts)
+        self._report_truncation(encoded)
+        return self.classify(encoded)
+
+    def encode(self, texts: Sequence[features.Text]) -> list[features.Features]:
+        """What the model will read of every text, and whether that is all of it."""
+        if isinstance(texts, str):
+            raise UserError(f"give a list of texts, not the text {texts!r} alone")
+        return features.encode_all(self.tokenizer, texts, self.max_length)
+
+    @torch.inference_mode()
+    def classify(self, encoded: Sequence[features.Features]) -> list[Prediction]:
+        """The class of every encoded text."""
+        if self.classifier is None:
+            raise UserError(f"{self.directory} has no classifier; fine-tune it first")
+        result: list[Prediction] = [Prediction("", {})] * len(encoded)
+        for rows, inputs in self._batches(encoded):
+            probabilities = self.classifier(**inputs).float().softmax(-1).tolist()  # [B, C]
+            for row, values in zip(rows, probabilities, strict=True):
+                best = max(range(len(values)), key=values.__getitem__)
+                named = dict(zip(self.labels, values, strict=True))
+                result[row] = Prediction(self.labels[best], named, encoded[row].truncated)
+        return result
+
+    @torch.inference_mode()
+    def pool(self, encoded: Sequence[features.Features]) -> np.ndarray:
+        """The embedding of every encoded text, float32 [texts, H]."""
+        result = np.empty((len(encoded), self.config.hidden_size), dtype=np.float32)
+        for rows, inputs in self._batches(encoded):
+            hidden = self.bert(**inputs).float()  # [B, S, H]
+            lengths = inputs["lengths"][:, None]
+            real = torch.arange(hidden.shape[1], device=self.device) < lengths
+            mean = (hidden * real[..., None]).sum(1) / lengths
+            result[rows] = mean.cpu().numpy()
+        return result
+
+    def _batches(
+        self, encoded: Sequence[features.Features]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """(indices into `encoded`, inputs) of every batch, texts of like length together."""
+        watch = watchdog.current()
+        for rows in features.batches_by_length(encoded, self.batch_size):
+            yield rows, self._inputs([encoded[i] for i in rows])
+            watch.mark()
+
+    def _inputs(self, encoded: Sequence[features.Features]) -> dict[str, Tensor]:
+        inputs = features.collate(encoded, self.tokenizer.pad_id)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _report_truncation(self, encoded: Sequence[features.Features]) -> None:
+        num_truncated = sum(feature.truncated for feature in encoded)
+        if num_truncated:
+            warnings.warn(
+                f"{num_truncated} of {len(encoded)} texts were cut to the {self.max_length} "
+                "tokens that the model reads",
+                stacklevel=3,
+            )

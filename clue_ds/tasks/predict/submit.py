@@ -1,0 +1,276 @@
+"""`clue-ds submit`: the zip that CLUE's leaderboard takes, written and checked.
+
+    tnews11_predict.json         {"id": 0, "label": "102", "label_desc": ""}
+    afqmc_predict.json           {"id": 0, "label": "1"}
+
+Guarantees: no zip appears unless every file in it has a legal label for every line of its test set,
+in order; what is wrong is listed, all of it. The zip's comment says which version of each test set
+was answered, and its SHA-256.
+
+CLUE scores line by line and reads the labels only. The id is the line's number from 0, as in its
+samples, also where the test file has ids of its own (CSL, CLUEWSC2020); predictions may carry
+either. A task with two test sets has the version in its file's name (CLUE's rule since 2021-09).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clue_ds.errors import UserError, existing_file
+from clue_ds.tasks import examples, registry
+from clue_ds.tasks.examples import Examples
+from clue_ds.tasks.predict.command import appearing
+from clue_ds.tasks.predict.predictor import Predictor
+from clue_ds.tasks.registry import Task
+
+SHOWN = 10  # mistakes of one kind of file that are listed before the rest is only counted
+DATE = (1980, 1, 1, 0, 0, 0)  # equal answers give equal bytes
+
+
+class TestSet(NamedTuple):
+    """A test file, the version it is, and the name of its answers in the zip."""
+
+    task: Task
+    version: str
+    examples: Examples
+
+    @property
+    def name(self) -> str:
+        return file_name(self.task, self.version)
+
+
+def submit(
+    data: Path,
+    output: Path = Path("submission.zip"),
+    predictions: Path | None = None,
+    models: tuple[Path, ...] = (),
+    check: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write the zip for CLUE's leaderboard, or check one; a wrong one is refused.
+
+    Args:
+        data: directory of CLUE's files ({task}_public/test.json; TNEWS also test1.0.json).
+        output: the zip to write.
+        predictions: directory of answers (`clue-ds predict --out`), named as in the zip:
+            afqmc_predict.json, tnews10_predict.json, tnews11_predict.json.
+        models: instead of answers: fine-tuned directories, which answer every version of their
+            task's test set that is in the data.
+        check: instead: an existing zip, to be checked against the data.
+        force: replace the output if it exists.
+    """
+    if sum((predictions is not None, bool(models), check is not None)) != 1:
+        raise UserError("give one of --predictions, --models and --check")
+    if check is not None:
+        print(_report(check, check_zip(check, data)))
+        return
+    if predictions is not None:
+        found = read_predictions(predictions, data)
+    else:
+        found = [pair for model in models for pair in answer(model, data)]
+    names = [test.name for test, _ in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two models answer {', '.join(twice)}; give one for each task")
+    with appearing(output, force) as stream, zipfile.ZipFile(stream, "w") as archive:
+        for test, labels in found:
+            info = zipfile.ZipInfo(test.name, DATE)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, "".join(_lines(test.task, labels)))
+        archive.comment = json.dumps(_record([test for test, _ in found])).encode()
+    print(_report(output, check_zip(output, data)))
+
+
+def file_name(task: Task, version: str) -> str:
+    """{task}_predict.json, with the version where the task's test set has several."""
+    number = version.replace(".", "") if len(task.test_stems) > 1 else ""
+    return f"{task.name}{number}_predict.json"
+
+
+def _by_name() -> dict[str, tuple[Task, str]]:
+    """File name in the zip -> task and version."""
+    return {
+        file_name(task, version): (task, version)
+        for task in registry.TASKS.values()
+        for version in task.test_stems
+    }
+
+
+def open_test(task: Task, data: Path, version: str) -> TestSet:
+    """A version of a test set; UserError when it is missing or another version by what it says."""
+    path = examples.find(task, data, "test", version)
+    found = examples.version_of(task, path)
+    if found != version:
+        raise UserError(
+            f"{path} is test set {found} of {task.name} by its content, not {version}; "
+            f"call it {task.test_stems[found]}{path.suffix}"
+        )
+    return TestSet(task, version, examples.read(task, path, labelled=False))
+
+
+def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
+    """A model's labels for every version of its task's test set that is in the data."""
+    predictor = Predictor(model)
+    task = predictor.task
+    if task is None:
+        raise UserError(f"{model} is not fine-tuned for a task of CLUE; there is nothing to submit")
+    versions = [v for v in task.test_stems if _is_there(task, data, v)]
+    for version in versions or list(task.test_stems)[:1]:
+        test = open_test(task, data, version)
+        encoded = predictor.encode([example.text for example in test.examples])
+        yield test, [prediction.label for prediction in predictor.classify(encoded)]
+
+
+def _is_there(task: Task, data: Path, version: str) -> bool:
+    names = [task.test_stems[version] + suffix for suffix in examples.SUFFIXES]
+    folders = (data / task.folder, data / task.name, data)
+    return any((folder / name).is_file() for folder in folders for name in names)
+
+
+def read_predictions(directory: Path, data: Path) -> list[tuple[TestSet, list[str]]]:
+    """The answers in a directory; one UserError lists every mistake in all of its files."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory of predictions")
+    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+    mistakes, tests = _known_files(list(files), data, str(directory))
+    found = []
+    for test in tests:
+        path = files[test.name]
+        labels, wrong = check_lines(test, path.read_bytes(), str(path))
+        mistakes += wrong
+        found.append((test, labels))
+    _refuse(mistakes, str(directory))
+    return found
+
+
+def check_zip(path: Path, data: Path) -> list[TestSet]:
+    """The test sets that a zip answers; one UserError lists every mistake."""
+    existing_file(path, "submission")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+            num_files = len(archive.namelist())
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is not a whole zip: {error}") from None
+    mistakes, tests = _known_files(list(contents), data, str(path))
+    if num_files != len(contents):
+        mistakes.append(f"{path} holds a file twice")
+    for test in tests:
+        mistakes += check_lines(test, contents[test.name], f"{path}:{test.name}")[1]
+    _refuse(mistakes, str(path))
+    return tests
+
+
+def _known_files(names: Sequence[str], data: Path, where: str) -> tuple[list[str], list[TestSet]]:
+    """What is wrong with the names, and the test sets of the others."""
+    known = _by_name()
+    mistakes = [] if names else [f"{where} holds no predictions"]
+    tests = []
+    for name in names:
+        if name in known:
+            task, version = known[name]
+            tests.append(open_test(task, data, version))
+            continue
+        unversioned = registry.TASKS.get(name.removesuffix("_predict.json"))
+        hint = f"known: {', '.join(known)}"
+        if unversioned is not None:
+            options = " or ".join(file_name(unversioned, v) for v in unversioned.test_stems)
+            hint = f"{unversioned.name} has two test sets; call it {options}"
+        mistakes.append(f"{where}: {name} is not a name of CLUE's; {hint}")
+    return mistakes, tests
+
+
+def check_lines(test: TestSet, content: bytes, where: str) -> tuple[list[str], list[str]]:
+    """(labels, mistakes) of a file of answers."""
+    mistakes: list[str] = []
+    labels: list[str] = []
+    ids: list[Any] = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        row = _row(line)
+        if row is None or "id" not in row or "label" not in row:
+            mistakes.append(f'{where}:{number}: not {{"id": ..., "label": ...}}')
+            continue
+        ids.append(row["id"])
+        labels.append(row["label"])
+        if row["label"] not in test.task.labels:
+            mistakes.append(
+                f"{where}:{number}: label {row['label']!r} is not one of {test.task.name}'s"
+            )
+    mistakes += _wrong_ids(ids, [example.id for example in test.examples], where)
+    return labels, mistakes
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _wrong_ids(ids: list[Any], own: list[Any], where: str) -> list[str]:
+    """What is wrong with the ids, which must be the test file's own or its line numbers."""
+    numbers = list(range(len(own)))
+    if ids in (own, numbers):
+        return []
+    mistakes = []
+    if len(ids) != len(own):
+        mistakes.append(f"{where}: {len(ids):,} answers, but the test set has {len(own):,} lines")
+    expected = min((own, numbers), key=lambda wanted: len({*map(str, wanted)} ^ {*map(str, ids)}))
+    given = [str(i) for i in ids]
+    missing = sorted({*map(str, expected)} - {*given}, key=lambda i: (len(i), i))
+    unknown = sorted({*given} - {*map(str, expected)}, key=lambda i: (len(i), i))
+    twice = [i for i, count in Counter(given).items() if count > 1]
+    for what, which in (("missing", missing), ("unknown", unknown), ("twice", twice)):
+        if which:
+            more = f" and {len(which) - SHOWN:,} more" if len(which) > SHOWN else ""
+            mistakes.append(f"{where}: ids {what}: {', '.join(which[:SHOWN])}{more}")
+    if not mistakes:
+        line = next(n for n, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b)
+        mistakes.append(
+            f"{where}:{line + 1}: id {ids[line]!r} stands where {expected[line]!r} belongs; "
+            "answers must be in the order of the test set"
+        )
+    return mistakes
+
+
+def _refuse(mistakes: list[str], what: str) -> None:
+    if not mistakes:
+        return
+    shown = mistakes[: 5 * SHOWN]
+    more = f"\n  and {len(mistakes) - len(shown):,} more" if len(mistakes) > len(shown) else ""
+    noun = "mistake" if len(mistakes) == 1 else "mistakes"
+    listed = "\n  ".join(shown)
+    raise UserError(f"{what} can't be submitted, {len(mistakes):,} {noun}:\n  {listed}{more}")
+
+
+def _lines(task: Task, labels: Iterable[str]) -> Iterator[str]:
+    # CLUE's samples have label_desc for TNEWS alone, and it may be empty.
+    extra = {"label_desc": ""} if task.name == "tnews" else {}
+    for number, label in enumerate(labels):
+        yield json.dumps({"id": number, "label": label, **extra}) + "\n"
+
+
+def _record(tests: Sequence[TestSet]) -> dict[str, Any]:
+    """Which test sets were answered, for the zip's comment."""
+    return {test.name: {"test": test.version, "sha256": test.examples.sha256} for test in tests}
+
+
+def _report(path: Path, tests: Sequence[TestSet]) -> str:
+    lines = [f"{path} can be submitted:"]
+    for test in tests:
+        lines.append(
+            f"  {test.name}: {len(test.examples):,} answers to {test.task.name}'s test set "
+            f"{test.version} ({test.examples.path.name}, SHA-256 {test.examples.sha256[:12]})"
+        )
+    absent = [name for name in registry.ALL if name not in {test.task.name for test in tests}]
+    if absent:
+        lines.append(f"  not in it: {', '.join(absent)}")
+    return "\n".join(lines)

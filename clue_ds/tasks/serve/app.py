@@ -1,0 +1,325 @@
+"""The HTTP side of `clue-ds serve`: what may be asked, how much of it, and what is answered.
+
+Guarantees: every request is answered; a refused one says why (refusals.py); one text's mistake
+never reaches the requests that it is computed with; the event loop computes nothing, so health is
+answered while the model works.
+
+FastAPI's own pages for trying an API load their scripts from elsewhere, so they are off: `/` is a
+page of ours, and /openapi.json describes the API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from clue_ds.errors import UserError
+from clue_ds.tasks import examples
+from clue_ds.tasks.features import Text
+from clue_ds.tasks.predict.command import text_of_row
+from clue_ds.tasks.predict.predictor import MASK, Predictor
+from clue_ds.tasks.serve.batcher import Closed, Counters, Full
+from clue_ds.tasks.serve.http_errors import REFUSALS, Gate, Refusal, add_refusals
+
+PAGE = Path(__file__).with_name("page.html")
+
+Item = str | tuple[str, str] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold."""
+
+    body_bytes: int = 1 << 20
+    texts: int = 64
+    text_chars: int = 10_000  # of one text
+
+
+class Queue(Protocol):
+    """What stands between a request and the model: a Batcher, or a peer in a benchmark."""
+
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def counters(self) -> Counters: ...
+    def submit(self, kind: Hashable, items: list[Any]) -> Future[list[Any]]: ...
+    def close(self) -> None: ...
+
+
+class Texts(BaseModel):
+    """What to answer: texts, pairs of texts, or rows with the task's fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"texts": ["今天天气很好"]}]}
+    )
+    texts: list[Item] = Field(min_length=1)
+
+
+class MaskedTexts(BaseModel):
+    """Texts with [MASK] where a token is wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+    texts: list[str] = Field(min_length=1)
+    top_k: int = Field(5, ge=1, le=100)
+
+
+class Class(BaseModel):
+    """The likeliest class of a text and the probability of each."""
+
+    label: str
+    probabilities: dict[str, float]
+    truncated: bool = Field(description="whether the model read only the beginning")
+
+
+class Predictions(BaseModel):
+    predictions: list[Class]
+
+
+class Candidate(BaseModel):
+    token: str
+    probability: float
+
+
+class Fillings(BaseModel):
+    """For each text, for each [MASK], the likeliest tokens."""
+
+    fillings: list[list[list[Candidate]]]
+
+
+class Embeddings(BaseModel):
+    embeddings: list[list[float]]
+    truncated: list[bool]
+
+
+def compute(predictor: Predictor) -> Callable[[Hashable, list[Any]], Sequence[Any]]:
+    """What the model's thread does for each kind of request; a text's own mistake is its result."""
+
+    def fill(text: str, top_k: int) -> Any:
+        try:
+            return predictor.fill_mask(text, top_k)
+        except UserError as error:
+            return error
+
+    def run(kind: Hashable, items: list[Any]) -> Sequence[Any]:
+        if isinstance(kind, tuple):
+            return [fill(text, kind[1]) for text in items]
+        encoded = predictor.encode(items)
+        if kind == "predict":
+            return predictor.classify(encoded)
+        vectors = predictor.pool(encoded).tolist()
+        return [(v, feature.truncated) for v, feature in zip(vectors, encoded, strict=True)]
+
+    return run
+
+
+def create_app(predictor: Predictor, waiting: Queue, limits: Limits = Limits()) -> FastAPI:
+    """The service for a model; `waiting` is closed, all answered, when the service ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(waiting.close)
+
+    app = FastAPI(
+        title="clue_ds", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+        description=f"Answers of the model {predictor.directory.name}.",
+    )  # fmt: skip
+    statuses: Counter[tuple[str, int]] = Counter()
+    app.add_middleware(Gate, limit=limits.body_bytes, statuses=statuses)
+    add_refusals(app)
+    _add_health(app, predictor, waiting, limits, statuses)
+    _add_answers(app, predictor, waiting, limits)
+    return app
+
+
+async def _ask(waiting: Queue, kind: Hashable, items: list[Any]) -> list[Any]:
+    try:
+        return await asyncio.wrap_future(waiting.submit(kind, items))
+    except Full as error:
+        raise Refusal(
+            503,
+            f"the server has more to do than it can hold: {error}",
+            "server",
+            f"send the request again in {error.retry_after} s",
+            error.retry_after,
+        ) from None
+    except Closed as error:
+        raise Refusal(503, str(error), "server", "send the request again", 1) from None
+
+
+def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Limits) -> None:
+    @app.post("/predict", responses=REFUSALS)
+    async def predict(body: Texts) -> Predictions:
+        """The class of every text, in order."""
+        if predictor.classifier is None:
+            raise _wrong_model("/predict", "is not fine-tuned", "serve a fine-tuned model")
+        texts = _texts(predictor, body.texts, limits)
+        found = await _ask(waiting, "predict", texts)
+        return Predictions.model_construct(
+            predictions=[Class.model_construct(**answer._asdict()) for answer in found]
+        )
+
+    @app.post("/embed", responses=REFUSALS)
+    async def embed(body: Texts) -> Embeddings:
+        """The mean of every text's token vectors, in order."""
+        found = await _ask(waiting, "embed", _texts(predictor, body.texts, limits))
+        return Embeddings.model_construct(
+            embeddings=[vector for vector, _ in found], truncated=[cut for _, cut in found]
+        )
+
+    @app.post("/fill-mask", responses=REFUSALS)
+    async def fill_mask(body: MaskedTexts) -> Fillings:
+        """The likeliest tokens for every [MASK] of every text."""
+        if not predictor.can_fill_mask:
+            raise _wrong_model("/fill-mask", "has no MLM head", "serve a pretrained model")
+        _check_sizes(body.texts, limits)
+        for number, text in enumerate(body.texts):
+            _checked(text, f"texts.{number}")
+        found = await _ask(waiting, ("fill-mask", body.top_k), body.texts)
+        for number, answer in enumerate(found):
+            if isinstance(answer, UserError):
+                raise Refusal(422, str(answer), f"texts.{number}", "correct this text")
+        return Fillings(
+            fillings=[
+                [
+                    [Candidate(token=token, probability=p) for token, p in candidates]
+                    for candidates in masks
+                ]
+                for masks in found
+            ]
+        )
+
+
+def _wrong_model(where: str, what: str, what_to_do: str) -> Refusal:
+    return Refusal(422, f"this model {what}", where, what_to_do)
+
+
+def _texts(predictor: Predictor, items: list[Item], limits: Limits) -> list[Text]:
+    """Texts as the model reads them; Refusal naming the place of one that it can't."""
+    _check_sizes(items, limits)
+    kind = predictor.task.kind if predictor.task and not predictor.task.build else None
+    texts: list[Text] = []
+    for number, item in enumerate(items):
+        where = f"texts.{number}"
+        if isinstance(item, dict):
+            try:
+                item = text_of_row(predictor, item, where)
+            except UserError as error:
+                what = str(error).removeprefix(f"{where}: ")
+                raise Refusal(422, what, where, "give the fields of the task") from None
+        elif predictor.task is not None and predictor.task.build is not None:
+            fields = ", ".join(predictor.task.fields)
+            raise Refusal(
+                422, f"{predictor.task.name} reads {fields}", where, "give an object with them"
+            )
+        is_pair = isinstance(item, tuple)
+        if kind is not None and is_pair != (kind == "pair"):
+            assert predictor.task is not None
+            shape = "two texts, [first, second]" if kind == "pair" else "one text"
+            raise Refusal(422, f"{predictor.task.name} is about {shape}", where, f"give {shape}")
+        texts.append(_checked(item, where))
+    return texts
+
+
+def _checked(item: Text, where: str) -> Text:
+    try:
+        return examples.checked(item, where)
+    except UserError as error:
+        what = str(error).removeprefix(f"{where}: ")
+        raise Refusal(422, what, where, "correct this text") from None
+
+
+def _check_sizes(items: Sequence[Item], limits: Limits) -> None:
+    if len(items) > limits.texts:
+        raise Refusal(
+            413, f"{len(items):,} texts", "texts", f"send at most {limits.texts:,} in a request"
+        )
+    for number, item in enumerate(items):
+        parts = item.values() if isinstance(item, dict) else [item]
+        size = max((_length(part) for part in parts), default=0)
+        if size > limits.text_chars:
+            raise Refusal(
+                413,
+                f"a text of {size:,} characters",
+                f"texts.{number}",
+                f"send at most {limits.text_chars:,} characters a text",
+            )
+
+
+def _length(part: Any) -> int:
+    """Characters of a text, or of the texts of a list (a pair, keywords)."""
+    if isinstance(part, str):
+        return len(part)
+    return sum(map(_length, part)) if isinstance(part, list | tuple) else 0
+
+
+def _add_health(
+    app: FastAPI,
+    predictor: Predictor,
+    waiting: Queue,
+    limits: Limits,
+    statuses: Counter[tuple[str, int]],
+) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        return HTMLResponse(
+            page, headers={"Content-Security-Policy": policy + "connect-src 'self'"}
+        )
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "live"}
+
+    @app.get("/health/ready")
+    async def ready() -> dict[str, Any]:
+        """The model is loaded: what it is, what it can do, and how much a request may hold."""
+        task = predictor.task
+        return {
+            "status": "ready",
+            "model": predictor.directory.name,
+            "task": task.name if task else None,
+            "kind": task.kind if task else None,
+            "fields": list(task.fields) if task and task.build else None,
+            "labels": predictor.labels,
+            "can": [
+                *(["predict"] if predictor.classifier is not None else []),
+                *(["fill-mask"] if predictor.can_fill_mask else []),
+                "embed",
+            ],
+            "mask": MASK,
+            "max_length": predictor.max_length,
+            "limits": vars(limits),
+            "num_waiting": waiting.num_waiting,
+        }
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        """Counters in Prometheus' text format."""
+        done = waiting.counters
+        lines = [
+            f'clue_ds_responses_total{{path="{path}",status="{status}"}} {count}'
+            for (path, status), count in sorted(statuses.items())
+        ]
+        lines += [
+            f"clue_ds_requests_computed_total {done.num_requests}",
+            f"clue_ds_requests_refused_total {done.num_refused}",
+            f"clue_ds_texts_total {done.num_items}",
+            f"clue_ds_batches_total {done.num_batches}",
+            f"clue_ds_model_seconds_total {done.busy_s:.3f}",
+            f"clue_ds_texts_waiting {waiting.num_waiting}",
+        ]
+        return PlainTextResponse("\n".join(lines) + "\n")

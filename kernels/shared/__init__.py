@@ -1,0 +1,1 @@
+"""What row-wise kernels share: tile shapes, LayerNorm arithmetic, launching, registration."""

@@ -1,0 +1,227 @@
+"""Fine-tuning runs: resumed bit for bit, best epoch kept, ranks agree, requests are not mixed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_finetune import CONFIG, examples
+from test_finetune import model as model  # the fixture
+
+import clue_ds.export as export
+from clue_ds.errors import UserError
+from clue_ds.model import BertForPreTraining
+from clue_ds.tasks.finetune import command, measures, run
+from clue_ds.tasks.finetune.loop import Recipe, _is_over
+from clue_ds.tasks.finetune.run import Request
+
+ROW = "name: tone\ntext: [sentence]\nlabels: [好, 坏]\nbatch_size: 16\nlr: 2e-3\nepochs: 3\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "tone.yaml").write_text(ROW, encoding="utf-8")
+    for split, count, seed in (("train", 203, 1), ("dev", 45, 2)):
+        rows = [{"sentence": text, "label": label} for text, label in examples(count, seed)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return directory
+
+
+def request(model: Path, data: Path, directory: Path, **changes: Any) -> Request:
+    return Request(str(data / "tone.yaml"), str(model), str(data), directory, changes)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return export.load(directory / "model")[1]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"save_every": 4, "epochs": 6}
+    whole = run.run(request(model, data, tmp_path / "whole", **changes), show=False)
+    code = (
+        "import sys, json; from pathlib import Path; from clue_ds.tasks import runs;"
+        "task, model, data, out, changes = sys.argv[1:];"
+        "run.run(run.Request(task, model, data, Path(out), json.loads(changes)))"
+    )
+    asked = request(model, data, tmp_path / "cut", **changes)
+    arguments = [asked.task, asked.model, asked.data, str(asked.directory), json.dumps(changes)]
+    state = asked.directory / run.STATE
+    # The order of a sum, and so its last bit, depends on the number of threads.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **threads},
+    )
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert state.exists() and not (asked.directory / run.RESULT).exists()
+    step = torch.load(state)["progress"]["step"]
+    assert 0 < step < len(whole["losses"])
+    resumed = run.run(asked, show=False)
+    assert resumed["losses"] == whole["losses"] and resumed["epochs"] == whole["epochs"]
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert not state.exists()
+
+
+def test_finished_run_is_read_and_another_request_is_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    asked = request(model, data, tmp_path / "run", epochs=1)
+    first = run.run(asked, show=False)
+    written = (tmp_path / "run" / run.RESULT).stat().st_mtime_ns
+    assert run.run(asked, show=False) == json.loads(json.dumps(first))
+    assert (tmp_path / "run" / run.RESULT).stat().st_mtime_ns == written
+    other = request(model, data, tmp_path / "run", epochs=2)
+    with pytest.raises(UserError, match=r"differs in recipe\.epochs"):
+        run.run(other, show=False)
+
+
+def test_best_epoch_is_kept_and_patience_ends_the_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    asked = request(model, data, tmp_path / "run", epochs=30, patience=2)
+    result = run.run(asked, show=False)
+    accuracies = [line["accuracy"] for line in result["epochs"]]
+    assert len(accuracies) < 30
+    assert result["best"]["accuracy"] == max(accuracies)
+    assert result["best"]["epoch"] == accuracies.index(max(accuracies)) + 1
+    assert len(accuracies) - result["best"]["epoch"] == 2
+    counts = result["confusion"]
+    assert sum(map(sum, counts)) == 45
+    assert (counts[0][0] + counts[1][1]) / 45 == result["best"]["accuracy"]
+
+
+def test_patience_counts_from_the_first_best_epoch() -> None:
+    lines = [{"epoch": n + 1, "accuracy": a} for n, a in enumerate([0.5, 0.7, 0.7, 0.6])]
+    assert _is_over(lines, Recipe(patience=2)) and not _is_over(lines[:3], Recipe(patience=2))
+    assert not _is_over(lines, Recipe(patience=0))
+
+
+def test_measures_against_numbers_worked_out_by_hand() -> None:
+    truth, said = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
+    counts = measures.confusion(truth, said, 4)
+    assert counts[:3, :3].tolist() == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    # F1 = 2 right / (said + true): 4/7, 2/4, 0; the class that never occurs doesn't count.
+    assert measures.scores(truth, said, 4) == {
+        "accuracy": 0.5,
+        "f1": pytest.approx((4 / 7 + 1 / 2) / 3),
+    }
+    assert measures.majority([1, 1, 0], truth, 4)["accuracy"] == pytest.approx(2 / 6)
+
+
+def _finetune_on_ranks(model: str, data: str, directory: str) -> list[float]:
+    from clue_ds.pretrain import engine
+
+    engine.start()
+    asked = request(Path(model), Path(data), Path(directory), epochs=2)
+    return run.run(asked, show=False)["losses"]
+
+
+def test_two_ranks_train_what_one_trains(data: Path, model: Path, tmp_path: Path) -> None:
+    """203 examples in batches of 16 leave 11 for the last one: 6 on one rank, 5 on the other."""
+    still = CONFIG.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    state = BertForPreTraining(still).state_dict()
+    plain = export.save(still, state, model / "vocab.txt", tmp_path / "plain")
+    alone = run.run(request(plain, data, tmp_path / "alone", epochs=2), show=False)
+    both = run_ranks(2, _finetune_on_ranks, str(plain), str(data), str(tmp_path / "both"))
+    assert both[0] == both[1]
+    # fp32 sums in another order, through 26 AdamW steps.
+    assert both[0] == pytest.approx(alone["losses"], rel=1e-3)
+    result = json.loads((tmp_path / "both" / run.RESULT).read_text())
+    assert result["num_ranks"] == 2
+    assert result["best"]["accuracy"] == pytest.approx(alone["best"]["accuracy"], abs=0.03)
+
+
+def test_grid_continues_shares_and_keeps_the_best(model: Path, data: Path, tmp_path: Path) -> None:
+    def call(array_task: str | None = None, workers: int = 1) -> None:
+        command.finetune(
+            (str(data / "tone.yaml"),),
+            str(model),
+            str(data),
+            tmp_path,
+            epochs=1,
+            grid=("lr=2e-3,1e-6",),
+            seeds=2,
+            array_task=array_task,
+            workers=workers,
+        )
+
+    call("1/2")
+    folder = tmp_path / "tone"
+    done = {path.parent.name for path in folder.glob("*/result.json")}
+    assert done == {"lr=0.002,seed=43", "lr=1e-06,seed=43"}
+    assert not (folder / "best").exists()
+    call(workers=2)
+    assert len(list(folder.glob("lr*/result.json"))) == 4
+    best = (folder / "best").resolve()
+    assert best.name.startswith("lr=0.002") and (best / "model" / "config.json").is_file()
+    assert [p.parent.name for p in folder.glob("lr*/model")] == [best.name]
+
+
+def test_the_processes_of_a_pool_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    num_started = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        command.take_device(num_started)
+    assert taken == [0, 1, 0]
+
+
+def test_tasks_of_pairs_start_from_the_pair_model(model: Path, data: Path, tmp_path: Path) -> None:
+    config, state = export.load(model)
+    start = {name: tensor + 0.01 for name, tensor in state.items()}
+    pair_model = export.save(config, start, model / "vocab.txt", tmp_path / "pair-model")
+    (tmp_path / "two.yaml").write_text(
+        ROW.replace("tone", "two").replace("[sentence]", "[sentence, sentence]"), "utf-8"
+    )
+    tasks = (str(data / "tone.yaml"), str(tmp_path / "two.yaml"))
+    out, settings = tmp_path / "out", {"lr": 1e-12, "epochs": 1}
+    command.finetune(tasks, str(model), str(data), out, str(pair_model), **settings, limit=32)
+    for task, begun in (("tone", state), ("two", start)):
+        name = "bert.embeddings.word_embeddings.weight"
+        assert torch.allclose(weights(out / task / "best")[name], begun[name], atol=1e-6)
+
+
+def test_a_run_that_never_began_makes_room(model: Path, data: Path, tmp_path: Path) -> None:
+    """A mistake in the command is mended without --force."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(UserError):
+        run.run(request(tmp_path / "model", data, tmp_path / "run", epochs=1), show=False)
+    assert run.run(request(model, data, tmp_path / "run", epochs=1), show=False)["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("speed=1",), "with a key of lr, epochs"),
+        (("lr=fast",), "could not convert"),
+        (("epochs=5",), "both given"),
+    ],
+)
+def test_mistakes_in_a_grid(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.parse_grid(words, {"epochs": 3})

@@ -1,0 +1,50 @@
+"""What counts as progress of the main thread: marks and bytes, and not that it is busy."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from clue_ds.config import DEFAULT_HEALTH
+from clue_ds.job.heartbeat import Progress
+
+
+def spin(seconds: float) -> None:
+    """Use the processor for so long, however crowded the machine is."""
+    began = time.thread_time()
+    while time.thread_time() - began < seconds:
+        pass
+
+
+def idle(progress: Progress) -> float:
+    """Asked from another thread, as the watchdog does: to look is to read files."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: progress.report()["idle_s"]).result()
+
+
+def test_a_thread_that_spins_makes_no_progress_and_one_that_writes_does(tmp_path: Path) -> None:
+    progress = Progress(DEFAULT_HEALTH)
+    idle(progress)  # what was read and written before
+    progress.mark()
+    spin(0.3)
+    # Clocks of the kernel: a tick of 10 ms either way, and its statistics lag a little.
+    assert idle(progress) > 0.2
+    (tmp_path / "file").write_bytes(bytes(1000))
+    assert idle(progress) < 0.1
+    spin(0.3)
+    progress.mark()
+    assert idle(progress) < 0.2
+
+
+def test_sections_have_their_own_deadlines_and_end(tmp_path: Path) -> None:
+    progress = Progress(DEFAULT_HEALTH.model_copy(update={"save_seconds": 1e-9}))
+    assert progress.report()["section"] == "setup" and not progress.report()["overdue"]
+    assert not progress.step(3)
+    with progress.section("save"):
+        report = progress.report()
+        assert report["section"] == "save" and report["overdue"] and report["step"] == 3
+    assert progress.report()["section"] == "step" and not progress.report()["overdue"]
+    assert progress.report()["idle_s"] == 0
+    progress.begin(DEFAULT_HEALTH)
+    assert progress.report()["section"] == "setup" and progress.report()["step"] == 0
