@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from clue_ds import config as run_config
+from clue_ds import presets
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus
 from clue_ds.errors import UserError
@@ -162,7 +163,8 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     """The plan, a fact a line."""
     directory = Path(run.data.corpus)
     corpus = Corpus(directory) if (directory / "corpus.json").is_file() else None
-    model = run.model.resolve(8_021 if corpus is None else corpus.vocab_size)
+    own = presets.get(run.model.preset).vocab_size
+    model = run.model.resolve(own if corpus is None else corpus.vocab_size)
     num_parameters = count_parameters(model)
     stage = ds_json.zero_stage(ds_json.read(run.deepspeed))
     head = (
@@ -171,14 +173,16 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     )
     return [
         head,
-        *_batch_lines(run, machine, corpus),
+        *_batch_lines(run, machine, model, corpus),
         *_memory_lines(run, machine, model, stage),
         *_disk_lines(run, num_parameters, stage, corpus, directory),
         *_time_lines(run, machine, model, num_parameters, stage),
     ]
 
 
-def _batch_lines(run: RunConfig, machine: Machine, corpus: Corpus | None) -> list[str]:
+def _batch_lines(
+    run: RunConfig, machine: Machine, model: ModelConfig, corpus: Corpus | None
+) -> list[str]:
     train = run.train
     num_parts = train.gradient_accumulation_steps(machine.num_gpus)
     tokens = train.global_batch_size * run.data.seq_length
@@ -192,7 +196,8 @@ def _batch_lines(run: RunConfig, machine: Machine, corpus: Corpus | None) -> lis
         epochs = train.steps * tokens / max(1, corpus.num_tokens)
         lines.append(f"corpus      {corpus.num_tokens:,} tokens: {epochs:.2f} passes over it")
     else:
-        lines.append(f"corpus      {run.data.corpus} is not there yet; vocabulary taken as 8,021")
+        size = f"{model.vocab_size:,}, as {run.model.preset} has it"
+        lines.append(f"corpus      {run.data.corpus} is not there yet; vocabulary taken as {size}")
     return lines
 
 
