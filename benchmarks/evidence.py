@@ -47,10 +47,10 @@ def evidence(
     Args:
         data: directory of the tasks' files.
         vocab: vocab.txt.
-        config: what to pretrain (docs/examples/evidence.yaml).
+        config: what to pretrain (recipes/evidence.yaml).
         corpora: further text files, a sentence a line, a blank line between documents.
         checkpoint: a run that is trained already, instead of pretraining one.
-        pair_config: how to train it further on labelled pairs (docs/examples/evidence_pair.yaml).
+        pair_config: how to train it further on labelled pairs (recipes/evidence_pair.yaml).
         work: where texts, corpus and runs go; a killed command continues there.
         output: JSON file for the figures; a picture goes beside it.
         tasks: what is fine-tuned.
