@@ -71,7 +71,8 @@ def _devices() -> Check:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         mend = f"this torch is built for CUDA {torch.version.cuda}; see nvidia-smi for the driver's"
         return Check("bad", "there are NVIDIA devices, but torch can't use them", mend)
-    return Check("note", f"no GPU, {os.cpu_count()} cores", "training will run on the CPU")
+    cores = len(os.sched_getaffinity(0))
+    return Check("note", f"no GPU, {cores} cores", "training will run on the CPU")
 
 
 def _shared_memory() -> Check:

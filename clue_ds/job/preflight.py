@@ -132,4 +132,5 @@ def describe(reports: list[dict[str, Any]]) -> str:
     devices = list(dict.fromkeys(one["device"] for one in reports))
     ranks = f"{len(reports)} rank{'s' if len(reports) > 1 else ''}"
     where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
-    return f"{ranks} on {where} ({_some(hosts)}): {', '.join(devices)}; {os.cpu_count()} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{ranks} on {where} ({_some(hosts)}): {', '.join(devices)}; {cores} cores"

@@ -136,7 +136,7 @@ def _walk(corpus: Corpus, walk: Walk) -> SampleIndex:
     found = []
     last_line = time.monotonic()
     num_shards = len(corpus.files)
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         for result in pool.map(one, range(num_shards)):
             found.append(result)
             if time.monotonic() - last_line > _SECONDS_A_LINE:

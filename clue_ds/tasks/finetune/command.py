@@ -203,7 +203,8 @@ def _in_a_pool(
     requests: list[Request], workers: int, kernels: ops.Kernels, health: HealthSection
 ) -> bool:
     """Every process of the pool hears for itself that the job is asked to stop."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    # The cores that this job may use, which may be fewer than the host has (a Slurm cpuset).
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
     stopped = False
     with spawned(workers, _prepare, num_started, threads, kernels, health) as pool:
