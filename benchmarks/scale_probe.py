@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from clue_ds.data.corpus import Corpus
+from clue_ds.data.sampling import Kind
 from clue_ds.data.stream.sample_stream import SampleStream
-from clue_ds.data.stream.samples import Kind
 
 
 def measure(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_ds import presets
+from clue_ds.data import sampling
 from clue_ds.errors import UserError, existing_file
 from clue_ds.presets import ModelConfig
 
@@ -73,7 +73,7 @@ class DataSection(Section):
         description="directory written by `clue-ds shard`; train.objective pair takes only its "
         "vocabulary, so a model directory will do"
     )
-    samples: Literal["windows", "sentences", "documents", "packed"] = Field(
+    samples: sampling.RowKind = Field(
         "windows",
         description="windows (fixed length, across everything), sentences (whole ones, across "
         "documents), documents (whole sentences of one), packed (several documents a row, "
@@ -90,7 +90,7 @@ class DataSection(Section):
     mixture: dict[str, float] = Field(
         {}, description="further corpora: directory -> share of the samples; corpus has the rest"
     )
-    order: Literal["auto", "shuffle", "lanes"] = Field(
+    order: sampling.Order = Field(
         "auto",
         description="of samples: shuffle (random reads), lanes (sequential reads, for a corpus "
         "beyond memory), auto (lanes above 8 GiB)",
@@ -109,13 +109,13 @@ class DataSection(Section):
         """Predictions a sequence: 20 at length 128, 77 at 512."""
         if self.predictions_per_sequence is not None:
             return self.predictions_per_sequence
-        return math.ceil(self.mask_prob * self.seq_length)
+        return sampling.num_predictions(self.seq_length, self.mask_prob)
 
 
 class TrainSection(Section):
     """How the weights move."""
 
-    objective: Literal["mlm", "nsp", "sop", "pair"] = Field(
+    objective: sampling.Objective = Field(
         "mlm",
         description="mlm, or beside it: nsp (does B follow A), sop (are A and B in order), "
         "pair (labelled pairs from data.pairs)",

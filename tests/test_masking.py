@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_ds.data.counter_rng import derive
-from clue_ds.data.stream.masking import IGNORED_LABEL, MaskTable, mask_rows, ngram_draws
+from clue_ds.data.sampling import IGNORED_LABEL
+from clue_ds.data.stream.masking import MaskTable, mask_rows, ngram_draws
 
 PAD, UNK, CLS, SEP, MASK = 0, 1, 2, 3, 4
 FIRST_ORDINARY, VOCAB_SIZE = 5, 105

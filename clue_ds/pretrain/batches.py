@@ -10,16 +10,16 @@ from pathlib import Path
 
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.corpus import HELD_OUT
+from clue_ds.data.sampling import Kind
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture, open_corpus
-from clue_ds.data.stream.samples import Kind
+from clue_ds.data.stream.samples import PAIR_KINDS
 from clue_ds.errors import UserError
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
 from clue_ds.pretrain.evaluate import Evaluator
 from clue_ds.pretrain.resume import Source
-
-HELD_OUT = "held_out"
 
 
 def open_data(config: RunConfig) -> Corpus | Mixture | LabelledPairs:
@@ -54,7 +54,7 @@ def _open_held_out(
 def make_stream(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> SampleStream:
     """The batches of `corpus` as this run wants them."""
     data, objective = config.data, config.train.objective
-    kind: Kind = objective if objective in ("nsp", "sop") else data.samples  # type: ignore[assignment]
+    kind: Kind = objective if objective in PAIR_KINDS else data.samples  # type: ignore[assignment]
     return SampleStream(
         corpus,
         data.seq_length,

@@ -30,8 +30,8 @@ import numpy as np
 
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
+from clue_ds.data.sampling import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 # What the hashes of a row count: positions (lengths of n-grams, then outcomes), then draws.

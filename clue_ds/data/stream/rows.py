@@ -15,6 +15,7 @@ import numpy as np
 
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
+from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.data.stream.pointers import mapped
 from clue_ds.data.stream.tables import Frame, Index, Source
 
@@ -23,7 +24,6 @@ SENTENCES, DOCUMENTS, PACKED = 0, 1, 2
 WALKS = {"sentences": SENTENCES, "documents": DOCUMENTS, "packed": PACKED}
 
 STRIDE = 64
-IGNORED_LABEL = -100
 # A random partner stands at most this many samples away: its pages were or will be read anyway.
 PARTNER_WINDOW = 4096
 NUM_PARTNER_DRAWS = 8

@@ -17,21 +17,21 @@ state to their number).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from clue_ds.data.corpus import Corpus, continues_bit
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled
+from clue_ds.data.sampling import Kind, Order, num_predictions
 from clue_ds.data.stream.labelled_pairs import LabelledPairs, PairSamples
 from clue_ds.data.stream.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.stream.mixture import Mixture, parts_of, shares_of
 from clue_ds.data.stream.order import BLOCK_BYTES, CYCLE, order_table, places, samples_taken
-from clue_ds.data.stream.samples import Kind, Samples
+from clue_ds.data.stream.samples import Samples
 from clue_ds.data.text.vocab import SPECIAL_TOKENS, read_vocab
 from clue_ds.errors import UserError
 
@@ -42,7 +42,7 @@ MAX_NGRAM = 8
 # Tokens that no text contains: never put in place of another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
 _ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # what a key is used for
-ORDERS = ("auto", "shuffle", "lanes")
+ORDERS: tuple[str, ...] = get_args(Order)
 LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
 
 
@@ -97,7 +97,7 @@ class SampleStream:
         self.corpus = corpus
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
-        self.num_predictions = predictions_per_sequence or math.ceil(mask_prob * seq_length)
+        self.num_predictions = predictions_per_sequence or num_predictions(seq_length, mask_prob)
         self._masks = self._mask_table(whole_word, mask_prob, max_ngram)
         self._samples: Samples | PairSamples
         if isinstance(corpus, LabelledPairs):
@@ -134,7 +134,7 @@ class SampleStream:
         if not ordinary:
             raise UserError(f"{self.corpus.vocab_file} holds special tokens only")
         goals = [
-            min(self.num_predictions, math.ceil(mask_prob * length), max(0, length - 2))
+            min(self.num_predictions, num_predictions(length, mask_prob), max(0, length - 2))
             for length in range(self.seq_length + 1)
         ]
         wide = self.corpus.token_dtype.itemsize == 4

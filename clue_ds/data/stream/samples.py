@@ -23,18 +23,19 @@ row with half a short document (its context is what the kind is for).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from clue_ds.data.corpus import Corpus, ShardArrays
+from clue_ds.data.sampling import Kind, PairKind
 from clue_ds.data.stream import rows
 from clue_ds.data.stream.mixture import Mixture, parts_of
 from clue_ds.data.stream.sample_index import Walk, open_index
 from clue_ds.data.stream.tables import Frame, Index, Source
 
-Kind = Literal["windows", "sentences", "documents", "packed", "nsp", "sop"]
 KINDS: tuple[str, ...] = get_args(Kind)
+PAIR_KINDS: tuple[str, ...] = get_args(PairKind)
 
 # Raise it with any change after which the same corpus, seed and options give other batches:
 # checkpoints remember it, and a run made under another version is not continued. Indexes as well.
@@ -122,7 +123,7 @@ class Samples:
         to = (self._frame, tokens, lengths)
         if self.kind == "windows":
             rows.fill_windows(samples, self._source, self._firsts, *to)
-        elif self.kind in ("nsp", "sop"):
+        elif self.kind in PAIR_KINDS:
             extras["token_type_ids"] = np.empty(shape, np.int64)
             extras["next_sentence_label"] = np.empty(len(samples), np.int64)
             rows.fill_pairs(
