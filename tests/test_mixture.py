@@ -57,10 +57,10 @@ def test_a_mixture_holds_its_shares_of_both(directories: list[Path]) -> None:
     windows = [
         {
             tuple((tokens[i : i + 14] & 0x7FFF).tolist())
-            for tokens in (one.tokens for one in part.shards)
+            for tokens in (one.tokens for one in corpus.shards)
             for i in range(0, len(tokens), 14)
         }
-        for part in mixed.parts
+        for corpus in mixed.corpora
     ]
     counts = [0, 0]
     for step in range(40):

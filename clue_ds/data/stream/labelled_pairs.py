@@ -116,7 +116,7 @@ class PairSamples:
         frame: Frame,
     ) -> None:
         self.num_samples = len(targets)
-        self.part_samples = np.array([len(targets)])
+        self.samples_per_corpus = np.array([len(targets)])
         self._tokens, self._ends, self._targets = tokens, ends, targets
         self._seq_length, self._frame = seq_length, frame
 

@@ -1,10 +1,12 @@
 """`Mixture`: several corpora read as one, each with its share of the samples.
 
-To whatever reads it a mixture is one corpus with the shards of all its parts, in their order;
-order.py gives each part its exact share and its own epochs. Parts must have one vocabulary, because
-an id must mean one token. Rejected: weights that are normalised (a new part would change all
-the others' shares without anyone having written that), sampling each row's part by chance (the
-shares would be right on average only, and a resume would have to replay the draws).
+To its readers a mixture is one corpus that has the shards of all its corpora, in their order.
+order.py gives each corpus its exact share of the stream, and its own epochs. All of them must have
+one vocabulary, because an id must mean one token.
+
+Rejected: weights that are normalised (adding a corpus would change all the others' shares without
+anyone having asked for it); drawing the corpus of each row by chance (the shares would be right on
+average only, and a resumed run would have to replay the draws).
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ class Mixture:
     """`corpus` and, mixed into it, the corpora of `others` with their shares of the samples.
 
     Shares are multiples of 1/1000 between 0 and 1; `corpus` has what they leave of 1. Raises a
-    UserError for shares that don't add up and for parts with different vocabularies.
+    UserError for other shares, for shares that leave nothing, for an empty corpus, and for corpora
+    whose vocabularies differ.
     """
 
     def __init__(self, corpus: Corpus, others: Mapping[str, float]) -> None:
-        self.parts = [corpus, *(Corpus(directory) for directory in others)]
+        self.corpora = [corpus, *(Corpus(directory) for directory in others)]
         self.shares = _shares(corpus, others)
         self.directory = corpus.directory
         self.vocab_file = corpus.vocab_file
@@ -37,34 +40,34 @@ class Mixture:
         self.vocab_size = corpus.vocab_size
         self.lower_case = corpus.lower_case
         self.token_dtype = corpus.token_dtype
-        self.shards = [shard for part in self.parts for shard in part.shards]
-        self.records = [record for part in self.parts for record in part.records]
-        self.files = [file for part in self.parts for file in part.files]
-        self.num_tokens = sum(part.num_tokens for part in self.parts)
-        self.num_sentences = sum(part.num_sentences for part in self.parts)
-        self.num_documents = sum(part.num_documents for part in self.parts)
-        content = [[part.fingerprint for part in self.parts], self.shares.tolist()]
+        self.shards = [shard for one in self.corpora for shard in one.shards]
+        self.records = [record for one in self.corpora for record in one.records]
+        self.files = [file for one in self.corpora for file in one.files]
+        self.num_tokens = sum(one.num_tokens for one in self.corpora)
+        self.num_sentences = sum(one.num_sentences for one in self.corpora)
+        self.num_documents = sum(one.num_documents for one in self.corpora)
+        content = [[one.fingerprint for one in self.corpora], self.shares.tolist()]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        self._check_parts()
+        self._check()
 
-    def _check_parts(self) -> None:
-        for part in self.parts[1:]:
-            if (part.vocab_sha256, part.lower_case) != (self.vocab_sha256, self.lower_case):
+    def _check(self) -> None:
+        for one in self.corpora[1:]:
+            if (one.vocab_sha256, one.lower_case) != (self.vocab_sha256, self.lower_case):
                 raise UserError(
-                    f"corpora of one mixture need one vocabulary and one case: {self.directory} "
+                    f"corpora of a mixture need one vocab.txt and one lower_case: {self.directory} "
                     f"has vocab.txt {self.vocab_sha256} (lower_case {self.lower_case}), "
-                    f"{part.directory} has {part.vocab_sha256} (lower_case {part.lower_case}); "
-                    f"make {part.directory} again with --vocab {self.vocab_file}"
+                    f"{one.directory} has {one.vocab_sha256} (lower_case {one.lower_case}); "
+                    f"make {one.directory} again with --vocab {self.vocab_file}"
                 )
-        for part in self.parts:
-            if part.num_tokens == 0:
-                raise UserError(f"corpus {part.directory} is empty; leave it out of the mixture")
+        for one in self.corpora:
+            if one.num_tokens == 0:
+                raise UserError(f"corpus {one.directory} is empty; leave it out of the mixture")
 
     def names(self) -> list[str]:
-        """A short name for each part, in their order: the directory's, numbered if it is taken."""
+        """A short name for each corpus, in order: its directory's, with a number if it is taken."""
         names: list[str] = []
-        for part in self.parts:
-            name = Path(part.directory).resolve().name
+        for one in self.corpora:
+            name = Path(one.directory).resolve().name
             names.append(f"{name}-{len(names)}" if name in names else name)
         return names
 
@@ -76,12 +79,13 @@ def open_corpus(directory: str | Path, others: Mapping[str, float]) -> Corpus | 
 
 
 def shares_of(corpus: Corpus | Mixture) -> np.ndarray:
-    """Positions of a cycle for each part, int64 [parts]."""
+    """The positions that each corpus has in a cycle, int64 [corpora]."""
     return corpus.shares if isinstance(corpus, Mixture) else np.array([CYCLE])
 
 
-def parts_of(corpus: Corpus | Mixture) -> list[Corpus]:
-    return corpus.parts if isinstance(corpus, Mixture) else [corpus]
+def corpora_of(corpus: Corpus | Mixture) -> list[Corpus]:
+    """The corpora of a mixture, or the corpus itself."""
+    return corpus.corpora if isinstance(corpus, Mixture) else [corpus]
 
 
 def _shares(corpus: Corpus, others: Mapping[str, float]) -> np.ndarray:

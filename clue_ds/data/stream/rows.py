@@ -1,10 +1,10 @@
-"""What text sample i of a corpus is made of: compiled code that finds it and puts it into a row.
+"""Compiled code that finds the text of sample i of a corpus and writes it into a row.
 
-Windows are counted out. Everything else follows sentence and document ends, so where sample i
-begins depends on all before it in its shard: `index_shard` walks over the shard's tables and gives
-the place of every 64th sample (sample_index.py keeps them). A sample is then found by walking on
-from there, 32 steps on average. Sample numbers follow the text, so a range of samples is a range of
-the file.
+Where a window begins is a multiplication. All other kinds follow sentence and document ends, so
+where sample i begins depends on all samples before it in its shard: `index_shard` walks over the
+shard's tables and returns the place of every 64th sample (sample_index.py keeps them). A sample is
+then found by walking on from the last place before it, 32 samples on average. Samples are numbered
+along the text, so a range of samples is a range of the file.
 
 B: rows   S: positions   D: sequences that a row may hold
 """
@@ -17,14 +17,14 @@ from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
 from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.data.stream.pointers import mapped
-from clue_ds.data.stream.tables import Frame, Index, Source
+from clue_ds.data.stream.tables import Frame, Index, MappedCorpus
 
 # Kinds of samples as compiled code knows them.
 SENTENCES, DOCUMENTS, PACKED = 0, 1, 2
 WALKS = {"sentences": SENTENCES, "documents": DOCUMENTS, "packed": PACKED}
 
 STRIDE = 64
-# A random partner stands at most this many samples away: its pages were or will be read anyway.
+# A random partner is at most this many samples away: its pages were or will be read anyway.
 PARTNER_WINDOW = 4096
 NUM_PARTNER_DRAWS = 8
 _COIN, _SPLIT, _PARTNERS = np.uint64(0), np.uint64(1), np.uint64(2)
@@ -36,18 +36,19 @@ _ONE = np.uint64(1)
 
 
 @inlined
-def _piece(
+def _span(
     sentence_ends: np.ndarray, token: int, sentence: int, stop: int, width: int
 ) -> tuple[int, int]:
-    """Whole sentences from `token` on, before `stop`, that fit into width; a longer one is cut.
+    """The longest span of whole sentences from `token` on, before `stop`, that fits into `width`.
 
-    Returns the token and the sentence behind them.
+    Returns the token and the sentence behind the span.
     """
     after = sentence
     while after < stop and sentence_ends[after] <= token + width:
         after += 1
     if after > sentence:
         return np.int64(sentence_ends[after - 1]), after
+    # The first sentence alone is too long: it is cut, and the next span goes on inside it.
     return token + width, sentence
 
 
@@ -62,20 +63,23 @@ def _next(
     width: int,
     ends: np.ndarray,
 ) -> tuple[int, int, int, int]:
-    """The sample that begins at `token`: (its sequences, token, sentence, document behind it).
+    """The sample that begins at `token`: (sequences in it; token, sentence, document behind it).
 
-    Sequence i ends before token ends[i], where sequence i + 1 begins. `width`: tokens that a row
-    has room for; of a PACKED row, with a [CLS] and [SEP] for each sequence.
+    Sequence i ends before token ends[i], where sequence i + 1 begins. `width` is the number of
+    tokens that a row has room for; in a PACKED row it includes [CLS] and [SEP] of each sequence.
     """
+    # index_shard and _find both walk by calling this, so they agree on where samples begin. What it
+    # returns may only depend on the text from `token` on.
     if kind == SENTENCES:
-        token, sentence = _piece(sentence_ends, token, sentence, len(sentence_ends), width)
+        token, sentence = _span(sentence_ends, token, sentence, len(sentence_ends), width)
         ends[0] = token
         return 1, token, sentence, document
     if kind == DOCUMENTS:
         stop = np.int64(document_ends[document])
-        token, sentence = _piece(sentence_ends, token, sentence, stop, width)
+        token, sentence = _span(sentence_ends, token, sentence, stop, width)
         ends[0] = token
         return 1, token, sentence, document + (sentence == stop)
+    # A packed row: documents are added while the next one fits.
     num = 0
     room = width
     while num < len(ends) and document < len(document_ends) and room > 2:
@@ -84,11 +88,11 @@ def _next(
         if left + 2 <= room:
             end, after = token + left, stop
         elif num and left + 2 <= width:
-            break  # it stays whole, in a row of its own
+            break  # what is left of the document fits whole into the next row
         else:
-            end, after = _piece(sentence_ends, token, sentence, stop, room - 2)
+            end, after = _span(sentence_ends, token, sentence, stop, room - 2)
             if num and after == sentence:
-                break  # not even one sentence fits
+                break  # no whole sentence of it fits: a sentence is only cut at a row's start
         room -= end - token + 2
         token, sentence = end, after
         document += sentence == stop
@@ -101,10 +105,13 @@ def _next(
 def index_shard(
     kind: int, width: int, num_sequences: int, sentence_ends: np.ndarray, document_ends: np.ndarray
 ) -> tuple[int, np.ndarray]:
-    """Samples in a shard; uint32 [M, 3]: token, sentence, document at which a 64th one begins."""
+    """The number of samples in a shard, and where every 64th one begins.
+
+    The places are uint32 [M, 3]: token, sentence and document.
+    """
     num_tokens = np.int64(sentence_ends[-1])
     ends = np.empty(num_sequences, np.int64)
-    # Each sample ends with a sentence or is full.
+    # Each sample ends at a sentence end or is full, which bounds their number.
     most = len(sentence_ends) + num_tokens // width + 1
     marks = np.empty((most // STRIDE + 1, 3), np.uint32)
     num, token, sentence, document = 0, np.int64(0), np.int64(0), np.int64(0)
@@ -121,25 +128,34 @@ def index_shard(
 
 @inlined
 def _find(
-    kind: int, source: Source, index: Index, width: int, sample: int, shard: int, ends: np.ndarray
+    kind: int,
+    corpus: MappedCorpus,
+    index: Index,
+    width: int,
+    sample: int,
+    shard: int,
+    ends: np.ndarray,
 ) -> tuple[int, int, int, int]:
-    """(Sequences, first token, first sentence, document) of a sample; fills ends as _next."""
+    """(Sequences in it; first token, sentence, document) of a sample; fills ends as _next does."""
+    # Marks hold three numbers each. Start at the last mark that is not behind the sample.
     place = sample - index.first_samples[shard]
     at = place // STRIDE * 3
-    marks = mapped(index.marks[shard], at + 3, index.entry)
+    marks = mapped(index.marks[shard], at + 3, index.like)
     token, sentence = np.int64(marks[at]), np.int64(marks[at + 1])
     document = np.int64(marks[at + 2])
-    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
-    documents = mapped(source.document_ends[shard], source.num_documents[shard], index.entry)
+    sentences = mapped(corpus.sentence_ends[shard], corpus.num_sentences[shard], index.like)
+    documents = mapped(corpus.document_ends[shard], corpus.num_documents[shard], index.like)
+    # Walk over the samples in between, up to STRIDE - 1 of them.
     for _ in range(place % STRIDE):
         _, token, sentence, document = _next(
             kind, sentences, documents, token, sentence, document, width, ends
         )
+    # Once more for the sample itself, whose ends are wanted.
     num, _, _, _ = _next(kind, sentences, documents, token, sentence, document, width, ends)
     return num, token, sentence, document
 
 
-# ------------------------------------------------------------------------------------ rows of them
+# ------------------------------------------------------------------------------------ rows of text
 
 
 @inlined
@@ -149,9 +165,10 @@ def _shard_of(sample: int, first_samples: np.ndarray) -> int:
 
 @inlined
 def _put(row: np.ndarray, at: int, tokens: np.ndarray, begin: int, end: int, frame: Frame) -> int:
-    """Copy tokens, the first without its mark, and a [SEP]; returns the place behind it."""
+    """Write tokens, the first one without its word mark, and a [SEP]; the position behind it."""
+    # Slices that both begin at 0: LLVM turns this loop into vector instructions.
     text, place = tokens[begin:end], row[at : at + end - begin]
-    for i in range(len(place)):  # slices from 0: LLVM makes a vector loop of this
+    for i in range(len(place)):
         place[i] = text[i]
     if end > begin:
         row[at] &= frame.id_mask
@@ -162,7 +179,7 @@ def _put(row: np.ndarray, at: int, tokens: np.ndarray, begin: int, end: int, fra
 @compiled
 def fill_windows(
     samples: np.ndarray,
-    source: Source,
+    corpus: MappedCorpus,
     first_samples: np.ndarray,
     frame: Frame,
     rows: np.ndarray,
@@ -173,9 +190,9 @@ def fill_windows(
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, first_samples)
-        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
+        tokens = mapped(corpus.tokens[shard], corpus.num_tokens[shard], rows)
         begin = (sample - first_samples[shard]) * window
-        end = min(begin + window, source.num_tokens[shard])
+        end = min(begin + window, corpus.num_tokens[shard])
         rows[b, 0] = frame.cls_id
         lengths[b] = _put(rows[b], 1, tokens, begin, end, frame)
 
@@ -184,7 +201,7 @@ def fill_windows(
 def fill_sequences(
     kind: int,
     samples: np.ndarray,
-    source: Source,
+    corpus: MappedCorpus,
     index: Index,
     frame: Frame,
     rows: np.ndarray,
@@ -193,15 +210,15 @@ def fill_sequences(
 ) -> None:
     """Write samples of any kind into rows [B, S], each sequence as [CLS] ... [SEP].
 
-    cu_seqlens int64 [B, D + 1]: where sequences begin, then the row's length to the end.
+    cu_seqlens int64 [B, D + 1]: where sequences begin; all further entries are the row's length.
     """
     width = rows.shape[1] - (0 if kind == PACKED else 2)
     ends = np.empty(cu_seqlens.shape[1] - 1, np.int64)
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, index.first_samples)
-        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
-        num, begin, _, _ = _find(kind, source, index, width, sample, shard, ends)
+        tokens = mapped(corpus.tokens[shard], corpus.num_tokens[shard], rows)
+        num, begin, _, _ = _find(kind, corpus, index, width, sample, shard, ends)
         at = 0
         for i in range(num):
             cu_seqlens[b, i] = at
@@ -222,7 +239,7 @@ def _below(draw: np.uint64, num: int) -> int:
 
 @inlined
 def _num_inner_ends(sentence_ends: np.ndarray, sentence: int, end: int) -> int:
-    """Sentence ends inside a piece that begins in `sentence` and ends before token `end`."""
+    """Sentence ends inside a span that begins in `sentence` and ends before token `end`."""
     after = sentence
     while sentence_ends[after] < end:
         after += 1
@@ -239,10 +256,10 @@ def _split(
     draw: np.uint64,
     bit: int,
 ) -> int:
-    """Where a piece is cut in two: at any of its inner sentence ends, equally likely.
+    """Where a span is split into A and B: at one of its inner sentence ends, all equally likely.
 
-    A piece of one sentence is cut at the first word that begins behind its middle (before it where
-    there is none); `end` when it is a single word.
+    A span of one sentence is split where the first word behind its middle begins, or else the last
+    one before it. Returns `end` for a span that is a single word.
     """
     num = _num_inner_ends(sentence_ends, sentence, end)
     if num:
@@ -259,7 +276,7 @@ def _split(
 
 @inlined
 def _partner(
-    source: Source,
+    corpus: MappedCorpus,
     index: Index,
     width: int,
     sample: int,
@@ -268,17 +285,22 @@ def _partner(
     key: np.uint64,
     ends: np.ndarray,
 ) -> tuple[int, int]:
-    """(begin, end) of text from a random sentence of another document near by; (0, 0): none."""
+    """(begin, end) of text from a random sentence of another document, or (0, 0) without one.
+
+    It comes from the same PARTNER_WINDOW samples of the shard as this sample.
+    """
     first = index.first_samples[shard]
     low = first + (sample - first) // PARTNER_WINDOW * PARTNER_WINDOW
     num = min(low + PARTNER_WINDOW, index.first_samples[shard + 1]) - low
-    sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
+    sentences = mapped(corpus.sentence_ends[shard], corpus.num_sentences[shard], index.like)
     for attempt in range(NUM_PARTNER_DRAWS):
         draw = derive(key, _PARTNERS + np.uint64(2 * attempt))
         other = low + _below(draw, num)
-        _, begin, sentence, where = _find(DOCUMENTS, source, index, width, other, shard, ends)
+        _, begin, sentence, where = _find(DOCUMENTS, corpus, index, width, other, shard, ends)
+        # Draws that all meet the same document leave the sample its true B.
         if where == document:
             continue
+        # B begins at a random sentence of that sample, so that it isn't always a document's first.
         end = ends[0]
         skipped = _below(
             derive(key, _PARTNERS + np.uint64(2 * attempt + 1)),
@@ -294,7 +316,7 @@ def fill_pairs(
     epochs: np.ndarray,
     pair_key: np.uint64,
     swaps: bool,
-    source: Source,
+    corpus: MappedCorpus,
     index: Index,
     frame: Frame,
     rows: np.ndarray,
@@ -302,10 +324,10 @@ def fill_pairs(
     token_type_ids: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Write [CLS] A [SEP] B [SEP] into rows [B, S]; segments int64 [B, S]; labels int64 [B].
+    """Write [CLS] A [SEP] B [SEP] into rows [B, S]; token_type_ids int64 [B, S]; labels int64 [B].
 
-    A and B are a piece of a document, split in two; in half of the cases, labelled 1, they are
-    swapped (`swaps`), or B comes from another document and loses the end that doesn't fit.
+    A and B are a span of a document, split in two. In half of the cases, which are labelled 1, they
+    are swapped (with `swaps`), or B comes from another document and loses the end that doesn't fit.
     """
     width = rows.shape[1] - 3
     bit = frame.id_mask + 1
@@ -313,17 +335,18 @@ def fill_pairs(
     for b in range(rows.shape[0]):
         sample = np.int64(samples[b])
         shard = _shard_of(sample, index.first_samples)
-        tokens = mapped(source.tokens[shard], source.num_tokens[shard], rows)
-        sentences = mapped(source.sentence_ends[shard], source.num_sentences[shard], index.entry)
-        _, begin, sentence, document = _find(DOCUMENTS, source, index, width, sample, shard, ends)
+        tokens = mapped(corpus.tokens[shard], corpus.num_tokens[shard], rows)
+        sentences = mapped(corpus.sentence_ends[shard], corpus.num_sentences[shard], index.like)
+        _, begin, sentence, document = _find(DOCUMENTS, corpus, index, width, sample, shard, ends)
         end = ends[0]
         key = derive(derive(pair_key, epochs[b]), samples[b])
         cut = _split(tokens, sentences, sentence, begin, end, derive(key, _SPLIT), bit)
+        # The true pair, unless the coin decides otherwise; a span of a single word has no B.
         a, a_end, b_begin, b_end = begin, cut, cut, end
         labels[b] = 0 if cut < end else IGNORED_LABEL
         if derive(key, _COIN) & _ONE:
             if not swaps:
-                begin, end = _partner(source, index, width, sample, shard, document, key, ends)
+                begin, end = _partner(corpus, index, width, sample, shard, document, key, ends)
                 if begin < end:
                     b_begin, b_end = begin, min(end, begin + width - (a_end - a))
                     labels[b] = 1

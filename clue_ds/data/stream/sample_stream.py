@@ -29,7 +29,7 @@ from clue_ds.data.jit import compiled
 from clue_ds.data.sampling import Kind, Order, num_predictions
 from clue_ds.data.stream.labelled_pairs import LabelledPairs, PairSamples
 from clue_ds.data.stream.masking import MaskTable, mask_rows, ngram_draws
-from clue_ds.data.stream.mixture import Mixture, parts_of, shares_of
+from clue_ds.data.stream.mixture import Mixture, corpora_of, shares_of
 from clue_ds.data.stream.order import BLOCK_BYTES, CYCLE, order_table, places, samples_taken
 from clue_ds.data.stream.samples import Samples
 from clue_ds.data.text.vocab import SPECIAL_TOKENS, read_vocab
@@ -59,7 +59,7 @@ def _uses_lanes(corpus: Corpus | Mixture | LabelledPairs, order: str) -> bool:
     if isinstance(corpus, LabelledPairs):
         return False  # they are in memory
     # By the corpus alone: the machine's memory would make it another stream on another machine.
-    num_bytes = sum(part.num_bytes for part in parts_of(corpus))
+    num_bytes = sum(one.num_bytes for one in corpora_of(corpus))
     return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
 
 
@@ -110,11 +110,11 @@ class SampleStream:
         # Compiled code returns Python integers, and takes one below 2^63 for a signed number.
         keys = map(np.uint64, stream_keys(np.uint64(seed % (1 << 64))))
         order_key, self._mask_key, self._pair_key = keys
-        self.part_samples = self._samples.part_samples
+        self.samples_per_corpus = self._samples.samples_per_corpus
         self.uses_lanes = _uses_lanes(corpus, order)
         shares = np.array([CYCLE]) if isinstance(corpus, LabelledPairs) else shares_of(corpus)
         self.order = order_table(
-            num_samples=self.part_samples,
+            num_samples=self.samples_per_corpus,
             shares=shares,
             global_batch_size=global_batch_size,
             uses_lanes=self.uses_lanes,
@@ -160,7 +160,7 @@ class SampleStream:
         return self.global_batch_size // world_size
 
     def samples_by_part(self, step: int) -> list[int]:
-        """Samples of each part of a mixture in the batches before `step`, exactly."""
+        """The exact number of samples of each corpus of a mixture in the batches before `step`."""
         return samples_taken(step, self.order).tolist()
 
     def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""What spans.py's compiled code reads: where a corpus is mapped, and where its samples begin."""
+"""What the compiled code of rows.py reads: where a corpus is mapped and where its samples begin."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Source(NamedTuple):
-    """A corpus as compiled code sees it; each array has an entry a shard."""
+class MappedCorpus(NamedTuple):
+    """The addresses and lengths of a corpus's arrays; each field has one entry per shard."""
 
-    tokens: np.ndarray  # uint64: where the tokens are mapped
-    sentence_ends: np.ndarray  # uint64: where the sentence ends are mapped
-    document_ends: np.ndarray  # uint64: where the document ends are mapped
+    tokens: np.ndarray  # uint64: address of the tokens
+    sentence_ends: np.ndarray  # uint64: address of the sentence ends
+    document_ends: np.ndarray  # uint64: address of the document ends
     num_tokens: np.ndarray  # int64
     num_sentences: np.ndarray  # int64
     num_documents: np.ndarray  # int64
@@ -22,12 +22,12 @@ class Index(NamedTuple):
     """Where samples begin. Tokens, sentences and documents are counted from the shard's start."""
 
     first_samples: np.ndarray  # int64 [shards + 1]: samples before each shard, and in all
-    marks: np.ndarray  # uint64 [shards]: where sample_index.SampleIndex.marks of each lie
-    entry: np.ndarray  # uint32 [0]: of that type are all tables that are mapped
+    marks: np.ndarray  # uint64 [shards]: address of sample_index.SampleIndex.marks of each
+    like: np.ndarray  # uint32 [0]: the type of the marks, sentence ends and document ends
 
 
 class Frame(NamedTuple):
-    """What a row is put together with."""
+    """What is added to text to make a row of it, and what its tokens lose."""
 
     cls_id: int
     sep_id: int
