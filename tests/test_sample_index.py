@@ -1,4 +1,4 @@
-"""Indexes of where samples begin: the same samples from a file, and what is wrong is made anew."""
+"""Indexes of where samples begin: same samples from a file, and a damaged file is made again."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_flipped_bit_and_cut_is_noticed(
         capsys.readouterr()
         assert same(batches(directory), expected)
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 2 and str(path) in lines[0] and "it is made anew" in lines[0]
+        assert len(lines) == 2 and str(path) in lines[0] and "it is made again" in lines[0]
         assert path.read_bytes() == whole
 
 
@@ -102,7 +102,7 @@ def test_an_index_of_another_corpus_is_stale(
     write_corpus(directory, 50_000, 2, holes="nothing")
     capsys.readouterr()
     batches(directory)
-    assert "belongs to another state of the corpus; it is made anew" in capsys.readouterr().err
+    assert "belongs to another state of the corpus; it is made again" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_beside_the_corpus(directory: Path) -> None:

@@ -1,12 +1,13 @@
 """`LabelledPairs`: labelled sentence pairs from JSON lines, in memory, as samples of a stream.
 
 A line is {"sentence1": ..., "sentence2": ..., "label": ...}, as NLI and similarity sets of CLUE are
-published. Files whose sets of labels are equal share them (CMNLI and OCNLI); others are told apart
-(AFQMC's 0 and 1 are no 0 and 1 of another set): label i of the stream is row i of one table of
-(set, label). A pair labelled "-" (its annotators did not agree) is left out and counted.
+published. Files with equal sets of labels share them (CMNLI and OCNLI); different sets are kept
+apart, even where a label of one has the name of a label of another. Label i of the stream is row i
+of one table of (set, name). A pair labelled "-" (its annotators did not agree) is skipped and
+counted.
 
 A sample is [CLS] sentence1 [SEP] sentence2 [SEP]; while it is too long, the longer sentence loses
-its last token. Every pair comes exactly once an epoch, whatever file it is from. Such sets have
+its last token. Every pair comes exactly once per epoch, whatever file it is from. Such sets have
 under a million pairs, and a pair takes some 100 bytes, so they are held in memory.
 """
 
@@ -24,8 +25,8 @@ import numpy as np
 from clue_ds import files
 from clue_ds.data.corpus import MANIFEST, VOCAB_FILE, Corpus
 from clue_ds.data.jit import compiled
-from clue_ds.data.stream.rows import Frame
 from clue_ds.data.stream.samples import Rows
+from clue_ds.data.stream.tables import Frame
 from clue_ds.data.text.tokenizer import Tokenizer
 from clue_ds.data.text.words import mark_words, word_lengths
 from clue_ds.errors import UserError
@@ -43,10 +44,11 @@ class Pair(NamedTuple):
 
 
 class LabelledPairs:
-    """Pairs of some files, tokenized with the vocabulary in `directory` (a corpus, or a model).
+    """Pairs of some files, tokenized with the vocabulary in `directory` (a corpus or a model).
 
-    `labels[i]`: (set, name) of label i; `num_skipped`: pairs labelled "-". UserError naming file
-    and line for what is no pair, and, with `labels` given, for a label that is not among them.
+    `labels[i]` is (set, name) of label i, and `num_skipped` counts pairs labelled "-". Raises a
+    UserError that names file and line for a line that is not a pair, and one that names the file
+    when `labels` are given and no set of them has all labels of the file.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class LabelledPairs:
         pairs = [pair for group in by_file.values() for pair in group if pair.label != NO_LABEL]
         self.num_skipped = sum(len(group) for group in by_file.values()) - len(pairs)
         if not pairs:
-            raise UserError(f"{', '.join(paths)}: no labelled pair in there")
+            raise UserError(f"{', '.join(paths)}: there is no labelled pair in these files")
         self.labels = labels or _label_sets(by_file)
         self.targets = _targets(by_file, self.labels)
         self.num_documents = len(pairs)
@@ -86,7 +88,7 @@ class LabelledPairs:
 
     @property
     def majority(self) -> float:
-        """The accuracy of always naming the most frequent label of each set."""
+        """The accuracy of always predicting the most frequent label of each set."""
         counts = np.bincount(self.targets, minlength=len(self.labels))
         sets = np.array(self.label_sets)
         return sum(counts[sets == number].max() for number in set(sets.tolist())) / counts.sum()
@@ -98,14 +100,14 @@ class LabelledPairs:
         return tokens, lengths
 
     def samples(self, seq_length: int) -> PairSamples:
-        """What a SampleStream draws from."""
+        """The pairs as samples for a SampleStream."""
         tokenizer = self._tokenizer
         frame = Frame(tokenizer.cls_id, tokenizer.sep_id, tokenizer.continues - 1)
         return PairSamples(self._tokens, self._ends, self.targets, seq_length, frame)
 
 
 class PairSamples:
-    """Like Samples: `num_samples` and `rows`, each pair a sample."""
+    """Labelled pairs with the interface of Samples; each pair is a sample."""
 
     def __init__(
         self,
@@ -140,13 +142,14 @@ def _fill(
     lengths: np.ndarray,
     token_type_ids: np.ndarray,
 ) -> None:
-    """Rows [B, S] as spans.fill_pairs writes them, of sentences 2 i and 2 i + 1 for sample i."""
+    """Rows [B, S] as rows.fill_pairs writes them, of sentences 2 i and 2 i + 1 for sample i."""
     room = rows.shape[1] - 3
     for b in range(rows.shape[0]):
         first = 2 * np.int64(samples[b])
         begin = sentence_ends[first - 1] if first else np.int64(0)
         middle, end = sentence_ends[first], sentence_ends[first + 1]
         a, other = middle - begin, end - middle
+        # The same lengths as taking one token at a time from the longer sentence.
         if a + other > room:
             shorter = min(a, other, room // 2)
             a, other = (shorter, room - shorter) if a < other else (room - shorter, shorter)
@@ -184,7 +187,7 @@ def _expand(files: tuple[str, ...]) -> list[str]:
 
 
 def _read(path: str) -> Iterator[Pair]:
-    """The pairs of one file; UserError with file and line."""
+    """The pairs of one file; a mistake in it is a UserError with file and line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -211,19 +214,23 @@ def _label_sets(by_file: dict[str, list[Pair]]) -> list[tuple[int, str]]:
     sets = dict.fromkeys(_names(pairs) for pairs in by_file.values())
     for names in sets:
         if len(names) == 1:
-            raise UserError(f"a file of pairs knows only the label {names[0]!r}: nothing to learn")
+            raise UserError(
+                f"a file of pairs has only the label {names[0]!r}: there is nothing to learn"
+            )
     return [(number, name) for number, names in enumerate(filter(None, sets)) for name in names]
 
 
 def _targets(by_file: dict[str, list[Pair]], labels: list[tuple[int, str]]) -> np.ndarray:
-    """The label of each pair, int64 [pairs]: of the first set that has all names of its file."""
+    """The label of each pair, int64 [pairs], in the first set that has all labels of its file."""
     targets = []
     numbers = dict.fromkeys(number for number, _ in labels)
     for path, pairs in by_file.items():
         names = _names(pairs)
         fitting = [n for n in numbers if set(names) <= {name for k, name in labels if k == n}]
         if not fitting:
-            raise UserError(f"{path} has the labels {', '.join(names)}, unlike the training pairs")
+            raise UserError(
+                f"{path} has the labels {', '.join(names)}, which no set of the training pairs has"
+            )
         ids = {name: i for i, (number, name) in enumerate(labels) if number == fitting[0]}
         targets += [ids[pair.label] for pair in pairs if pair.label != NO_LABEL]
     return np.array(targets, dtype=np.int64)

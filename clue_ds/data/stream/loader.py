@@ -1,13 +1,13 @@
-"""`Loader`: the batches of one rank, made ahead by one background thread.
+"""`Loader`: the batches of one rank, made in advance by a prefetch thread.
 
-The stream's compiled calls release the GIL, so one thread is enough to hide a batch behind the step
-before it. Where the order is one of lanes, a second thread reads the corpus ahead of the first
-(readahead.py). Guarantees: batches come in order from start_step on; what goes wrong in a thread
-is raised by `next`; `close` (or leaving the `with` block) ends the threads. The whole state is one
+The stream's compiled calls release the GIL, so one thread is enough to make a batch while the step
+before it runs. With a lanes order, a second thread reads the corpus ahead of the first one
+(readahead.py). Guarantees: batches come in order from start_step on; an exception in a thread is
+raised by `next`; `close` (or leaving the `with` block) ends the threads. The whole state is one
 number: to resume, start at the step after the last one that was trained on.
 
-Batches for a GPU lie in pinned memory: a copy from other memory would keep the training loop
-waiting until the GPU has done all that it was given before.
+Batches for a GPU are in pinned memory: a copy from other memory would make the training loop wait
+until the GPU has finished everything that was queued before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.1
 class Loader(Iterator[Batch]):
     """An endless iterator of `stream.batch(step, rank, world_size)` for step = start_step, ...
 
-    `device`: where the batches go from here; they are on the host.
+    Batches are on the host. `device` is where the caller copies them to: for a GPU they are pinned.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Loader(Iterator[Batch]):
         start_step: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        stream.batch_size(world_size)  # a bad world size is the caller's error, not the thread's
+        stream.batch_size(world_size)  # raises for a bad world size here, not in the thread
         self.next_step = start_step
         self._stream = stream
         self._rank, self._world_size = rank, world_size
@@ -57,7 +57,7 @@ class Loader(Iterator[Batch]):
 
     @property
     def samples_consumed(self) -> int:
-        """Samples of all ranks in the batches handed out so far, and before start_step."""
+        """Samples of all ranks before start_step and in the batches handed out since."""
         return self.next_step * self._stream.global_batch_size
 
     def __next__(self) -> Batch:
@@ -77,7 +77,7 @@ class Loader(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """End the threads; the iterator is then at its end."""
+        """End the threads; after that, `next` raises StopIteration."""
         self._stop.set()
         self._thread.join()
         if self._read_ahead is not None:
@@ -88,7 +88,7 @@ class Loader(Iterator[Batch]):
             if self._gpu is not None:
                 import torch
 
-                # A thread begins on GPU 0, and pinning there would take memory of it.
+                # A new thread's device is GPU 0, and pinning memory there would take some of it.
                 torch.cuda.set_device(self._gpu)
             while not self._stop.is_set():
                 if self._read_ahead is not None:
@@ -102,7 +102,7 @@ class Loader(Iterator[Batch]):
             self._put(error)
 
     def _put(self, item: Batch | BaseException) -> None:
-        """Return when the item was taken, or the loader closed."""
+        """Queue the item; return when it is queued or the loader was closed."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=_POLL_SECONDS)

@@ -1,7 +1,8 @@
-"""`mapped`: an array at an address, for compiled code that chooses among maps of one type.
+"""`mapped`: the array at an address, for compiled code that chooses one of many mapped arrays.
 
-A numba list of arrays costs a reference count for each access, and a tuple of them compiles anew
-for each number of shards. What this returns is part of no cache's key: never change this file.
+Rejected: a numba list of arrays (it counts references at each access), a tuple of arrays (functions
+are compiled again for each number of shards). Never change what `mapped` returns: machine code of
+functions that call it is cached, and a change here does not invalidate those caches (jit.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from clue_ds.data.jit import inlined
 
 @intrinsic
 def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to elements of the array `like`'s type."""
+    """The address as a pointer to elements of the type that the array `like` has."""
     pointer = types.CPointer(like.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -28,5 +29,5 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
 
 @inlined
 def mapped(address: np.uint64, num: int, like: np.ndarray) -> np.ndarray:
-    """The `num` elements of `like`'s type at the address; they must stay mapped."""
+    """The `num` elements at the address, of the type that `like` has; they must stay mapped."""
     return carray(_pointer(address, like), (num,))  # type: ignore[call-arg]

@@ -1,16 +1,17 @@
-"""`ReadAhead`: brings the blocks of a lanes order into memory before the batches need them.
+"""`ReadAhead`: reads the blocks of a lanes order into memory before the batches need them.
 
-The order is a pure function, so its future is known: for each lane of a rank, the window at hand
-and, soon before its end, the next one. One thread reads these blocks by pread into one scratch
-buffer, which leaves them in the page cache, where the mapped shards find them; `wait` returns when
-all that a step needs is there, and the pages of windows that were left are unmapped. So the disk
-sees blocks of 1 MiB, a read error is an OSError that names its file (through the map it would kill
-the process), and a rank's memory stays at its lanes' windows, whatever the size of the corpus.
+The order is a pure function, so the blocks that come next are known: for each lane of a rank, its
+current window and, shortly before that ends, the next one. One thread reads these blocks with pread
+into one scratch buffer, which leaves them in the page cache, where the mapped shards find them.
+`wait` returns when everything that a step needs has been read, and the pages of windows that are
+done are unmapped. So the disk sees reads of 1 MiB, a read error is an OSError that names its file
+(through the map it would kill the process), and the memory that a rank maps is that of its lanes'
+windows, however large the corpus is.
 
-All this is advice: batches are the same without it, only slower. Rejected: reading into buffers of
-our own (every kind of sample would need a second way to its tokens, and ranks of one node could
-not share what they read), MADV_WILLNEED (returns before the data is there, fails in silence, and
-many network file systems ignore it).
+Batches are the same without all this, only slower. Rejected: reading into buffers of our own (every
+kind of samples would need a second way to its tokens, and ranks of one host could not share what
+they read); MADV_WILLNEED (it returns before the data has been read, doesn't report errors, and is
+ignored by many network file systems).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from clue_ds.data.stream.sample_stream import SampleStream
 _MAPPED_AT_ONCE = 1 << 16  # bytes that Linux maps around a touched page
 
 
-class _Piece(NamedTuple):
+class _ByteRange(NamedTuple):
     """A run of bytes of one shard's file."""
 
     shard: int
@@ -40,20 +41,21 @@ class _Piece(NamedTuple):
 
 
 class _Window:
-    """What a lane reads in one window, and whether it has been read."""
+    """The bytes of one window of a lane, and whether they have been read."""
 
-    def __init__(self, pieces: list[_Piece]) -> None:
-        self.pieces = pieces
+    def __init__(self, ranges: list[_ByteRange]) -> None:
+        self.ranges = ranges
         self.is_read = threading.Event()
 
 
-_Key = tuple[int, int, int, int]  # part, epoch, begin and end on the epoch's line
+_Key = tuple[int, int, int, int]  # corpus, epoch, begin and end on the epoch's line
 
 
 class ReadAhead:
-    """Reads ahead for the rows that rank `rank` takes of every batch of a lanes stream.
+    """Reads ahead for the rows that rank `rank` takes of every batch of a stream with lanes.
 
-    `bytes_read` counts what the thread has read. `wait` raises what went wrong in the thread.
+    `bytes_read` is the number of bytes that the thread has read. `wait` raises the exception that
+    ended the reading, if there was one.
     """
 
     def __init__(self, stream: SampleStream, rank: int, world_size: int) -> None:
@@ -65,7 +67,7 @@ class ReadAhead:
         first, last = rank * size, (rank + 1) * size - 1
         self._first_lane = first // rows_per_lane
         self._num_lanes = last // rows_per_lane + 1 - self._first_lane
-        self._at = np.empty(0, dtype=np.int64)  # what windows_at said last
+        self._at = np.empty(0, dtype=np.int64)  # the last result of windows_at
         self._needed: list[_Window] = []
         self._windows: dict[_Key, _Window] = {}
         self._queue: queue.SimpleQueue[_Window | None] = queue.SimpleQueue()
@@ -76,9 +78,9 @@ class ReadAhead:
         self._thread.start()
 
     def wait(self, step: int) -> None:
-        """Return when all that the rank's rows of `step` need is in memory."""
+        """Return when everything that the rank's rows of `step` need has been read."""
         table = self._stream.order
-        # A lane asks for its next window when one block of the one at hand is left.
+        # A lane asks for its next window when one block of the current one is left.
         at = windows_at(step, self._first_lane, self._num_lanes, table.block, table)
         if not np.array_equal(at, self._at):
             self._advance(at)
@@ -88,7 +90,7 @@ class ReadAhead:
             raise self._error
 
     def close(self) -> None:
-        """End the thread and unmap what it had brought."""
+        """End the thread and unmap what it has read."""
         self._stopped = True
         self._queue.put(None)
         self._thread.join()
@@ -97,7 +99,7 @@ class ReadAhead:
         self._windows.clear()
 
     def _advance(self, at: np.ndarray) -> None:
-        """Ask for the windows that are new, first those needed at once; let go of old ones."""
+        """Queue the windows that are new, those needed at once first, and unmap the old ones."""
         needed, soon = at[:, :, :2].reshape(-1, 4), at[:, :, 2].reshape(-1, 4)
         keys = dict.fromkeys(map(tuple, np.concatenate([needed, soon]).tolist()))
         for key in list(self._windows.keys() - keys.keys()):
@@ -105,29 +107,31 @@ class ReadAhead:
         for key in keys:
             if key not in self._windows:
                 runs = line_samples(*key, self._stream.order).tolist()
-                window = _Window([piece for run in runs for piece in self._pieces(*run)])
+                window = _Window([one for run in runs for one in self._byte_ranges(*run)])
                 self._windows[key] = window
                 self._queue.put(window)
         self._needed = [self._windows[key] for key in set(map(tuple, needed.tolist()))]
         self._at = at
 
-    def _pieces(self, first_sample: int, end_sample: int) -> Iterator[_Piece]:
+    def _byte_ranges(self, first_sample: int, end_sample: int) -> Iterator[_ByteRange]:
         for shard, begin, end in self._stream.token_runs(first_sample, end_sample):
             file = self._files[shard]
             item = file.arrays.tokens.itemsize
-            yield _Piece(shard, file.first_token + begin * item, file.first_token + end * item)
+            yield _ByteRange(shard, file.first_token + begin * item, file.first_token + end * item)
 
     def _unmap(self, window: _Window) -> None:
-        """Give back the pages of the window's blocks, and those that the kernel mapped around them.
+        """Unmap the pages of the window's blocks, and those that the kernel mapped around them.
 
-        A neighbour's pages that go with them are in the page cache and come back when touched.
+        Pages of another window that are unmapped with them are still in the page cache, and are
+        mapped again when they are touched.
         """
-        for piece in window.pieces:
-            file = self._files[piece.shard]
-            begin = piece.begin // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE
-            end = -(-piece.end // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE
+        for one in window.ranges:
+            file = self._files[one.shard]
+            begin = one.begin // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE
+            end = -(-one.end // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE
             file.data.madvise(mmap.MADV_DONTNEED, begin, min(end, len(file.data)) - begin)
-            # Tables as well, which grow with the corpus; a kernel may map 2 MB for one touch.
+            # Sentence and document ends as well: they grow with the corpus, and a kernel may map
+            # 2 MB around the page that is touched.
             tables = (file.first_token + file.arrays.tokens.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             file.data.madvise(mmap.MADV_DONTNEED, tables)
 
@@ -136,19 +140,19 @@ class ReadAhead:
         while not self._stopped and (window := self._queue.get()) is not None:
             try:
                 if self._error is None:
-                    for piece in window.pieces:
-                        self._read(piece, scratch)
+                    for one in window.ranges:
+                        self._read(one, scratch)
             except BaseException as error:  # `wait` raises it
                 self._error = error
             window.is_read.set()
 
-    def _read(self, piece: _Piece, scratch: memoryview) -> None:
-        path = self._files[piece.shard].path
+    def _read(self, byte_range: _ByteRange, scratch: memoryview) -> None:
+        path = self._files[byte_range.shard].path
         file = os.open(path, os.O_RDONLY)
         try:
-            offset = piece.begin
-            while offset < piece.end:
-                num = os.preadv(file, [scratch[: piece.end - offset]], offset)
+            offset = byte_range.begin
+            while offset < byte_range.end:
+                num = os.preadv(file, [scratch[: byte_range.end - offset]], offset)
                 if num == 0:
                     raise OSError(f"{path} ends at byte {offset:,}; it was cut off while in use")
                 offset += num

@@ -1,19 +1,19 @@
 """Where samples begin: found by one walk over a corpus's tables, then kept in a small file.
 
-Every kind but windows follows sentence and document ends, so the place of sample i depends on all
-samples before it in its shard. `open_index` walks over the tables once (some 4 ns a sentence) and
-keeps the place of every 64th sample; for a corpus of more than KEPT_FROM sentences it writes the
-result down, 12 bytes for 64 samples, and later starts map that file.
+All kinds but windows follow sentence and document ends, so the place of sample i depends on all
+samples before it in its shard. `open_index` walks over the tables once (some 4 ns per sentence) and
+keeps the place of every 64th sample, its mark. For a corpus of KEPT_FROM sentences or more it saves
+the marks in a file, 12 bytes per 64 samples, and later starts map that file.
 
-Guarantees: the corpus's directory is not touched. The file stands beside it, as NAME.index/, or in
-the user's cache (XDG_CACHE_HOME) where it can't be written there or would lie inside another
-corpus (held_out). It carries what it was made of and a checksum of all its bytes: one that is
-stale, cut off or changed is made anew, and a line says so. It appears under its name complete or
-not at all, and of processes that start together one makes it while the others wait (flock; on a
-file system without locks each makes it, with the same bytes).
+Guarantees: the corpus's directory is not touched. The file is beside it, in NAME.index/, or in the
+user's cache (XDG_CACHE_HOME) where NAME.index/ can't be written or would be inside another corpus
+(held_out). It records what it was made of and a checksum of all its bytes: a file that is stale,
+cut off or changed is made again, with a line on stderr. It appears under its name complete or not
+at all. Of processes that start together one makes it while the others wait (flock; on a file system
+without locks each of them makes it, with the same bytes).
 
-Rejected: marks in the corpus itself, made by `clue-ds shard` (lengths and kinds aren't known then),
-marks for each sample (64 times the size to save 32 short steps a row).
+Rejected: marks in the corpus itself, made by `clue-ds shard` (it doesn't know lengths and kinds);
+a mark for each sample (64 times the size, to save a walk over 32 samples per row).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from clue_ds import files
 from clue_ds.data.corpus import MANIFEST, Corpus
 from clue_ds.data.stream.rows import WALKS, index_shard
 
-# Walking over so many sentences takes as long as numba's start.
+# A walk over this many sentences takes as long as importing numba.
 KEPT_FROM = 1 << 24
 MAX_THREADS = 8
 _SECONDS_A_LINE = 10.0
@@ -47,26 +47,26 @@ _MAGIC = b"CLUE-IX\x01"
 
 
 class Walk(NamedTuple):
-    """How a corpus is cut into samples: all that spans.index_shard has to be told."""
+    """How a corpus is cut into samples: the parameters of rows.index_shard."""
 
-    name: str  # of spans.WALKS
-    width: int  # tokens a row has room for
-    num_sequences: int  # that a row may hold
+    name: str  # a key of rows.WALKS
+    width: int  # tokens that a row has room for
+    num_sequences: int  # sequences that a row may hold
 
 
 class SampleIndex(NamedTuple):
-    """Of each shard of one corpus."""
+    """Where the samples of one corpus begin, by shard."""
 
     num_samples: np.ndarray  # int64 [shards]
     marks: list[np.ndarray]  # uint32 [3 * M] each: token, sentence, document of each 64th sample
 
 
 class Unusable(Exception):
-    """Why a file is not the index that is looked for."""
+    """A file is not the index that was looked for; the message is the reason."""
 
 
 def open_index(corpus: Corpus, walk: Walk, version: int) -> SampleIndex:
-    """The index of a corpus; `version`: of the rules by which samples are cut."""
+    """The index of a corpus; `version` is that of the rules by which samples are cut."""
     if corpus.num_sentences < KEPT_FROM:
         return _walk(corpus, walk)
     key = hashlib.sha256(f"{corpus.fingerprint} {version} {walk}".encode()).digest()
@@ -78,16 +78,16 @@ def open_index(corpus: Corpus, walk: Walk, version: int) -> SampleIndex:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except Unusable as error:
-            _say(f"{folder / name} {error}; it is made anew")
+            _say(f"{folder / name} {error}; it is made again")
     for folder in folders:
         if _can_write(folder):
             return _make(folder / name, key, corpus, walk)
-    _say(f"no place for an index of {corpus.directory}: it is made again at each start")
+    _say(f"an index of {corpus.directory} can't be saved: it is made again at each start")
     return _walk(corpus, walk)
 
 
 def _folders(corpus: Corpus) -> list[Path]:
-    """Where an index of the corpus may lie, best place first."""
+    """The folders in which an index of the corpus may be, best one first."""
     directory = corpus.directory.resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clue_ds"
     folders = [cache / f"{corpus.fingerprint[:16]}.index"]
@@ -111,7 +111,7 @@ def _make(path: Path, key: bytes, corpus: Corpus, walk: Walk) -> SampleIndex:
             return _read(path, key, len(corpus.files))
         _say(
             f"indexing the {corpus.num_sentences:,} sentences of {corpus.directory} for "
-            f"{walk.name} of {walk.width} tokens; next time {path} is there"
+            f"{walk.name} of {walk.width} tokens; later starts read {path}"
         )
         _write(path, key, _walk(corpus, walk))
         return _read(path, key, len(corpus.files))
@@ -119,14 +119,18 @@ def _make(path: Path, key: bytes, corpus: Corpus, walk: Walk) -> SampleIndex:
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
-    """Wait until no other process is in here; a process that dies leaves."""
+    """Hold the lock of an index while the block runs; it is released when its process ends."""
     with open(lock, "w") as file:
         files.lock(file, wait=True)
         yield
 
 
 def _walk(corpus: Corpus, walk: Walk) -> SampleIndex:
-    """Compiled code on several threads; tables are read, not mapped: in order, and not kept."""
+    """Make an index with compiled code on several threads.
+
+    Sentence and document ends are read from the files, not through the map: one shard after the
+    other, and without staying in the process's memory.
+    """
 
     def one(shard: int) -> tuple[int, np.ndarray]:
         return index_shard(
@@ -159,7 +163,7 @@ def _write(path: Path, key: bytes, index: SampleIndex) -> None:
 
 
 def _read(path: Path, key: bytes, num_shards: int) -> SampleIndex:
-    """The index in a file, mapped; FileNotFoundError, or Unusable with the reason."""
+    """The index in a file, mapped. Raises FileNotFoundError, or Unusable with the reason."""
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):

@@ -2,17 +2,17 @@
 
 What a sample is depends on its kind (samples.py). By default it is a window of seq_length - 2
 consecutive tokens of one shard between [CLS] and [SEP]; the last window of a shard is shorter.
-Windows run across sentences and documents (as RoBERTa found best), so nothing is padded
-or cut away: every token lies in exactly one sample.
+Windows go on across sentence and document ends, so nothing is cut away and only the last window of
+a shard is padded: every token is in exactly one sample.
 
-Guarantees: batch(step) depends on the corpus, seed, global batch size, length and masking options,
-never on ranks, workers or restarts. Each sample comes exactly once an epoch (order.py says when),
-every batch is full, any step is found in constant time and memory. Three compiled calls make a
-batch (order, rows, masks) straight into the tensors' memory, without the GIL. Only `batch` needs
-torch: a process that takes `arrays` is 190 MB smaller.
+Guarantees: batch(step) depends on the corpus, seed, global batch size, length, kind, order and
+masking options, never on ranks, workers or restarts. Each sample comes exactly once per epoch
+(order.py), every batch is full, and any step is computed in constant time and memory. Three
+compiled calls (order, rows, masks) write a batch straight into the tensors' memory, without the
+GIL. Only `batch` needs torch: a process that takes `arrays` is 190 MB smaller.
 
-Rejected: DataLoader workers (they double the CPU time of a loader that is this cheap, and tie its
-state to their number).
+Rejected: DataLoader workers (they double the CPU time of a loader that is this cheap, and its state
+would depend on their number).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NGRAM = 8
-# Tokens that no text contains: never put in place of another one.
+# Tokens that no text contains: they never replace another one.
 _NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
-_ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # what a key is used for
+_ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # counters under the seed
 ORDERS: tuple[str, ...] = get_args(Order)
 LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
 
@@ -58,7 +58,7 @@ def _uses_lanes(corpus: Corpus | Mixture | LabelledPairs, order: str) -> bool:
         raise UserError(f"order {order!r} is none of {', '.join(ORDERS)}")
     if isinstance(corpus, LabelledPairs):
         return False  # they are in memory
-    # By the corpus alone: the machine's memory would make it another stream on another machine.
+    # Only the corpus decides: by the machine's memory, another machine would get another stream.
     num_bytes = sum(one.num_bytes for one in corpora_of(corpus))
     return order == "lanes" or (order == "auto" and num_bytes > LANES_FROM_BYTES)
 
@@ -66,9 +66,9 @@ def _uses_lanes(corpus: Corpus | Mixture | LabelledPairs, order: str) -> bool:
 class SampleStream:
     """Batches of masked sequences from a corpus, for any step, rank and world size.
 
-    Raises a UserError for sizes that make no sense. `num_samples` windows an epoch,
-    `steps_per_epoch` full batches an epoch (rounded up: a batch may straddle two epochs),
-    `num_predictions` = P slots for masked positions a sequence.
+    Raises a UserError for sizes that make no sense. An epoch has `num_samples` samples in
+    `steps_per_epoch` batches (rounded up: a batch may have samples of two epochs); a row has
+    `num_predictions` = P slots for masked positions.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class SampleStream:
         )
 
     def batch_size(self, world_size: int) -> int:
-        """Sequences a rank; UserError unless the ranks divide the global batch evenly."""
+        """Rows per rank; a UserError unless the ranks divide the global batch evenly."""
         if self.global_batch_size % world_size:
             raise UserError(
                 f"global_batch_size {self.global_batch_size} is not divisible by {world_size} ranks"
@@ -164,12 +164,12 @@ class SampleStream:
         return samples_taken(step, self.order).tolist()
 
     def token_runs(self, first_sample: int, end_sample: int) -> Iterator[tuple[int, int, int]]:
-        """Where samples first_sample .. end_sample - 1 lie: shard, first and end token of each."""
+        """The tokens of samples first_sample .. end_sample - 1: see Samples.token_runs."""
         assert isinstance(self._samples, Samples), "labelled pairs are in memory"
         return self._samples.token_runs(first_sample, end_sample)
 
     def _zero_types(self, size: int) -> np.ndarray:
-        """Zeros [size, S]: fresh ones would cost as much as the masking at length 512."""
+        """Zeros [size, S] shared by all batches: at length 512 new ones cost as much as masks."""
         if len(self._zeros) < size:
             self._zeros = np.zeros((size, self.seq_length), dtype=np.int64)
         return self._zeros[:size]
@@ -177,12 +177,14 @@ class SampleStream:
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
         """Rank `rank`'s rows of the global batch of `step`, int64.
 
-        input_ids, token_type_ids [B, S]; lengths [B]; masked_positions, masked_labels [B, P], where
-        unused slots hold position 0 and label -100; B = global_batch_size // world_size. Beside
-        them, nsp and sop give next_sentence_label [B]: 0 when B follows A, 1 when it is another
-        text (nsp) or stood before A (sop), -100 when there is no B; packed gives cu_seqlens
-        [B, D + 1]: where the row's sequences begin, then its length up to the end.
-        But for nsp and sop, batches share the memory of token_type_ids, which is zero: don't write.
+        With B = global_batch_size // world_size: input_ids, token_type_ids [B, S]; lengths [B];
+        masked_positions, masked_labels [B, P], where unused slots have position 0 and label -100.
+        nsp, sop and labelled pairs add next_sentence_label [B]. In nsp and sop it is 0 when text B
+        follows text A, 1 when it is of another document (nsp) or comes before A (sop), -100 when
+        there is no B. packed adds cu_seqlens [B, D + 1]: where the row's sequences begin, and the
+        row's length in all further entries.
+
+        For kinds without pairs, token_type_ids is zero and batches share its memory: don't write.
         """
         from torch import from_numpy
 
