@@ -1,4 +1,4 @@
-"""Hashing, writing and locking files: the one place that knows how.
+"""Hashing, writing and locking files, for every module that does one of these.
 
 Guarantees: readers see a file written by `writing`, `write_text` or `write_json` with its old
 content or its complete new content, and it is on disk when the function returns; the temporary file
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# What flock answers where the file system has no locks.
+# Errors of flock on file systems that have no locks.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes, which are read in blocks of 1 MiB."""
+    """Hex digest of a file's bytes, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -46,8 +46,8 @@ def writing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """A file that replaces `path` when the block ends without an error.
 
     The temporary file is PATH.tmp, so the next attempt overwrites what a killed process left. With
-    `shared`, which is for files that several processes may write at once, its name carries the
-    process' number, and the last one to finish wins.
+    `shared`, for files that several processes may write at once, its name contains the process id,
+    and the file of the last one to finish stays.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
@@ -63,13 +63,13 @@ def writing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by UTF-8 text as one step."""
+    """Replace the content of `path` atomically by UTF-8 text."""
     with writing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any, indent: int = 1, sort_keys: bool = False) -> None:
-    """Replace `path` by JSON as one step."""
+    """Replace the content of `path` atomically by JSON."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys)
     write_text(path, text + "\n")
 

@@ -133,7 +133,7 @@ def test_missing_parts(corpus: Path) -> None:
 def test_what_is_no_corpus(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; make one with"):
         Corpus(tmp_path / "none")
-    with pytest.raises(UserError, match="has no corpus.json, so it is no corpus"):
+    with pytest.raises(UserError, match="is not a corpus: it has no corpus.json"):
         Corpus(tmp_path)
     path = corpus / "corpus.json"
     whole = path.read_text()

@@ -1,13 +1,14 @@
-"""THE format: a corpus on disk, as docs/shard-format.md describes it, written and read here only.
+"""The format of a corpus on disk, which docs/shard-format.md describes, and its reader, `Corpus`.
 
 A corpus is a directory of shards, a copy of its vocabulary, and corpus.json, which is written last.
 A shard is one file: a header, then tokens, sentence ends and document ends as little-endian arrays,
-mapped and never loaded. The top bit of a token is its word mark (words.py).
+mapped and never loaded. The top bit of a token is its word mark (text/words.py). This module has
+the layout, and writes and maps shards; corpus.json is written by build/corpus_manifest.py.
 
-Guarantees: `Corpus` checks every size and every header before it maps anything, because reading a
-map of a truncated file kills the process (SIGBUS) where an error could have said which file it was.
-Rejected: one index file for all shards (a writer could not publish shards one by one), 64-bit
-offsets (a shard is cut long before 2^32 tokens), Arrow (rows cost 8 bytes an offset and a copy).
+Guarantees: `Corpus` checks the size and the header of every shard before it maps that shard,
+because reading a map of a truncated file kills the process (SIGBUS), where an error can name the
+file. Rejected: one index file for all shards (a writer could not publish shards one by one), 64-bit
+offsets (a shard is cut long before 2^32 tokens), Arrow (rows take 8 bytes per offset and a copy).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 VOCAB_FILE = "vocab.txt"
 STATE_DIRECTORY = ".building"
-# Documents that `clue-ds shard --held-out` set aside: a corpus of its own inside the corpus.
+# A corpus inside the corpus: the documents that `clue-ds shard --held-out` set aside.
 HELD_OUT = "held_out"
 REPORT = "report"
 
@@ -38,12 +39,12 @@ MAGIC = b"CLUE-DS\x01"
 _HEADER = struct.Struct("<8sQQQQ")
 HEADER_BYTES = 64
 ALIGNMENT = 64
-# Ids of at most 15 bits leave room for the word mark in 16 (words.py).
+# Ids of at most 15 bits leave room for the word mark in 16 (text/words.py).
 MAX_SMALL_VOCAB = 1 << 15
 
 
 class ShardArrays(NamedTuple):
-    """The content of one shard."""
+    """The contents of one shard."""
 
     tokens: np.ndarray  # uint16 or uint32 [tokens]: id, with the word mark in the top bit
     sentence_ends: np.ndarray  # uint32 [sentences]: tokens before the end of each sentence
@@ -59,7 +60,11 @@ class ShardFile(NamedTuple):
     arrays: ShardArrays
 
     def read_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sentence ends and document ends read from the file: the map is not for reading on."""
+        """Sentence ends and document ends, read from the file.
+
+        A table is read from start to end, and a map that is advised for random access does not read
+        ahead; besides, pages of the map would stay in the process's memory.
+        """
         tokens, *tables = self.arrays
         counts = [len(table) for table in tables]
         offsets = _layout(tokens.itemsize, len(tokens), *counts)[1:3]
@@ -71,7 +76,7 @@ class ShardFile(NamedTuple):
 
 
 class ShardRecord(NamedTuple):
-    """What corpus.json says of a shard."""
+    """The entry of a shard in corpus.json."""
 
     file: str
     num_tokens: int
@@ -118,7 +123,7 @@ def shard_header(
 
 
 def write_shard(path: Path, arrays: ShardArrays) -> ShardRecord:
-    """Write a shard under a temporary name, sync it, and give it its name."""
+    """Write a shard under a temporary name, sync it, and rename it."""
     token_bytes = arrays.tokens.dtype.itemsize
     counts = (len(arrays.tokens), len(arrays.sentence_ends), len(arrays.document_ends))
     assert counts[0] < 1 << 32, "a shard holds fewer than 2^32 tokens"
@@ -134,9 +139,9 @@ def write_shard(path: Path, arrays: ShardArrays) -> ShardRecord:
     written = 0
     with files.writing(path) as file:
         for offset, data in sections:
-            for part in (memoryview(bytes(offset - written)), data):
-                file.write(part)
-                digest.update(part)
+            for block in (memoryview(bytes(offset - written)), data):  # padding, then the section
+                file.write(block)
+                digest.update(block)
             written = offset + data.nbytes
     assert written == layout[3]
     return ShardRecord(path.name, *counts, written, digest.hexdigest())
@@ -147,7 +152,11 @@ def _little_endian(array: np.ndarray, dtype: str) -> memoryview:
 
 
 def map_shard(path: Path, random_access: bool = False) -> ShardFile:
-    """Map a shard that is known to be whole. Touches no page: 2,000 headers would be 20 MB."""
+    """Map a shard that is known to be whole.
+
+    The header is read from the file, so that no page of the map is touched: those of 2,000 headers
+    would take 20 MB.
+    """
     with open(path, "rb", buffering=0) as file:
         _, token_bytes, *counts = _HEADER.unpack(file.read(_HEADER.size))
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -163,7 +172,7 @@ def map_shard(path: Path, random_access: bool = False) -> ShardFile:
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that decides which samples a corpus gives."""
+    """SHA-256 of everything in a manifest that decides what samples of the corpus contain."""
     content = {
         "version": manifest["version"],
         "vocab_sha256": manifest["vocab_sha256"],
@@ -173,7 +182,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that corpus.json says but for the checksum itself."""
+    """SHA-256 of everything in corpus.json except the checksum itself."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -182,7 +191,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 class Corpus:
     """A corpus directory, opened for reading: sizes and headers checked, shards mapped.
 
-    Raises a UserError that names the file when something is missing, cut off or of another format.
+    Raises a UserError that names the file when one is missing, cut off or of another format.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -207,7 +216,8 @@ class Corpus:
             ) from None
         self._check_vocab()
         self.num_bytes = sum(record.num_bytes for record in self.records)
-        # Read-ahead makes random samples from a cold disk ten times slower (1,500/s, not 15,000).
+        # The kernel's read-ahead makes random samples from a cold disk ten times slower (1,500 per
+        # second instead of 15,000), so maps of a corpus that memory can't hold are advised.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._exceeds_memory = self.num_bytes > memory // 2
         self.files = [self._open(record) for record in self.records]
@@ -215,7 +225,7 @@ class Corpus:
         self.token_dtype = np.dtype(f"<u{self._token_bytes}")
 
     def verify(self) -> None:
-        """Read every shard and compare its SHA-256; UserError naming all that differ."""
+        """Compare the SHA-256 of every shard; a UserError names all files that differ."""
         bad = []
         for record in self.records:
             if files.sha256(self.directory / record.file) != record.sha256:
@@ -235,7 +245,8 @@ class Corpus:
         if files.sha256(self.vocab_file) != self.vocab_sha256:
             raise UserError(
                 f"{self.vocab_file} is not the vocabulary that corpus {self.directory} was made "
-                "with; its ids would mean other tokens. Copy the corpus again, or make it anew"
+                "with: ids would mean other tokens. Copy the corpus again, or make it again with "
+                "`clue-ds shard`"
             )
 
     def _open(self, record: ShardRecord) -> ShardFile:
@@ -246,14 +257,16 @@ class Corpus:
         if size != record.num_bytes:
             raise UserError(
                 f"{path} has {size:,} bytes where {MANIFEST} says {record.num_bytes:,}; it was cut "
-                "off or changed: copy the corpus again"
+                "off or changed. Copy the corpus again"
             )
         with open(path, "rb") as file:
             header = _HEADER.unpack(file.read(HEADER_BYTES)[: _HEADER.size])
             token_bytes, *counts = header[1:]
             expected = (MAGIC, self._token_bytes, *record[1:4])
             if header != expected or _layout(token_bytes, *counts)[3] != size:
-                raise UserError(f"{path} does not have the header that {MANIFEST} promises")
+                raise UserError(
+                    f"{path} does not have the header that {MANIFEST} describes; copy it again"
+                )
         return map_shard(path, random_access=self._exceeds_memory)
 
 
@@ -263,19 +276,19 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         if (directory / STATE_DIRECTORY).is_dir():
             raise UserError(
                 f"corpus {directory} is not finished; run the same `clue-ds shard` command again "
-                "and it goes on where it stopped"
+                "and it resumes where it stopped"
             )
-        what = "has no corpus.json, so it is no corpus" if directory.is_dir() else "does not exist"
+        what = f"is not a corpus: it has no {MANIFEST}" if directory.is_dir() else "does not exist"
         raise UserError(f"{directory} {what}; make one with `clue-ds shard`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy the corpus again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "clue_ds corpus":
-        raise UserError(f"{path} does not describe a corpus of clue_ds")
+        raise UserError(f"{path} does not describe a corpus of clue_ds; choose another directory")
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} is of format version {manifest.get('version')}, and this clue_ds reads "
-            f"{FORMAT_VERSION}; make the corpus again, or use the clue_ds that wrote it"
+            f"{path} has format version {manifest.get('version')}, and this clue_ds reads "
+            f"version {FORMAT_VERSION}; make the corpus again, or use the clue_ds that wrote it"
         )
     return manifest

@@ -1,9 +1,10 @@
 """The counter-based generator behind sample order and masks: splitmix64's finaliser, keyed.
 
-`mix` is a bijection of 64-bit numbers whose output passes statistical tests when its input merely
-counts; `derive` chains it, so that a number that depends on (seed, epoch, sample, position) is four
-mixes and no state. Philox was the alternative: stronger than shuffling and masking need, and three
-times the work on a CPU. The results are part of what a run means: never change this file.
+`mix` is a bijection of 64-bit numbers whose output passes statistical tests even when its inputs
+are consecutive numbers; `derive` chains it, so that a number which depends on (seed, epoch, sample,
+position) takes four mixes and no state. Rejected: Philox, which is stronger than shuffling and
+masking need and three times the work on a CPU. Samples and masks of every run, and the machine code
+that numba has cached (jit.py), depend on the results: never change them.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); constants of
 Stafford's variant 13.

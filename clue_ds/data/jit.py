@@ -1,13 +1,16 @@
-"""`compiled`: how every numba function of this package is compiled.
+"""`compiled` and `inlined`: how the numba functions of clue_ds.data are compiled.
 
-Machine code is cached on disk (first start some seconds, later ones some milliseconds), the GIL is
-released while it runs, and nothing here uses threads of its own. Numba writes cache files to a
-temporary name and renames them, so processes that start together are safe, and it moves to the
-user's cache directory when the package directory is read-only. Where no directory at all can be
-written (a container without a home), functions are compiled anew at each start, same result.
+Machine code is cached on disk (the first start takes some seconds, later ones some milliseconds),
+the GIL is released while it runs, and it starts no threads of its own. Numba writes cache files
+under a temporary name and renames them, so processes that start together are safe, and it uses the
+user's cache directory when the package's own is read-only. Where no directory can be written (a
+container without a home), functions are compiled again at each start, with the same result.
 
-Numba invalidates a cached function by the date of its own source file only. Compiled functions
-therefore call compiled functions of the same file, or of `counter_rng`, which is fixed for ever.
+A cached function is invalidated by the date and size of its own source file only, and what it takes
+from another file is compiled into it. Compiled functions therefore call only compiled functions of
+the same file, `counter_rng.mix`, `counter_rng.derive` and `pointers.mapped`, and these three never
+change. A file that changes the fields of a table or a constant which compiled functions of other
+files read (as stream/tables.py and sampling.py do) must be changed together with those files.
 """
 
 from __future__ import annotations
