@@ -1,10 +1,11 @@
-"""`clue-ds bench cold`: samples a second from a corpus that is on the disk only, by order.
+"""`clue-ds bench cold`: samples per second from a corpus that is on the disk only, by order.
 
-Writes a corpus of random ids of the size that is asked for, drops it from the page cache before
-each contender, and lets each make batches for some seconds: the lanes order through the Loader; the
-same stream in shuffled order, with the map advised that reads are random (what `Corpus` does beyond
-half of the memory) and with the kernel's read-ahead, as a plain memory map has it. Resident memory
-is the process's largest during each contender, above what it had before. All three take turns.
+It writes a corpus of random ids, drops it from the page cache before each contender, and lets each
+make batches through the Loader for some seconds. The contenders are the lanes order, and the same
+samples in shuffled order: with the map advised that reads are random (as `Corpus` does for a corpus
+larger than half of the memory), and with the kernel's read-ahead, as a plain memory map has it.
+Resident memory is the process's maximum during a contender minus what it had before. The three take
+turns.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def cold(
         gigabytes: size of the corpus
         seconds: how long each contender reads in each round
         rounds: how often they take turns
-        seq_length: tokens a sequence
-        batch_size: sequences a batch
+        seq_length: tokens per sequence
+        batch_size: sequences per batch
     """
     if directory is not None and not directory.is_dir():
         raise UserError(f"--directory {directory} is not a directory; make it, or name another")
@@ -69,7 +70,7 @@ def cold(
 
 
 def drop_from_cache(corpus: Corpus) -> None:
-    """Drop a corpus's pages from the map and from the page cache (root is not needed)."""
+    """Drop a corpus's pages from the map and from the page cache, which doesn't need root."""
     for file in corpus.files:
         file.data.madvise(mmap.MADV_DONTNEED)
         descriptor = os.open(file.path, os.O_RDONLY)
@@ -85,7 +86,7 @@ def resident_bytes() -> int:
 
 @contextmanager
 def _batches(contender: str, stream: SampleStream) -> Iterator[Iterator[Any]]:
-    """The contender's endless iterator of batches, from the middle of the first epoch."""
+    """An endless iterator over the contender's batches, beginning a third into the first epoch."""
     start = stream.steps_per_epoch // 3
     with Loader(stream, start_step=start) as loader:
         yield loader
@@ -104,11 +105,11 @@ def _measure(
                 file.data.madvise(advice)
             order = "lanes" if name == "lanes" else "shuffle"
             stream = SampleStream(corpus, seq_length, batch_size, seed=0, order=order)
-            stream.batch(0)  # compiled code is loaded
+            stream.batch(0)  # so that compiled code is loaded before the clock starts
             drop_from_cache(corpus)
             row, first = _run(name, stream, seconds)
             rows[name].append(row)
-            # Reading a third into the epoch, cold, gave the same batch each time.
+            # The first batch, read from the disk, is the same in every round.
             assert torch.equal(expected.setdefault(name, first), first)
     figures = {
         name: {key: statistics.median(row[key] for row in runs) for key in runs[0]}

@@ -1,16 +1,16 @@
-"""`clue-ds bench loader`: batches a second against Hugging Face `datasets` and its MLM collator.
+"""`clue-ds bench loader`: CPU time per batch, compared with other loaders of masked batches.
 
-The peer is what the usual `run_mlm` script does: an Arrow data set of token rows of fixed length,
-shuffled, read in the order of its index, and DataCollatorForLanguageModeling on each batch. Other
-peers are in loader_peers.py and loader_children.py. All get the same tokens, length and batch size,
-one thread each, and take turns of 8 batches, so that what else the machine does hits all, and only
-the first of a turn begins with another's data in the caches. What is compared is CPU time of making
-batches, no training: wall time where nothing waits, and not sensitive to other load. Tokens a
-second leave out padding, which our other kinds of samples have.
+The first peer does what the usual `run_mlm` script does: a shuffled Arrow data set of token rows of
+fixed length, and DataCollatorForLanguageModeling on each batch. The other peers are in
+loader_peers.py and loader_children.py. All get the same tokens, length and batch size and use one
+thread. They take turns of 8 batches, so that other load on the machine affects all of them, and
+only the first batch of a turn finds another contender's data in the caches. The CPU time of making
+batches is compared, without training: it is the wall time where nothing waits, and it depends less
+on other load. Tokens per second do not count padding, which our other kinds of samples have.
 
-The peer finds whole words by character offsets: tokens that touch are one word. On Chinese that
-makes one word of a sentence, so its rows get offsets that set our words apart; it then hides
-the same words as we do.
+The collator finds whole words by character offsets: tokens without a gap between them are one word.
+In Chinese that would make one word of a sentence, so the rows get offsets with gaps between our
+words, and the collator then masks the same words as we do.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def loader(
     transformers4_python: Path | None = None,
     streaming_python: Path | None = None,
 ) -> None:
-    """Compare SampleStream with other loaders, plain and whole-word: CPU time a batch on one core.
+    """Compare SampleStream with other loaders, with and without whole words: CPU time per batch.
 
     Args:
         corpus: directory written by `clue-ds shard`
-        text: instead of a corpus: a text file, from which a vocabulary and a corpus are made first
+        text: a text file instead of a corpus; a vocabulary and a corpus are made of it first
         output: JSON file for the figures, with device, versions and command
-        seq_length: tokens a sequence
-        batch_size: sequences a batch
-        batches: timed batches of each contender; they take turns
+        seq_length: tokens per sequence
+        batch_size: sequences per batch
+        batches: timed batches of each contender, which take turns
         seed: of order and masks
         transformers4_python: interpreter with transformers 4.57, to compare its whole-word collator
         streaming_python: interpreter with mosaicml-streaming and litdata, to compare them
     """
     if (corpus is None) == (text is None):
-        raise UserError("give one of --corpus and --text")
+        raise UserError("give exactly one of --corpus and --text")
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,7 +78,7 @@ def loader(
 
 @contextlib.contextmanager
 def _corpus(corpus: Path | None, text: Path | None) -> Iterator[Corpus]:
-    """The corpus in a directory, or one made of a text file for the time of the benchmark."""
+    """The corpus in a directory, or one that is made of a text file and deleted at the end."""
     if corpus is not None:
         yield Corpus(corpus)
         return
@@ -148,7 +148,7 @@ def _peers(corpus: Corpus, plain: Any, with_offsets: Any, batch_size: int) -> Co
 
         return make
 
-    # Its whole-word masking always puts [MASK]; asking for that keeps it from warning.
+    # Its whole-word masking always puts [MASK]; with these options it doesn't warn about that.
     whole_word = {"whole_word_mask": True, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
     return {
         "datasets + collator": contender(plain),
@@ -165,7 +165,7 @@ def _measure(
     python4: Path | None,
     python_streaming: Path | None,
 ) -> dict[str, Any]:
-    """Seconds a batch of each contender: median, 20th and 80th percentile; and ratios."""
+    """Seconds per batch of each contender (median, 20th and 80th percentile), and ratios."""
     with tempfile.TemporaryDirectory() as directory:
         rows, rows_with_offsets = (
             _arrow_rows(corpus, seq_length, with_offsets, directory)
@@ -189,9 +189,8 @@ def _measure(
         ):
             timed = {name: _timed(make) for name, make in contenders.items()} | theirs | streamed
             seconds = _take_turns(timed, num_batches)
-    tokens: dict[str, float] = dict.fromkeys(
-        seconds, batch_size * seq_length
-    )  # the peers' rows are all full
+    # The peers' rows are all full.
+    tokens: dict[str, float] = dict.fromkeys(seconds, batch_size * seq_length)
     tokens |= {name: _tokens(stream) for name, stream in streams.items()}
     figures = {name: _summary(times, batch_size, tokens[name]) for name, times in seconds.items()}
     return {
@@ -210,7 +209,7 @@ def _measure(
 def _streams(
     corpus: Corpus, seq_length: int, batch_size: int, seed: int
 ) -> dict[str, SampleStream]:
-    """Ours: windows, which is what the peers make, and every other kind of samples."""
+    """Our streams: windows, which are what the peers make, and every other kind of samples."""
     streams = {}
     for kind in KINDS:
         for masking in ("", ", whole word"):
@@ -227,17 +226,17 @@ def _streams(
 
 
 def _tokens(stream: SampleStream) -> float:
-    """Tokens of a batch, without padding: the mean of some."""
+    """Tokens of a batch without padding, as the mean of eight batches."""
     return float(np.mean([stream.arrays(step)["lengths"].sum() for step in range(8)]))
 
 
 def _memcpy(batch: dict[str, torch.Tensor]) -> Callable[[int], Any]:
-    """Copies of all tensors of a batch that our stream hands out: the limit of any loader."""
+    """Copies all tensors of one of our batches: no loader can be faster."""
     return lambda step: [tensor.clone() for tensor in batch.values()]
 
 
 def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How many times as fast as each peer our stream is, in the same kind of masking."""
+    """How many times as fast as each peer our stream is, with the same kind of masking."""
     ratios = {}
     for name in figures:
         if not name.startswith("clue_ds"):
@@ -247,7 +246,7 @@ def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _timed(make: Callable[[int], Any]) -> Callable[[int], float]:
-    """A function that makes a turn's batches and returns the CPU seconds that one took."""
+    """A function that makes the batches of a turn and returns the CPU seconds per batch."""
 
     def run(turn: int) -> float:
         begin = time.process_time()
@@ -259,7 +258,10 @@ def _timed(make: Callable[[int], Any]) -> Callable[[int], float]:
 
 
 def _take_turns(timed: dict[str, Callable[[int], float]], num: int) -> dict[str, list[float]]:
-    """Seconds a batch, in turns that make `num` batches of each contender after one to warm up."""
+    """Seconds per batch in each turn; the turns together make `num` batches or slightly more.
+
+    A first turn, which is not counted, warms every contender up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(1 + -(-num // BATCHES_A_TURN)):
         for name, run in timed.items():
@@ -291,7 +293,7 @@ def _print(figures: dict[str, Any]) -> None:
 
     title = f"batches of {figures['batch_size']} x {figures['seq_length']} tokens, one thread"
     table = Table(
-        "contender", "CPU ms a batch", "p20 to p80", "samples/s", "Mtokens/s", title=title
+        "contender", "CPU ms per batch", "p20 to p80", "samples/s", "Mtokens/s", title=title
     )
     for name, row in figures["contenders"].items():
         table.add_row(

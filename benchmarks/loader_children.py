@@ -1,8 +1,8 @@
-"""The loader benchmark's peers that need an interpreter, and packages, of their own.
+"""The loader benchmark's peers that need an interpreter and packages of their own.
 
-Each runs as a process that says "ready" once its rows are checked, then answers every line on its
-standard input with the CPU seconds of one batch. transformers 4.57 had a whole-word collator for
-Chinese; mosaicml-streaming and litdata are described in streaming_child.py.
+Each runs as a process that prints "ready" once its rows have been checked, and then answers every
+line on its standard input with the CPU seconds of one batch. transformers 4.57 had a whole-word
+collator for Chinese; mosaicml-streaming and litdata are described in streaming_child.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ for line in sys.stdin:
 def transformers4(
     corpus: Corpus, seq_length: int, batch_size: int, python: Path | None
 ) -> Iterator[SecondsABatch]:
-    """Transformers 4.57's Chinese whole-word collator, in `python`: seconds of a batch."""
+    """The Chinese whole-word collator of transformers 4.57, run by `python`: seconds per batch."""
     if python is None:
         yield {}
         return
@@ -59,7 +59,7 @@ def transformers4(
 def streaming(
     corpus: Corpus, seq_length: int, batch_size: int, python: Path | None
 ) -> Iterator[SecondsABatch]:
-    """The data sets of mosaicml-streaming and litdata, in `python`: seconds of a batch."""
+    """The data sets of mosaicml-streaming and litdata, run by `python`: seconds per batch."""
     if python is None:
         yield {}
         return
@@ -81,7 +81,7 @@ def streaming(
 
 @contextmanager
 def _child(python: Path, needs: str, *words: object) -> Iterator[Callable[[int], float]]:
-    """A function that has a process of `python` make a batch."""
+    """A function that has a child process, run by `python`, make a batch."""
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [str(python), *map(str, words)],

@@ -1,8 +1,8 @@
-"""The loader benchmark's peers of plain torch.
+"""The loader benchmark's peers in plain torch.
 
-Each makes the same thing, a masked batch of the corpus's tokens, in the way that its users do:
-rows of a memory map stacked by a torch DataLoader's code path, and masking in torch on the whole
-batch, as BERT masks (15 % drawn, of them 80/10/10).
+Each makes a masked batch of the corpus's tokens as its users do: rows of a memory map, stacked, and
+masked in torch on the whole batch as in BERT (15% of the tokens, of them 80/10/10). The Dataset's
+rows are stacked by the function that a torch DataLoader uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clue_ds.data.text.vocab import read_vocab
 
 
 class MemmapRows(torch.utils.data.Dataset):
-    """Windows of a map of token ids as torch tensors: the data set that people write."""
+    """Windows of a memory map of token ids as torch tensors: the data set that people write."""
 
     def __init__(self, tokens: np.ndarray, seq_length: int, cls_id: int, sep_id: int) -> None:
         self.tokens, self.window = tokens, seq_length - 2
@@ -59,10 +59,10 @@ def torch_peers(
 
     def crops(step: int) -> Any:
         begins = torch.randint(len(tokens) - seq_length, (batch_size,))
-        parts = [
+        windows = [
             torch.from_numpy(tokens[i : i + seq_length].astype(np.int64)) for i in begins.tolist()
         ]
-        return mask_in_torch(torch.stack(parts), len(vocab), mask_id)
+        return mask_in_torch(torch.stack(windows), len(vocab), mask_id)
 
     return {
         "torch Dataset over memmap + torch masking": dataset,

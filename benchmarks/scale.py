@@ -1,13 +1,13 @@
-"""`clue-ds bench scale`: what a corpus of 100 GB costs to open, in seconds and in memory.
+"""`clue-ds bench scale`: the seconds and the memory that it takes to open a corpus of 100 GB.
 
-Writes a sparse corpus of that many tokens (holes take no disk and read as zeros), and opens it in a
-fresh process for each order: time of `Corpus` and `SampleStream`, of the first batch and of those
-after it, and the process's memory. A first, small batch in another process has put the compiled
-code into numba's cache on disk, as any earlier run would have. What it can't show is the disk: see
+It writes a sparse corpus of 50 G tokens (holes take no disk space and read as zeros) and opens it
+in a fresh process for each order. It measures the time of `Corpus` and `SampleStream`, of the first
+batch and of later ones, and the memory of the process. The first process may have to compile code
+that is not in numba's cache; the medians leave that out. What it can't measure is the disk: see
 `clue-ds bench cold`.
 
-Kinds of samples that follow sentence and document ends need these, so they get a corpus a tenth as
-large of which only the tokens are holes: its first start makes an index, the later ones map it.
+Kinds of samples that follow sentence and document ends need real ones, so they get a corpus a tenth
+as large of which only the tokens are holes. Its first start makes an index; later ones map it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def scale(
         output: JSON file for the figures, with device, versions and command
         directory: where the sparse files are made and deleted again
         gigatokens: tokens of the corpus, in 10^9
-        shards: files they are in; 128 MB of text a shard make some 2,000 of 300 GB of text
-        seq_length: tokens a sequence
-        batch_size: sequences a batch
+        shards: number of shards; at 128 MB of text per shard, 300 GB of text have some 2,000
+        seq_length: tokens per sequence
+        batch_size: sequences per batch
         rounds: fresh processes for each order; the figures are their medians
     """
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
@@ -82,11 +82,11 @@ def scale(
 def _starts(
     place: Path, rounds: int, seq_length: int, batch_size: int, kind: str
 ) -> dict[str, float]:
-    """A kind's first start, which makes the index, and the medians of later ones."""
+    """Figures of a kind's first start, which makes the index, and the medians of later ones."""
     first, *later = (
         _fresh_process(place, "lanes", seq_length, batch_size, kind) for _ in range(1 + rounds)
     )
-    # Not what is resident: pages of tables that were just written are mapped 2 MB at a time.
+    # Resident memory is left out: pages of files that were just written are mapped 2 MB at a time.
     keys = ("open_seconds", "first_batch_milliseconds", "megabytes_anonymous")
     medians = {key: round(statistics.median(row[key] for row in later), 4) for key in keys}
     folder = place.with_name(place.name + ".index")
@@ -101,7 +101,7 @@ def _starts(
 def _fresh_process(
     directory: Path, order: str, seq_length: int, batch_size: int, kind: str
 ) -> dict[str, float]:
-    """scale_probe.py in a process that has done nothing before."""
+    """The figures of scale_probe.py, run in a new process."""
     probe = Path(__file__).with_name("scale_probe.py")
     arguments = [str(probe), str(directory), order, str(seq_length), str(batch_size), kind]
     result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE)

@@ -1,9 +1,9 @@
-"""What `clue-ds bench scale` runs in fresh processes, by its path: opens a corpus, makes batches.
+"""The script that `clue-ds bench scale` runs in fresh processes: it opens a corpus, makes batches.
 
-It imports nothing but what a loader needs, so that its memory is that of a loader: VmRSS of the
-whole process, in 10^6 bytes, the interpreter, numpy, numba and every page of a library or of the
-corpus that it has touched included. Batches are numpy arrays; torch, which a training process has
-anyway, is imported at the end, to show what it adds.
+It imports only what a loader needs, so that its memory is that of a loader: VmRSS of the whole
+process in 10^6 bytes, which includes the interpreter, numpy, numba and every page of a library or
+of the corpus that was touched. Batches are numpy arrays; torch, which a training process has
+anyway, is imported at the end, to show how much it adds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clue_ds.data.stream.sample_stream import SampleStream
 def measure(
     directory: str, order: str, seq_length: int, batch_size: int, kind: Kind
 ) -> dict[str, float]:
-    """Seconds, milliseconds and megabytes of this process."""
+    """The time that opening and batches take, and the memory of this process."""
     imported = _memory()
     begin = time.perf_counter()
     corpus = Corpus(directory)
@@ -54,7 +54,7 @@ def measure(
 
 
 def _memory() -> dict[str, float]:
-    """Memory of this process in MB: VmRSS is all, RssAnon what no file stands behind."""
+    """Memory of this process in MB: VmRSS is all of it, RssAnon what is not mapped from a file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = [line.split() for line in lines if line.startswith(("VmRSS", "RssAnon"))]
     return {name.rstrip(":"): int(kilobytes) * 1024 / 1e6 for name, kilobytes, _ in fields}

@@ -1,12 +1,12 @@
-"""mosaicml-streaming and litdata in an interpreter of their own: seconds of each batch they make.
+"""mosaicml-streaming and litdata in an interpreter of their own: CPU seconds of each batch.
 
-mosaicml-streaming imports torchvision, which has no build for every torch and is not used for
-tokens: an empty module stands in for it. Each writes the windows in its own format, as its
-documentation shows for tokens, and reads them shuffled, in this process: a worker process would
-double the work. Rows then get [CLS] and [SEP], are stacked and masked as those of the other torch
-peers are.
+mosaicml-streaming imports torchvision, which has no build for some versions of torch and is not
+used for tokens, so an empty module replaces it. Each library writes the windows in its own format,
+as its documentation shows for tokens, and reads them shuffled, in this process: a worker process
+would double the work. Rows then get [CLS] and [SEP], and are stacked and masked like those of the
+other torch peers.
 
-Run by its path: LIBRARY WINDOWS.npy BATCH_SIZE DIRECTORY VOCAB_SIZE CLS SEP MASK. Each line on
+Run by its path, with LIBRARY WINDOWS.npy DIRECTORY BATCH_SIZE VOCAB_SIZE CLS SEP MASK. Each line on
 standard input is answered with the CPU seconds of one batch.
 """
 
@@ -25,7 +25,7 @@ import torch
 
 
 def stand_in_for_torchvision() -> None:
-    """What mosaicml-streaming names when it is imported."""
+    """Define the names of torchvision that mosaicml-streaming uses while it is imported."""
     names = ("", ".datasets", ".transforms", ".transforms.functional")
     modules = {f"torchvision{name}": types.ModuleType(f"torchvision{name}") for name in names}
     modules["torchvision.datasets"].__dict__.update(VisionDataset=object, CIFAR10=object)
@@ -34,8 +34,9 @@ def stand_in_for_torchvision() -> None:
 
 
 def mosaic(windows: np.ndarray, batch_size: int, directory: str) -> Iterator[Any]:
-    """Rows of its own format (MDS), shuffled, for ever."""
-    importlib.import_module("transformers.feature_extraction_utils")  # it looks for the real one
+    """Rows of its own format (MDS), shuffled, without end."""
+    # This module looks for the real torchvision, so it is imported first.
+    importlib.import_module("transformers.feature_extraction_utils")
     stand_in_for_torchvision()
     from streaming import MDSWriter, StreamingDataset
 
@@ -50,7 +51,7 @@ def mosaic(windows: np.ndarray, batch_size: int, directory: str) -> Iterator[Any
 
 
 def litdata(windows: np.ndarray, batch_size: int, directory: str) -> Iterator[Any]:
-    """Rows of its format for tokens, shuffled, for ever."""
+    """Rows of its format for tokens, shuffled, without end."""
     from litdata import StreamingDataset, TokensLoader
     from litdata.streaming.writer import BinaryWriter
 
@@ -69,7 +70,7 @@ LIBRARIES = {"mosaicml-streaming": mosaic, "litdata": litdata}
 
 
 def main(library: str, path: str, directory: str, *numbers: str) -> None:
-    """Check that the rows are windows, each once, then answer with times."""
+    """Check that the rows of a batch are windows, then answer each line with a time."""
     sys.path.insert(0, str(Path(__file__).parent))
     from torch_masking import mask_in_torch
 
@@ -86,7 +87,7 @@ def main(library: str, path: str, directory: str, *numbers: str) -> None:
 
     known = {window.astype(np.int64).tobytes() for window in windows}
     seen = [row[1:-1].numpy().tobytes() for row in take()]
-    assert set(seen) <= known, f"{library} gave rows that are no windows"
+    assert set(seen) <= known, f"{library} returned rows that are not windows"
     print("ready", flush=True)
     for _ in sys.stdin:
         begin = time.process_time()

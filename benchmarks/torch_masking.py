@@ -1,6 +1,6 @@
-"""BERT's masking in whole-tensor torch steps, as the loader benchmark's peers do it.
+"""BERT's masking as torch operations on whole tensors, as the loader benchmark's peers do it.
 
-A file of its own with nothing but torch, for peers that run in another interpreter.
+This file imports only torch, because peers that run in another interpreter import it too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 
 def mask_in_torch(ids: torch.Tensor, vocab_size: int, mask_id: int) -> tuple[torch.Tensor, ...]:
-    """BERT's masking of a batch [B, S], but of its first and last column, in whole-tensor steps."""
+    """Masked ids and labels of a batch [B, S], whose first and last columns are never masked."""
     labels = ids.clone()
     chosen = torch.rand(ids.shape) < 0.15
     chosen[:, 0] = chosen[:, -1] = False
