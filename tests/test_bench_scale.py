@@ -1,4 +1,4 @@
-"""The benchmarks of large corpora, small: they open, are read cold, and leave no files."""
+"""Small runs of the benchmarks of large corpora: they give figures and leave no files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clue_ds.errors import UserError
 
 @pytest.mark.parametrize("order", ["shuffle", "lanes"])
 def test_a_sparse_corpus_of_100_gb_gives_batches(tmp_path: Path, order: str) -> None:
-    """50 G tokens: sample numbers, offsets and positions beyond 2^32 are where they should be."""
+    """With 50 G tokens: sample numbers, offsets and positions are beyond 2^32."""
     write_corpus(tmp_path / "corpus", 50_000_000_000, 40, holes="everything")
     used = sum(path.stat().st_blocks for path in (tmp_path / "corpus").iterdir()) * 512
     assert used < 10_000_000
@@ -29,7 +29,7 @@ def test_a_sparse_corpus_of_100_gb_gives_batches(tmp_path: Path, order: str) -> 
     assert stream.num_samples == 40 * -(-1_250_000_000 // 126)
     for step in (0, stream.steps_per_epoch - 2, 10**10):
         batch = stream.batch(step)
-        # All tokens are 0, [PAD], which may be masked; but for few windows all are whole.
+        # All tokens are 0, [PAD], which may be masked; nearly all windows are full.
         assert (batch["lengths"] == 128).sum() >= 63
     assert SampleStream(corpus, 128, 64, seed=0).uses_lanes  # by its size
 
@@ -45,14 +45,14 @@ def test_a_process_that_opens_100_gb_stays_under_300_mb(tmp_path: Path) -> None:
         assert figures["kinds"][name]["index_megabytes"] > 3
         assert figures["kinds"][name]["megabytes_anonymous"] < 150  # measured: 75
     for row in figures["orders"].values():
-        # Measured: 180. What batches touch later is in the page cache, for the kernel to take back.
+        # Measured: 180. Pages that later batches touch are page cache, which the kernel can free.
         assert row["megabytes_resident_with_first_batch"] < 300
         assert row["megabytes_resident_with_torch_as_well"] > 300  # what the arrays save
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
 
 
 def test_cold_benchmark(tmp_path: Path) -> None:
-    """Also that random ids are ordinary tokens, and that the corpus is deleted at the end."""
+    """Also checks that random ids are ordinary tokens and that the corpus is deleted at the end."""
     output = tmp_path / "cold.json"
     cold(output, tmp_path, gigabytes=0.02, seconds=0.3, rounds=1, batch_size=64)
     figures = json.loads(output.read_text())

@@ -1,4 +1,4 @@
-"""The format on disk: its bytes, the documented reader, and the ways in which it can be damaged."""
+"""The format on disk: its bytes, the documented reader, and how damage is found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def manifest(corpus: Path) -> dict:
     return json.loads((corpus / "corpus.json").read_text())
 
 
-def test_what_a_corpus_says(corpus: Path, sample_text: str) -> None:
+def test_attributes_of_a_corpus(corpus: Path, sample_text: str) -> None:
     opened = Corpus(corpus)
     lines = [line for line in sample_text.split("\n") if line]
     assert opened.num_sentences == len(lines)
@@ -52,7 +52,7 @@ def test_what_a_corpus_says(corpus: Path, sample_text: str) -> None:
 
 
 def test_the_documented_reader_reads_it(corpus: Path, sample_text: str) -> None:
-    """The example of docs/shard-format.md, run as it stands, gives jieba's words."""
+    """The example of docs/shard-format.md, run unchanged, prints jieba's words."""
     code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
     result = subprocess.run(
         [sys.executable, "-c", code, str(corpus)], capture_output=True, text=True, check=True
@@ -116,7 +116,7 @@ def test_changed_manifest_is_found_by_verify(corpus: Path) -> None:
         Corpus(corpus).verify()
 
 
-def test_missing_parts(corpus: Path) -> None:
+def test_missing_or_foreign_files(corpus: Path) -> None:
     vocab = (corpus / "vocab.txt").read_bytes()
     (corpus / "vocab.txt").write_bytes(vocab + "新\n".encode())
     with pytest.raises(UserError, match="is not the vocabulary that corpus"):
@@ -130,7 +130,7 @@ def test_missing_parts(corpus: Path) -> None:
         Corpus(corpus)
 
 
-def test_what_is_no_corpus(corpus: Path, tmp_path: Path) -> None:
+def test_directories_that_are_not_a_corpus(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; make one with"):
         Corpus(tmp_path / "none")
     with pytest.raises(UserError, match="is not a corpus: it has no corpus.json"):
@@ -153,7 +153,7 @@ def test_what_is_no_corpus(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_fingerprint_names_the_content(corpus: Path, tmp_path: Path, sample_text: str) -> None:
-    """Equal text, vocabulary and options: equal; another token: another fingerprint."""
+    """Equal text, vocabulary and options have equal fingerprints; another token changes it."""
     base = manifest(corpus)
     assert base["fingerprint"] == fingerprint(base)
     (tmp_path / "text.txt").write_text(sample_text.replace("清晨", "早晨"))
@@ -174,7 +174,7 @@ def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
 
 
 def damage(corpus: Path, rng: random.Random, kind: str) -> str:
-    """Flip a bit of, cut off or swap files of the corpus; what was done."""
+    """Flip a bit of a file, cut one off, or swap two files of the corpus; returns what was done."""
     shards = sorted(corpus.glob("shard-*.bin"))
     path = rng.choice([*shards, corpus / "vocab.txt"] if kind != "swap" else shards)
     data = bytearray(path.read_bytes())
@@ -193,7 +193,7 @@ def damage(corpus: Path, rng: random.Random, kind: str) -> str:
 
 
 def test_verify_finds_each_of_500_damages(corpus: Path) -> None:
-    """Bit flips, truncations, swapped shards: each is one UserError, found before or by verify."""
+    """Each bit flip, truncation or swap of shards is a UserError, on opening or from verify."""
     rng = random.Random(0)
     whole = {path: path.read_bytes() for path in corpus.iterdir()}
     missed = []
@@ -212,7 +212,7 @@ def test_verify_finds_each_of_500_damages(corpus: Path) -> None:
 
 
 def test_verify_finds_every_flip_that_changes_what_the_manifest_says(corpus: Path) -> None:
-    """Only a bit of white space may flip into other white space."""
+    """Only a flip that turns white space into other white space may go unnoticed."""
     path = corpus / "corpus.json"
     text, base = path.read_bytes(), manifest(corpus)
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""The loader: order, resume, exceptions of its thread, and a clean end."""
+"""The loader: order, resuming, exceptions in its thread, and closing; and its benchmark."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_batches_come_in_order(stream: SampleStream, start_step: int) -> None:
 def test_batches_for_a_gpu_are_pinned_by_a_thread_that_uses_that_gpu(
     stream: SampleStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU: what is asked of torch, and of which thread (tests/gpu has the real thing)."""
+    """Without a GPU: which calls of torch are made, in which thread (tests/gpu uses a real GPU)."""
     asked = []
 
     def set_device(device: torch.device) -> None:
@@ -98,7 +98,7 @@ def test_bad_world_size_is_an_error_at_once(stream: SampleStream) -> None:
 
 
 def test_benchmark_runs_from_a_text_file(tmp_path: Path, sample_text: str) -> None:
-    """`clue-ds bench loader --text`: the peers run and the result says where it was measured."""
+    """`clue-ds bench loader --text`: the peers run, and the result records the environment."""
     (tmp_path / "text.txt").write_text(sample_text * 3)
     output = tmp_path / "results" / "loader.json"
     bench_loader(text=tmp_path / "text.txt", output=output, seq_length=32, batch_size=4, batches=2)

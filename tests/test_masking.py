@@ -1,4 +1,4 @@
-"""Masking: a plain Python twin of the rule for equality, and the rates that the rule promises."""
+"""Masking: equality with the same rule in plain Python, and the rates that the rule promises."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_count_is_exact(seed: int, width: int, whole_word: bool, slots: int | No
 
 
 def test_whole_words_are_whole() -> None:
-    """All words of a row are hidden or shown entirely, but for at most one that was cut."""
+    """All words of a row are masked entirely or not at all, except at most one that is cut."""
     width = 126
     rows = random_rows(3, 500, width, unknown=0.0)
     _, positions, _ = apply(rows, np.full(500, width + 2), table(True, 0.15, width))
@@ -216,8 +216,8 @@ def test_whole_words_are_whole() -> None:
     assert num_cut < 25  # one-token words nearly always fill the last gap
 
 
-# Deviations of at most 4 standard errors: one false alarm in 16,000 for each figure, and the seed
-# is fixed, so it can't come and go.
+# Allows 4 standard errors, which a figure exceeds by chance for one seed in 16,000. The seed is
+# fixed, so a test either always passes or always fails.
 NUM_SIGMA = 4.0
 
 
@@ -234,14 +234,14 @@ def rate_of_positions(whole_word: bool, num: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_each_position_is_masked_equally_often(whole_word: bool) -> None:
-    """Every word one token: then each position's share is n / tokens, in both ways of masking."""
+    """With words of one token, each position is masked in n / tokens of cases, in both ways."""
     width, num = 126, 20_000
     for count in rate_of_positions(whole_word, num, width):
         assert_rate(count, num, 20 / width)
 
 
 def test_long_words_are_masked_nearly_as_often_as_short_ones() -> None:
-    """What is passed over because it doesn't fit is long; masking.py's header gives the rates."""
+    """Long words are passed over more often; the rates are those in the header of masking.py."""
     width, num = 126, 20_000
     rows = random_rows(6, num, width, unknown=0.0)
     _, positions, _ = apply(rows, np.full(num, width + 2), table(True, 0.15, width))
@@ -276,7 +276,7 @@ def test_outcomes_are_80_10_10_and_uniform() -> None:
 
 
 def test_decisions_are_independent_of_neighbours() -> None:
-    """Masked pairs of neighbours occur as often as drawing 20 of 126 without replacement says."""
+    """Neighbours are both masked as often as in drawing 20 of 126 without replacement."""
     width, num = 126, 20_000
     rows = random_rows(5, num, width, continuing=0.0, unknown=0.0)
     _, positions, _ = apply(rows, np.full(num, width + 2), table(False, 0.15, width))
@@ -309,10 +309,9 @@ def test_large_token_ids() -> None:
 
 
 def test_ngrams_have_their_lengths_and_the_budget_stays_exact() -> None:
-    """Runs of 1, 2, 3 words with P(k) proportional to 1/k; a single draw a row shows them whole."""
+    """Runs of 1, 2 and 3 words with P(k) proportional to 1/k, as the rows' hashes decide."""
     width, num = 40, 30_000
     rows = random_rows(4, num, width, continuing=0.4, unknown=0.0)
-    # One n-gram fits, and its first word's hash decided on it: ask for so many tokens that most do.
     masks = table(True, 0.15, width, slots=7, max_ngram=3)
     _, positions, labels = apply(rows, np.full(num, width + 2), masks)
     assert (labels != IGNORED_LABEL).all()  # 7 of 7, in each row
@@ -360,7 +359,7 @@ def test_only_one_run_is_cut_and_runs_are_those_of_the_draws(
 
 
 def test_no_run_crosses_a_special_token_and_none_is_hidden() -> None:
-    """[CLS] a a a [SEP] b b b [SEP]: the same choice in each half as it would get alone."""
+    """[CLS] a a a [SEP] [CLS] b b b [SEP]: special tokens inside a row are never chosen."""
     rows = random_rows(9, 200, 40, unknown=0.1)
     rows[:, 19], rows[:, 20] = SEP, CLS
     rows[:, 21] &= BIT - 1

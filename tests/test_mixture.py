@@ -1,4 +1,4 @@
-"""Mixtures and lanes over real corpora: what batches hold, what is read, what is refused."""
+"""Mixtures and lanes with real corpora: samples in batches, bytes read, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clue_ds.errors import UserError
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> list[Path]:
-    """Two corpora of one vocabulary, several shards each."""
+    """Two corpora with the same vocabulary and several shards each."""
     directory: Path = tmp_path_factory.mktemp("mixture")
     lines = [line for line in sample_text.splitlines() if line]
     halves = ["", ""]
@@ -51,7 +51,7 @@ def mixture(directories: list[Path], share: float = 0.3) -> Mixture:
 
 
 def test_a_mixture_holds_its_shares_of_both(directories: list[Path]) -> None:
-    """Each part's windows come in its share, counted from the rows themselves."""
+    """Each corpus has its share of the windows, counted in the rows themselves."""
     mixed = mixture(directories)
     stream = SampleStream(mixed, 16, 64, seed=3)
     windows = [
@@ -71,14 +71,14 @@ def test_a_mixture_holds_its_shares_of_both(directories: list[Path]) -> None:
         ids[rows[used], positions[used]] = batch["masked_labels"][used]
         for row, length in zip(ids, batch["lengths"], strict=True):
             window = tuple(row[1 : length - 1].tolist())
-            homes = [window in part for part in windows]
+            homes = [window in of_corpus for of_corpus in windows]
             assert any(homes)
             if sum(homes) == 1:
                 counts[homes.index(True)] += 1
     taken = stream.samples_by_part(40)
     assert sum(taken) == 40 * 64
     assert taken[1] == pytest.approx(0.3 * 40 * 64, rel=0.1)
-    # Windows that both parts have can't be told apart; they are few.
+    # The few windows that both corpora have are not counted.
     assert counts[0] <= taken[0] and counts[1] <= taken[1]
     assert sum(counts) > 0.5 * sum(taken)
 
@@ -88,13 +88,13 @@ def test_a_mixture_holds_its_shares_of_both(directories: list[Path]) -> None:
 def test_loader_reads_lanes_of_any_world_size(
     directories: list[Path], world_size: int, mixed: bool
 ) -> None:
-    """Through the loader, from the middle: the rows of the pure function, for any ranks."""
+    """Loaders of any world size, started in the middle, together give the batches of the stream."""
     corpus = mixture(directories) if mixed else Corpus(directories[0])
     stream = SampleStream(corpus, 16, 64, seed=3, order="lanes")
     loaders = [Loader(stream, rank, world_size, start_step=7) for rank in range(world_size)]
     for step in range(7, 12):
-        parts = [next(loader) for loader in loaders]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        batches = [next(loader) for loader in loaders]
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         assert same(joined, SampleStream(corpus, 16, 64, seed=3, order="lanes").batch(step))
     for loader in loaders:
         loader.close()
@@ -111,7 +111,7 @@ def test_read_ahead_reads_each_byte_once_an_epoch(
     for step in range(stream.num_samples // 8):
         reader.wait(step)
     reader.close()
-    # Near the end the next epoch's first windows are asked for: of 8 lanes, 16 samples each.
+    # Near the end, the first windows of the next epoch are read: 16 samples for each of 8 lanes.
     assert num_bytes <= reader.bytes_read <= num_bytes + 8 * 16 * 28
 
 
@@ -151,7 +151,7 @@ def test_shares_must_leave_something(directories: list[Path], tmp_path: Path) ->
         Mixture(Corpus(directories[0]), {str(directories[1]): 0.6, str(third): 0.5})
 
 
-def test_parts_need_one_vocabulary(
+def test_corpora_need_one_vocabulary(
     directories: list[Path], tmp_path: Path, sample_text: str
 ) -> None:
     (tmp_path / "text.txt").write_text(sample_text)
@@ -163,7 +163,7 @@ def test_parts_need_one_vocabulary(
         Mixture(one, {str(tmp_path / "other"): 0.5})
 
 
-def test_fingerprint_is_of_parts_and_shares(directories: list[Path]) -> None:
+def test_fingerprint_is_of_corpora_and_shares(directories: list[Path]) -> None:
     prints = {mixture(directories, share).fingerprint for share in (0.3, 0.4)}
     prints |= {mixture(directories[::-1]).fingerprint, Corpus(directories[0]).fingerprint}
     assert len(prints) == 4

@@ -1,4 +1,4 @@
-"""What a run learns: packed rows as if alone, sentence pairs, labelled pairs; on 1 and 2 ranks."""
+"""Objectives: packed rows, sentence pairs and labelled pairs, trained on one and on two ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clue_ds.model import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# Another order of the sums over sequences.
+# Two ranks add the sequences' losses in another order.
 LOSS_TOLERANCE = 1e-5
 MODEL = presets.get("roberta_tiny_clue").replace(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, **NO_DROPOUT
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
 
 
 def write_pairs(path: Path, text: str, num: int, labels: tuple[str, str], seed: int) -> Path:
-    """Two halves of a line (labels[1]), or halves of two lines (labels[0])."""
+    """Write pairs: two halves of one line (labels[1]), or halves of two lines (labels[0])."""
     lines = [line for line in text.split("\n") if len(line) > 12]
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
@@ -51,7 +51,7 @@ def write_pairs(path: Path, text: str, num: int, labels: tuple[str, str], seed: 
 
 @pytest.fixture(scope="module")
 def pair_files(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> list[str]:
-    """Two files with the same labels, one with others."""
+    """Two files with the same labels, and one with other labels."""
     folder = tmp_path_factory.mktemp("pairs")
     return [
         str(write_pairs(folder / name, sample_text, num, labels, seed))
@@ -95,7 +95,7 @@ def test_packed_sequences_are_computed_as_if_alone(corpus: Path, attention: Any)
 
 
 def test_losses_of_pairs_are_transformers_losses(corpus: Path) -> None:
-    """mlm_weight times the MLM's mean over slots, plus the pairs' mean."""
+    """The loss is mlm_weight times the MLM's mean over slots, plus the mean over pairs."""
     opened = Corpus(corpus)
     model = BertForPreTraining(MODEL.replace(vocab_size=opened.vocab_size)).eval()
     model.mlm_weight = 0.3
@@ -212,7 +212,7 @@ def test_settings_that_do_not_belong_together(corpus: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path, pair_files: list[str]) -> Path:
-    """Each objective on one rank and on two; `pair` also in two halves, with dropout."""
+    """Runs of each objective on one and on two ranks; `pair` also with a resume, with dropout."""
     folder = tmp_path_factory.mktemp("runs")
 
     def configs(ranks: int) -> list[dict[str, Any]]:
@@ -260,7 +260,7 @@ def test_losses_do_not_depend_on_ranks(folder: Path, name: str) -> None:
 
 
 def test_a_pair_run_resumes_bit_for_bit(folder: Path) -> None:
-    """With dropout, and with other evaluations in between."""
+    """With dropout, and with evaluations at other steps."""
     whole, halves = (read_log(folder / name) for name in ("whole", "halves"))
     assert [line["loss"] for line in halves] == [line["loss"] for line in whole]
     assert [line["pair_loss"] for line in halves] == [line["pair_loss"] for line in whole]

@@ -1,4 +1,4 @@
-"""The order: each sample once an epoch, exact shares, what lanes read, and what never changes."""
+"""The order: each sample once per epoch, exact shares, what lanes read, and fixed digests."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def take(table: OrderTable, first_step: int, end_step: int) -> tuple[np.ndarray,
     key=st.integers(0, (1 << 64) - 1),
 )
 def test_each_sample_once_an_epoch(num: int, batch: int, lanes: bool, block: int, key: int) -> None:
-    """Also for corpora smaller than a batch, a lane or a block, and with a short last block."""
+    """Also for corpora smaller than a batch, a lane or a block, and with a shorter last block."""
     epochs, samples = take(make([num], batch, lanes, block, key=key), 0, 2 * num // batch + 1)
     for epoch in (0, 1):
         assert np.array_equal(np.sort(samples[epochs == epoch]), np.arange(num))
-    # An epoch ends before the next one begins, but for the batch that both are in.
+    # An epoch ends before the next one begins, except in the batch that has samples of both.
     assert (epochs[: num // batch * batch] == 0).all()
 
 
@@ -72,7 +72,7 @@ def test_each_sample_once_an_epoch(num: int, batch: int, lanes: bool, block: int
 def test_any_rows_of_any_step_by_themselves(
     step: int, batch: int, lanes: bool, num: int, mixed: bool
 ) -> None:
-    """Ranks that make their rows alone, at any step, make the rows of the whole batch."""
+    """The rows that ranks compute on their own, at any step, are those of the whole batch."""
     nums, shares = ([num, 77], [600, 400]) if mixed else ([num], [CYCLE])
     table = make(nums, batch, lanes, 4161, shares)
     epochs, samples = take(table, step, step + 1)
@@ -105,16 +105,16 @@ def test_mixture_shares_and_epochs_are_exact(
         assert samples_taken(steps, table).tolist() == counted.tolist()
     exact = np.array([share, CYCLE - share]) * table.num_lanes
     assert samples_taken(cycle_steps, table).tolist() == exact.tolist()
-    for part, num in enumerate(nums):
-        own = is_second == bool(part)
-        first = part * nums[0]
-        for epoch in range(int(2 * exact[part]) // num):
+    for corpus, num in enumerate(nums):
+        own = is_second == bool(corpus)
+        first = corpus * nums[0]
+        for epoch in range(int(2 * exact[corpus]) // num):
             seen = np.sort(samples[own & (epochs == epoch)])
             assert np.array_equal(seen, np.arange(first, first + num))
 
 
-def test_parts_come_evenly_within_a_cycle() -> None:
-    """No long runs of one part: in each batch of 256 the count is like that of fair draws."""
+def test_corpora_are_spread_evenly_within_a_cycle() -> None:
+    """No long runs of one corpus: the counts in batches of 256 vary as those of fair draws do."""
     table = make([10**6, 10**6], 256, False, 1, [300, 700])
     _, samples = take(table, 0, 400)
     counts = (samples.reshape(-1, 256) < 10**6).sum(axis=1)
@@ -138,7 +138,7 @@ def read_in_lanes(table: OrderTable, steps: int, first: int, num: int) -> Counte
 
 @pytest.mark.parametrize("world_size", [1, 4, 64])
 def test_lanes_read_each_sample_once(world_size: int) -> None:
-    """Read amplification is 1: all ranks together read every sample in one window of an epoch."""
+    """Read amplification is 1: each sample is in exactly one window of all ranks per epoch."""
     num, batch, block = 40_000, 64, 13
     table = make([num], batch, True, block)
     lanes = table.num_lanes // world_size
@@ -149,7 +149,7 @@ def test_lanes_read_each_sample_once(world_size: int) -> None:
 
 
 def test_lanes_announce_what_they_take() -> None:
-    """A batch's samples lie in the windows of its step; the next ones were asked for before."""
+    """A batch's samples are in the windows of its step, which an earlier step announced."""
     table = make([100_000], 128, True, 50)
     asked: set[tuple[int, ...]] = set()
     for step in range(700):
@@ -162,12 +162,12 @@ def test_lanes_announce_what_they_take() -> None:
             runs = np.concatenate([line_samples(*window, table) for window in needed])
             samples = take(table, step, step + 1)[1][:, None]
             assert ((runs[:, 0] <= samples) & (samples < runs[:, 1])).any(axis=1).all()
-            # The bound on memory: windows of 8 blocks, and the next one of few lanes.
+            # The bound on memory: one window per lane, and the next window of some lanes.
             assert len(asked) <= 64 * 1.5
 
 
 def test_lanes_shuffle_well() -> None:
-    """By rank correlation with the corpus, distance of neighbours, and spread of a batch."""
+    """By correlation with the corpus's order, distance of neighbours, and spread of a batch."""
     num, batch, block = 200_000, 256, 100
     table = make([num], batch, True, block)
     _, samples = take(table, 0, num // batch)
@@ -176,15 +176,15 @@ def test_lanes_shuffle_well() -> None:
     # Uniform positions differ by num / 3 on average; here those of neighbouring lanes.
     displacement = np.abs(np.diff(samples[:: batch // 64])).mean()
     assert displacement == pytest.approx(num / 3, rel=0.05)
-    # The samples of a batch come from as many blocks as there are, nearly.
+    # The samples of a batch come from nearly as many blocks as possible.
     blocks = [len(np.unique(row // block)) for row in samples.reshape(-1, batch)]
     assert np.mean(blocks) > 0.75 * min(batch, 64 * BLOCKS_PER_WINDOW)
-    # Samples that are neighbours on disk are seldom in one batch.
+    # Samples that are neighbours on disk are rarely in the same batch.
     at = np.empty(num, dtype=np.int64)
     at[:] = -1
     at[samples] = order // batch
     assert (at[1:] == at[:-1]).mean() < 0.02
-    # The next epoch is another order: neighbours on the line are no neighbours any more.
+    # The next epoch has another order.
     _, later = take(table, num // batch + 1, 2 * num // batch)
     assert abs(np.corrcoef(samples[: len(later)], later)[0, 1]) < 0.02
 
@@ -199,8 +199,8 @@ def test_orders_never_change() -> None:
         (True, [1_000_003, 999], [250, 750]),
     ):
         table = make(nums, 192, lanes, 4161, shares, key=0x1234_5678_9ABC_DEF0)
-        parts = [np.stack(take(table, step, step + 2)) for step in (0, 5_000, 10**9)]
-        data = np.concatenate(parts, axis=1).astype("<u8").tobytes()
+        taken = [np.stack(take(table, step, step + 2)) for step in (0, 5_000, 10**9)]
+        data = np.concatenate(taken, axis=1).astype("<u8").tobytes()
         digests.append(hashlib.sha256(data).hexdigest()[:16])
     assert digests == [
         "076743fb11b2f246",

@@ -58,7 +58,7 @@ def test_kept_and_read_again(
     assert not directory.with_name("corpus.index").exists()
     assert same(batches(directory, kind), expected)
     assert "indexing the 1,5" in capsys.readouterr().err
-    # Whoever walks again does so for nothing.
+    # From here on a walk over the corpus fails: the index must come from the file.
     monkeypatch.setattr(sample_index, "index_shard", None)
     assert same(batches(directory, kind), expected)
     assert capsys.readouterr().err == ""
@@ -132,7 +132,7 @@ def test_no_place_at_all(
     assert "made again at each start" in capsys.readouterr().err
 
 
-def test_parts_of_a_mixture_use_their_own(directory: Path) -> None:
+def test_corpora_of_a_mixture_use_their_own(directory: Path) -> None:
     write_corpus(directory.with_name("other"), 30_000, 2, holes="nothing")
     mixture = Mixture(Corpus(directory), {str(directory.with_name("other")): 0.25})
     made, read = (SampleStream(mixture, 64, 8, 0, samples="packed") for _ in range(2))

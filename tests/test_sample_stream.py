@@ -1,4 +1,4 @@
-"""The sample stream: each sample once an epoch, the same batch for any world size, O(1) seek."""
+"""The sample stream: each sample once per epoch, the same batch for any world size, O(1) seek."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from clue_ds.errors import UserError
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Corpus:
-    """Some 9,000 tokens in several shards, no two windows of 14 tokens alike."""
-    directory = tmp_path_factory.mktemp("sampler")
+    """Some 9,000 tokens in several shards, without two equal windows of 14 tokens."""
+    directory = tmp_path_factory.mktemp("sample_stream")
     lines = [line for line in sample_text.split("\n") if line]
     rng = random.Random(0)
     text = "".join(
@@ -74,7 +74,7 @@ def test_permutation_looks_random() -> None:
     """Like a uniform shuffle in its fixed points, descents and displacement, over 400 keys."""
     num, num_keys = 200, 400
     shuffles = np.stack([permutation(num, np.uint64(key)) for key in range(num_keys)])
-    fixed = (shuffles == np.arange(num)).sum()  # mean 1 a shuffle, variance 1
+    fixed = (shuffles == np.arange(num)).sum()  # per shuffle: mean 1, variance 1
     assert abs(fixed - num_keys) < 4 * math.sqrt(num_keys)
     descents = (np.diff(shuffles, axis=1) < 0).sum()  # mean (n-1)/2, variance (n+1)/12
     assert abs(descents - num_keys * (num - 1) / 2) < 4 * math.sqrt(num_keys * (num + 1) / 12)
@@ -84,7 +84,7 @@ def test_permutation_looks_random() -> None:
 
 
 def windows(corpus: Corpus, seq_length: int) -> Counter[tuple[int, ...]]:
-    """All samples as the format says, read without the stream."""
+    """All windows of the corpus, read from the shards without the stream."""
     result: Counter[tuple[int, ...]] = Counter()
     for one in corpus.shards:
         ids = (one.tokens & 0x7FFF).tolist()
@@ -126,7 +126,7 @@ def test_each_sample_once_an_epoch(
         begin = epoch * stream.num_samples
         assert Counter(samples[begin : begin + stream.num_samples]) == expected
     orders = [samples[e * stream.num_samples : (e + 1) * stream.num_samples] for e in range(2)]
-    # So few samples as length 5000 leaves here come in the same order by chance now and then.
+    # With length 5000 there are so few samples that two epochs may have the same order by chance.
     assert orders[0] != orders[1] or stream.num_samples < 20
 
 
@@ -152,9 +152,9 @@ def test_batch_size_does_not_change_the_stream(corpus: Corpus) -> None:
     """Position p of the stream is the same sample with the same mask for any batch size."""
     small, large = (SampleStream(corpus, 32, size, 1) for size in (4, 12))
     expected = large.batch(5)
-    parts = [small.batch(step) for step in (15, 16, 17)]
+    batches = [small.batch(step) for step in (15, 16, 17)]
     for name, tensor in expected.items():
-        assert torch.equal(tensor, torch.cat([part[name] for part in parts])), name
+        assert torch.equal(tensor, torch.cat([batch[name] for batch in batches])), name
 
 
 def test_shapes_types_and_padding(corpus: Corpus) -> None:
@@ -191,7 +191,7 @@ def test_masks_differ_between_epochs(corpus: Corpus) -> None:
 
 
 def test_random_tokens_are_ordinary(corpus: Corpus) -> None:
-    """No [unused] and no special token but [MASK] is ever put into a text."""
+    """No [unused] token and no special token except [MASK] ever replaces a token."""
     stream = SampleStream(corpus, 128, 64, 0, mask_prob=0.9)
     for step in range(20):
         batch = stream.batch(step)

@@ -1,4 +1,4 @@
-"""Kinds of samples: each against a plain reading of the corpus, and each text once an epoch."""
+"""Kinds of samples: each compared with a plain reading of the corpus, each text once per epoch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Corpus
     for i in range(160):
         sentences = []
         for _ in range(rng.choice([1, 1, 2, 3, 5, 8, 40])):
-            parts = [rng.choice(lines) for _ in range(rng.choice([1, 1, 1, 4]))]
+            texts = [rng.choice(lines) for _ in range(rng.choice([1, 1, 1, 4]))]
             sentences.append(
-                "".join(parts)[: rng.choice([1, 20, 60, 400])] + str(rng.randrange(99))
+                "".join(texts)[: rng.choice([1, 20, 60, 400])] + str(rng.randrange(99))
             )
         documents.append("\n".join(sentences) + f"\n{i}")
     (directory / "text.txt").write_text("\n\n".join(documents) + "\n")
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Corpus
 
 
 def documents_of(corpus: Corpus) -> list[list[list[Text]]]:
-    """Shards of documents of sentences, read as the format says."""
+    """The sentences of each document of each shard, read from the arrays as documented."""
     shards = []
     for one in corpus.shards:
         ids = (one.tokens & 0x7FFF).tolist()
@@ -62,17 +62,17 @@ def documents_of(corpus: Corpus) -> list[list[list[Text]]]:
 
 
 def greedy(sentences: list[Text], width: int) -> list[Text]:
-    """Whole sentences while they fit; what is longer than width is cut."""
+    """Spans of as many whole sentences as fit; a sentence longer than `width` is cut."""
     rest = [list(sentence) for sentence in sentences]
-    pieces = []
+    spans = []
     while rest:
-        piece: list[int] = []
-        while rest and len(piece) + len(rest[0]) <= width:
-            piece += rest.pop(0)
-        if not piece:
-            piece, rest[0] = rest[0][:width], rest[0][width:]
-        pieces.append(tuple(piece))
-    return pieces
+        span: list[int] = []
+        while rest and len(span) + len(rest[0]) <= width:
+            span += rest.pop(0)
+        if not span:
+            span, rest[0] = rest[0][:width], rest[0][width:]
+        spans.append(tuple(span))
+    return spans
 
 
 def expected_samples(corpus: Corpus, kind: str, width: int) -> Counter[Text]:
@@ -94,7 +94,7 @@ def unmasked(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def epoch_of(stream: SampleStream, epoch: int = 0) -> list[tuple[list[int], dict[str, list[int]]]]:
-    """The rows of an epoch with the rest of their batch entries, by a stream of batch size 1."""
+    """The rows of an epoch with their other batch entries, from a stream of batch size 1."""
     assert stream.global_batch_size == 1
     found = []
     for step in range(epoch * stream.num_samples, (epoch + 1) * stream.num_samples):
@@ -120,7 +120,7 @@ def test_packed_rows_hold_documents_that_stay_whole_where_they_fit(
     corpus: Corpus, seq_length: int
 ) -> None:
     stream = SampleStream(corpus, seq_length, 1, 0, samples="packed")
-    pieces: Counter[Text] = Counter()
+    spans: Counter[Text] = Counter()
     num_sequences = 0
     for row, batch in epoch_of(stream):
         ends = batch["cu_seqlens"]
@@ -129,19 +129,19 @@ def test_packed_rows_hold_documents_that_stay_whole_where_they_fit(
         for begin, end in zip(ends, ends[1:], strict=False):
             if begin < end:
                 assert row[begin] == CLS and row[end - 1] == SEP
-                pieces[tuple(row[begin + 1 : end - 1])] += 1
+                spans[tuple(row[begin + 1 : end - 1])] += 1
                 num_sequences += 1
     documents = [sum(d, ()) for documents in documents_of(corpus) for d in documents]
-    assert sum(len(p) * n for p, n in pieces.items()) == corpus.num_tokens
+    assert sum(len(p) * n for p, n in spans.items()) == corpus.num_tokens
     short = Counter(d for d in documents if len(d) + 2 <= seq_length)
-    assert all(pieces[d] >= n for d, n in short.items())
-    cut = pieces - short
+    assert all(spans[d] >= n for d, n in short.items())
+    cut = spans - short
     assert all(any(len(d) + 2 > seq_length and contains(d, p) for d in documents) for p in cut)
     assert num_sequences > stream.num_samples or seq_length == 16
 
 
-def contains(text: Text, piece: Text) -> bool:
-    return any(text[i : i + len(piece)] == piece for i in range(len(text) - len(piece) + 1))
+def contains(text: Text, span: Text) -> bool:
+    return any(text[i : i + len(span)] == span for i in range(len(text) - len(span) + 1))
 
 
 def split_pair(row: list[int], types: list[int]) -> tuple[Text, Text]:
@@ -153,7 +153,7 @@ def split_pair(row: list[int], types: list[int]) -> tuple[Text, Text]:
 
 @pytest.mark.parametrize("seq_length", [33, 128])
 def test_sentence_order_swaps_half_of_the_pairs(corpus: Corpus, seq_length: int) -> None:
-    """Put back in order, A and B are the pieces of the documents, each once an epoch."""
+    """Put back in order, A and B are the spans of the documents, each once an epoch."""
     stream = SampleStream(corpus, seq_length, 1, 0, samples="sop")
     joined: Counter[Text] = Counter()
     counts: Counter[int] = Counter()
@@ -171,7 +171,7 @@ def test_sentence_order_swaps_half_of_the_pairs(corpus: Corpus, seq_length: int)
     assert joined == expected_samples(corpus, "sop", seq_length - 3)
     num = counts[0] + counts[1]
     assert abs(counts[1] - num / 2) < 4 * (num / 4) ** 0.5
-    assert len(splits) > 1.5 * stream.num_samples  # a piece is cut elsewhere in other epochs
+    assert len(splits) > 1.5 * stream.num_samples  # a span is split elsewhere in other epochs
 
 
 @pytest.mark.parametrize("seq_length", [33, 128])
@@ -212,11 +212,11 @@ def test_any_world_size_sees_the_same_batch(
         return SampleStream(corpus, 64, 12, seed, max_ngram=3, samples=kind)  # type: ignore[arg-type]
 
     whole, fresh = stream().batch(step), stream()
-    fresh.batch(step + 1)  # nothing is carried from call to call
-    parts = [fresh.batch(step, rank, world_size) for rank in range(world_size)]
+    fresh.batch(step + 1)  # calls share no state
+    batches = [fresh.batch(step, rank, world_size) for rank in range(world_size)]
     for name, tensor in whole.items():
         assert tensor.dtype == torch.int64
-        assert torch.equal(tensor, torch.cat([part[name] for part in parts])), name
+        assert torch.equal(tensor, torch.cat([batch[name] for batch in batches])), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +236,7 @@ def test_prediction_counts_are_fixed(corpus: Corpus, kind: str, seq_length: int,
 
 @pytest.mark.parametrize("kind", ["windows", "documents", "packed", "sop"])
 def test_where_samples_lie_is_known_beforehand(corpus: Corpus, kind: str) -> None:
-    """What is read ahead for a range of samples holds their text, and little else."""
+    """The tokens that are read ahead for a range of samples are theirs and few others."""
     stream = SampleStream(corpus, 16, 1, 0, samples=kind)  # type: ignore[arg-type]
     whole = list(stream.token_runs(0, stream.num_samples))
     assert whole == [(i, 0, len(one.tokens)) for i, one in enumerate(corpus.shards)]

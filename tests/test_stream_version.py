@@ -1,4 +1,4 @@
-"""The samples and masks of this stream version, for ever: other ones need another version."""
+"""The samples and masks of this stream version never change: others need a new version."""
 
 from __future__ import annotations
 
