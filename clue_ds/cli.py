@@ -48,8 +48,12 @@ VERBS: dict[str, Verb] = {
     "shard": Verb("clue_ds.data.build.command:shard", "turn raw text into a memory-mapped corpus"),
     "plan": Verb("clue_ds.plan:plan", "memory, batches, disk and time of a run, by arithmetic"),
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
-    "export": Verb("clue_ds.export:export", "write a run for Hugging Face, TensorFlow, ONNX"),
-    "import": Verb("clue_ds.export:import_model", "read a BERT by others, to continue from it"),
+    "export": Verb(
+        "clue_ds.export.command:export", "write a run for Hugging Face, TensorFlow, ONNX"
+    ),
+    "import": Verb(
+        "clue_ds.export.command:import_model", "read a BERT by others, to continue from it"
+    ),
     "finetune": Verb(
         "clue_ds.tasks.finetune.command:finetune", "train a model for tasks of CLUE or your own"
     ),

@@ -161,7 +161,7 @@ def test_new_token_begins_as_the_mean_of_its_pieces(tmp_path: Path) -> None:
     new.write_text("\n".join([*SPECIAL, "102", "##20", "2", "好"]), encoding="utf-8")
     config = CONFIG.replace(vocab_size=len(tokens))
     state = random_model(config, 1).state_dict()
-    source = export.Source(config, state, old, True)
+    source = export.OpenedModel(config, state, old, True)
     moved, unknown = slim.change_vocab(source, new)
     assert unknown == ["102", "##20", "2"]
     rows = state["bert.embeddings.word_embeddings.weight"]

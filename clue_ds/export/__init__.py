@@ -2,25 +2,21 @@
 
 `load` reads a run, a checkpoint, a Hugging Face directory or Google's TensorFlow layout into one
 form: a ModelConfig and a state dict with transformers' names in fp32. `save` writes that form.
-`export` and `import` are the verbs.
+The verbs `export` and `import` are in command.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from clue_ds.errors import UserError
-from clue_ds.export import archives, huggingface, onnx_graph, slim, tensorflow
-from clue_ds.export.publish import staged
-from clue_ds.export.sources import Source, open_model, opened
-from clue_ds.model.weights import TIED, StateDict
+from clue_ds.export import huggingface, onnx_graph, tensorflow
+from clue_ds.export.sources import OpenedModel, open_model, opened
+from clue_ds.model.weights import StateDict
 from clue_ds.presets import ModelConfig
 
-__all__ = ["LAYOUTS", "Source", "export", "import_model", "load", "open_model", "opened", "save"]
+__all__ = ["LAYOUTS", "OpenedModel", "load", "open_model", "opened", "save"]
 
 LAYOUTS: dict[str, Callable[..., Path]] = {
     "hf": huggingface.write,
@@ -56,135 +52,16 @@ def save(
     replaced only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a
     vocabulary of another size, a full disk.
     """
-    _check_layout(to, half)
+    check_layout(to, half)
     options = {"half": True} if half else {}
     return LAYOUTS[to](config, state_dict, vocab_file, directory, lower_case, force, **options)
 
 
-def _check_layout(to: str, half: bool) -> None:
+def check_layout(to: str, half: bool) -> None:
+    """UserError when `save` would refuse the layout, before any weights are read."""
     if to not in LAYOUTS:
         raise UserError(f"can't export to {to!r}; layouts: {', '.join(LAYOUTS)}")
     if half and to != "hf":
         raise UserError(f"--fp16 is for --to hf only: readers of the {to} layout expect fp32")
     if to == "onnx":
         onnx_graph.check_installed()
-
-
-def export(
-    run: tyro.conf.Positional[Path],
-    to: str = "hf",
-    output: Path | None = None,
-    force: bool = False,
-    trim_vocab: bool = False,
-    vocab: Path | None = None,
-    drop_heads: bool = False,
-    fp16: bool = False,
-    zip: bool = False,
-) -> None:
-    """Write a run's newest checkpoint (or any model) in a layout that others load.
-
-    Args:
-        run: a run directory, one of its checkpoints, a model directory, a zip of one, or a name on
-            the Hugging Face hub.
-        to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, card), tf
-            (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), onnx (model.onnx; needs the
-            extra clue_ds[onnx]), or all.
-        output: where to write; default RUN/export/TO. With all, the directory that holds each.
-        force: replace the output if it exists.
-        trim_vocab: drop the rows of words beyond vocab.txt, which no text ever uses.
-        vocab: change to this vocab.txt; rows move by token, new tokens are listed.
-        drop_heads: leave out the MLM and NSP heads (nobody can then continue pretraining).
-        fp16: store 2 bytes a weight (hf only).
-        zip: write OUTPUT.zip, as upstream publishes its models, instead of a directory.
-    """
-    targets = list(LAYOUTS) if to == "all" else [to]
-    for target in targets:
-        _check_layout(target, fp16)
-    output = _default_output(run, to) if output is None else output
-    with opened(run) as source:
-        before = slim.sizes(source)
-        for note in source.notes:
-            print(note)
-        source = _slimmed(source, trim_vocab, vocab, drop_heads)
-        for target in targets:
-            place = output / target if to == "all" else output
-            _write(source, place, target, force, fp16, zip)
-        if trim_vocab or vocab or drop_heads or fp16:
-            print(slim.table(before, slim.sizes(source, fp16)))
-
-
-def _default_output(run: Path, to: str) -> Path:
-    if not run.exists():
-        raise UserError(
-            f"{run} is not a directory; give a run directory (for a model on the hub, say where to "
-            "write with --output DIR)"
-        )
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} is not a run directory; say where to write with --output DIR")
-    return run / "export" if to == "all" else run / "export" / to
-
-
-def _slimmed(source: Source, trim_vocab: bool, vocab: Path | None, drop_heads: bool) -> Source:
-    if trim_vocab:
-        source = slim.drop_unused_rows(source)
-    if vocab is not None:
-        source, unknown = slim.change_vocab(source, vocab)
-        print(f"{len(unknown):,} tokens of {vocab} are new: {' '.join(unknown)}")
-    return slim.drop_heads(source) if drop_heads else source
-
-
-def _write(source: Source, place: Path, to: str, force: bool, fp16: bool, is_zip: bool) -> None:
-    config, state, vocab_file, lower_case = source[:4]
-    if is_zip:
-        place = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
-        with staged(place, force) as archive:
-            folder = archive.with_suffix("")
-            save(config, state, vocab_file, folder, to, lower_case, half=fp16)
-            archives.pack(folder, archive)
-    else:
-        save(config, state, vocab_file, place, to, lower_case, force, fp16)
-    if to == "tf" and config.hidden_act == "gelu":
-        print("trained with the erf GELU; readers that compute tanh, as Google's, are 1e-3 off")
-    num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
-    print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
-
-
-def import_model(
-    model: tyro.conf.Positional[str],
-    output: Path | None = None,
-    layout: Annotated[Literal["hf", "tf"] | None, tyro.conf.arg(name="from")] = None,
-    hidden_act: Literal["gelu", "gelu_new"] | None = None,
-    force: bool = False,
-) -> None:
-    """Make a model by others a directory that every verb here, and transformers, loads.
-
-    Rows of words beyond vocab.txt are dropped, since no text ever uses them.
-
-    Args:
-        model: a directory or a zip in Google's or Hugging Face's layout, or a name on the Hugging
-            Face hub (clue/roberta_chinese_clue_tiny) or of its preset (roberta_tiny_clue).
-        output: where to write; default NAME-imported in the current directory.
-        layout: hf or tf, where there are both; default what is there.
-        hidden_act: gelu (erf) or gelu_new (tanh), if you know better; default what the layout
-            means by its config: TensorFlow's gelu is tanh.
-        force: replace the output if it exists.
-    """
-    if output is None:
-        name = Path(model).resolve().name
-        output = Path(f"{name.removesuffix('.zip')}-imported")
-    with opened(model, layout) as source:
-        before = slim.sizes(source)
-        for note in source.notes:
-            print(note)
-        source = slim.drop_unused_rows(source)
-        config = source.config
-        if hidden_act is not None:
-            config = config.replace(hidden_act=hidden_act)
-        after = slim.sizes(source)
-        if after != before:
-            dropped = before.words - after.words
-            print(
-                f"dropped {dropped:,} rows of words beyond vocab.txt\n{slim.table(before, after)}"
-            )
-        _write(source._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
-        print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {output}")

@@ -8,7 +8,7 @@
 
 Guarantees: files decide, not names: the number of words is that of the embedding's rows, whatever
 the config says, and a "roberta" with BERT's weights and vocabulary is a BERT (as CLUE's are).
-Nothing of a download is executed. What was corrected or left out is said in `Source.notes`.
+Nothing of a download is executed. What was corrected or left out is said in `OpenedModel.notes`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
 LAYOUTS = ("hf", "tf")
 
 
-class Source(NamedTuple):
+class OpenedModel(NamedTuple):
     """A model, wherever it came from."""
 
     config: ModelConfig
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def opened(where: str | Path, layout: str | None = None) -> Iterator[Source]:
+def opened(where: str | Path, layout: str | None = None) -> Iterator[OpenedModel]:
     """`open_model` of a directory, a zip or a name on the hub; its files live as long as the block.
 
     `layout`: "hf" or "tf" where a directory holds both; default the one whose weights are there.
@@ -54,7 +54,7 @@ def opened(where: str | Path, layout: str | None = None) -> Iterator[Source]:
         yield open_model(where, layout)
 
 
-def open_model(directory: str | Path, layout: str | None = None) -> Source:
+def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
     """A run, a checkpoint, or a directory in Hugging Face's or Google's layout.
 
     The vocabulary file may be missing (the weights are then still usable): who needs it checks.
@@ -74,7 +74,7 @@ def open_model(directory: str | Path, layout: str | None = None) -> Source:
     from clue_ds.checkpoint import masters
 
     config, state, vocab_file = masters.load_weights(directory)
-    return Source(config, state, vocab_file, _lower_case(vocab_file))
+    return OpenedModel(config, state, vocab_file, _lower_case(vocab_file))
 
 
 def _layout(directory: Path) -> str:
@@ -87,7 +87,7 @@ def _layout(directory: Path) -> str:
     return "hf" if any((directory / name).is_file() for name in HF_CONFIGS) else "run"
 
 
-def _open_tf(directory: Path) -> Source:
+def _open_tf(directory: Path) -> OpenedModel:
     config, state, left_out = tensorflow.read(directory)
     said = tensorflow.read_config(directory)["vocab_size"]
     weights.check_shapes(config, state, directory)
@@ -96,10 +96,10 @@ def _open_tf(directory: Path) -> Source:
     vocab_file = directory / "vocab.txt"
     if lower_case is None:
         lower_case = _lower_case(vocab_file)
-    return Source(config, weights.tie(state, directory), vocab_file, lower_case, notes)
+    return OpenedModel(config, weights.tie(state, directory), vocab_file, lower_case, notes)
 
 
-def _open_hf(directory: Path) -> Source:
+def _open_hf(directory: Path) -> OpenedModel:
     paths = [directory / name for name in HF_CONFIGS]
     path = next((path for path in paths if path.is_file()), paths[0])
     values = weights.read_config_json(directory) if path == paths[0] else weights.read_json(path)
@@ -116,7 +116,7 @@ def _open_hf(directory: Path) -> Source:
     foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
     notes += _notes(config, said.vocab_size) + _left_out(foreign, directory)
     state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
-    return Source(config, state, vocab_file, _lower_case(vocab_file), notes)
+    return OpenedModel(config, state, vocab_file, _lower_case(vocab_file), notes)
 
 
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:

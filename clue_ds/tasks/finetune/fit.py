@@ -15,7 +15,7 @@ import torch
 from clue_ds import dist
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
-from clue_ds.export import Source, huggingface
+from clue_ds.export import OpenedModel, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
 from clue_ds.model.weights import load_into
@@ -78,7 +78,7 @@ def fit(
 
 
 def fit_source(
-    source: Source,
+    source: OpenedModel,
     train: Sequence[LabelledText],
     dev: Sequence[LabelledText],
     labels: Sequence[str],

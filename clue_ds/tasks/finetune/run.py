@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from clue_ds import dist, files
 from clue_ds.errors import UserError
-from clue_ds.export import Source
+from clue_ds.export import OpenedModel
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
 from clue_ds.tasks import examples, hub_data, registry
@@ -54,7 +54,7 @@ class Request:
     force: bool = False  # discard another request's run
 
 
-def recipe_for(task: Task, source: Source, changes: dict[str, Any]) -> Recipe:
+def recipe_for(task: Task, source: OpenedModel, changes: dict[str, Any]) -> Recipe:
     """The task's settings for a model of this size, with the user's changes."""
     settings = dataclasses.asdict(task.settings_for(source.config))
     return Recipe(**(settings | changes))
@@ -182,7 +182,7 @@ def _fit(
     request: Request,
     task: Task,
     recipe: Recipe,
-    source: Source,
+    source: OpenedModel,
     train: list[examples.Example],
     dev: Examples,
     show: bool,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
-from clue_ds.export import Source, huggingface, open_model
+from clue_ds.export import OpenedModel, huggingface, open_model
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.weights import PREDICTION_BIAS, load_into, read_config_json
@@ -85,7 +85,7 @@ class Predictor:
             raise UserError(f"max_length {wanted} must be from 4 to the model's {positions}")
         return wanted
 
-    def _open_classifier(self, source: Source, task: str | None) -> None:
+    def _open_classifier(self, source: OpenedModel, task: str | None) -> None:
         values = read_config_json(self.directory)
         num_labels = len(source.state_dict[huggingface.CLASSIFIER_WEIGHT])
         unnamed = [f"LABEL_{i}" for i in range(num_labels)]
@@ -118,7 +118,7 @@ class Predictor:
                 "give the task that it was fine-tuned for"
             )
 
-    def _open_pretrained(self, source: Source) -> None:
+    def _open_pretrained(self, source: OpenedModel) -> None:
         self.can_fill_mask = PREDICTION_BIAS in source.state_dict
         self.pretrained = BertForPreTraining(source.config)
         load_into(self.pretrained, source.config, source.state_dict, self.directory)
