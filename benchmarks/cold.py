@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.benchmarks.synthetic import write_corpus
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.errors import UserError

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 

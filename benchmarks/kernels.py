@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from clue_ds.benchmarks.environment import describe
+from clue_ds.benchmarks.description import describe
 from clue_ds.errors import UserError
 from clue_ds.kernels import backend, bench
 

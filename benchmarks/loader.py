@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.benchmarks.loader_children import STREAMING, streaming, transformers4, version_of
 from clue_ds.benchmarks.loader_peers import torch_peers
 from clue_ds.data import Corpus, SampleStream

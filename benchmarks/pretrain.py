@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from clue_ds import presets
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError
 
 WARMUP_LINES = 2  # of the log

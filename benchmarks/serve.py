@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError, existing_file
 
 CONTENDERS = {

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.data.build.command import shard as build
 from clue_ds.errors import UserError, existing_file
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from clue_ds.benchmarks.environment import write_results
+from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError, existing_file
 
