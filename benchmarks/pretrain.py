@@ -32,7 +32,7 @@ from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import IGNORED, pad_vocab, without_full_lengths
+from clue_ds.model.bert import IGNORED_LABEL, pad_vocab, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
@@ -127,8 +127,8 @@ def corpus_rows(corpus: Path, num_rows: int, seq_length: int, seed: int) -> Batc
 
 def for_both(rows: Batch, device: torch.device) -> Batch:
     """Add what the peer reads: labels over all positions, and an attention mask if it is needed."""
-    labels = torch.full_like(rows["input_ids"], IGNORED)
-    used = rows["masked_labels"] != IGNORED
+    labels = torch.full_like(rows["input_ids"], IGNORED_LABEL)
+    used = rows["masked_labels"] != IGNORED_LABEL
     row_index = torch.arange(len(labels))[:, None].expand_as(used)
     labels[row_index[used], rows["masked_positions"][used]] = rows["masked_labels"][used]
     seq_length = labels.shape[1]
@@ -146,7 +146,7 @@ def check_same_loss(ours: Side, peer: Side, batch: Batch, setting: Setting) -> t
             losses.append(side.loss(batch).float().item())
         side.network.train()
     num_slots = batch["masked_labels"].numel()
-    num_used = int((batch["masked_labels"] != IGNORED).sum())
+    num_used = int((batch["masked_labels"] != IGNORED_LABEL).sum())
     # Ours divides by all slots, the peer by those that are used.
     mine, theirs = losses[0] * num_slots / num_used, losses[1]
     if abs(mine - theirs) > LOSS_TOLERANCE[setting.precision] * theirs:
@@ -237,7 +237,7 @@ def report(setting: Setting, trainer: Trainer, size: int, seconds: np.ndarray) -
     s_eff = float(lengths.square().sum() / lengths.sum())
     rates = tokens / seconds
     peak = peak_flops(setting.device)
-    num_predicted = float((trainer.rows["masked_labels"] != IGNORED).sum())
+    num_predicted = float((trainer.rows["masked_labels"] != IGNORED_LABEL).sum())
     flops = flops_per_token(setting.config, s_eff, num_predicted / float(lengths.sum()))
     return {
         "name": trainer.side.name,

@@ -25,7 +25,7 @@ from clue_ds.data.corpus import (
     shard_header,
     shard_name,
 )
-from clue_ds.data.text.vocab import SPECIAL_TOKENS
+from clue_ds.vocab_file import SPECIAL_TOKENS
 
 VOCAB_SIZE = 21_128
 SENTENCES = np.array([9, 18, 27, 31, 36, 45, 160, 1, 33])  # tokens of each, over and over

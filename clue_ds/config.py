@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from clue_ds import presets
 from clue_ds.data import sampling
 from clue_ds.errors import UserError, existing_file
-from clue_ds.presets import ModelConfig
+from clue_ds.presets import Attention, HiddenAct, Kernels, ModelConfig
 
 
 class Section(BaseModel):
@@ -36,7 +36,7 @@ class ModelSection(Section):
     num_attention_heads: int | None = Field(None, ge=1, description="instead of the preset's")
     intermediate_size: int | None = Field(None, ge=1, description="instead of the preset's")
     max_position_embeddings: int | None = Field(None, ge=2, description="instead of the preset's")
-    hidden_act: Literal["gelu", "gelu_new"] | None = Field(
+    hidden_act: HiddenAct | None = Field(
         None, description="gelu (erf, Hugging Face's) or gelu_new (tanh, TensorFlow BERT's)"
     )
     hidden_dropout_prob: float | None = Field(None, ge=0, lt=1, description="instead of 0.1")
@@ -51,10 +51,10 @@ class ModelSection(Section):
     init: str | None = Field(
         None, description="start from this run, model directory (or zip), or name on the hub"
     )
-    attention: Literal["sdpa", "masked_softmax"] = Field(
+    attention: Attention = Field(
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"
     )
-    kernels: Literal["auto", "triton", "torch"] = Field(
+    kernels: Kernels = Field(
         "torch", description="fused operations: torch, or triton, or auto (triton on a GPU)"
     )
     compile: bool = Field(False, description="torch.compile every block (needs a C++ compiler)")

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from clue_ds.errors import UserError, existing_file
+
 # Errors of flock on file systems that have no locks.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -72,6 +74,20 @@ def write_json(path: Path, value: Any, indent: int = 1, sort_keys: bool = False)
     """Replace the content of `path` atomically by JSON."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys)
     write_text(path, text + "\n")
+
+
+def read_json(path: Path, what: str = "config") -> dict[str, Any]:
+    """The JSON object in `path`; UserError when it is missing or something else."""
+    content = existing_file(path, what).read_bytes()
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON: {error}; correct it, or copy it again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object; correct it, or copy it again")
+    return value
 
 
 def lock(file: IO[Any], wait: bool) -> bool:

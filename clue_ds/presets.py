@@ -10,9 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from clue_ds.errors import UserError
+
+# gelu: erf, Hugging Face's; gelu_new: tanh, which TensorFlow's BERT calls gelu.
+HiddenAct = Literal["gelu", "gelu_new"]
+# How attention is computed, and which implementation of the fused operations runs (model/ops.py).
+Attention = Literal["sdpa", "masked_softmax"]
+Kernels = Literal["auto", "triton", "torch"]
 
 CLUE_VOCAB_SIZE = 8_021
 GOOGLE_VOCAB_SIZE = 21_128
@@ -47,12 +53,18 @@ class ModelConfig:
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.hidden_act not in ("gelu", "gelu_new"):
-            raise UserError(f"hidden_act must be gelu or gelu_new, not {self.hidden_act!r}")
+        if self.hidden_act not in get_args(HiddenAct):
+            names = " or ".join(get_args(HiddenAct))
+            raise UserError(f"hidden_act must be {names}, not {self.hidden_act!r}")
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gelu_approximation(self) -> str:
+        """The form of GELU under torch's name: "none" (erf) or "tanh"."""
+        return "none" if self.hidden_act == "gelu" else "tanh"
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)

@@ -11,7 +11,7 @@ import torch
 from clue_ds import presets
 from clue_ds.benchmarks import pretrain as bench
 from clue_ds.cli import main
-from clue_ds.model.bert import IGNORED
+from clue_ds.model.bert import IGNORED_LABEL
 
 CONFIG = presets.get("roberta_tiny_clue").replace(num_hidden_layers=1)
 SETTING = bench.Setting(CONFIG, torch.device("cpu"), "fp32", compile=False)
@@ -19,14 +19,14 @@ SETTING = bench.Setting(CONFIG, torch.device("cpu"), "fp32", compile=False)
 
 def test_the_peers_labels_are_ours_at_their_positions() -> None:
     rows = bench.random_rows(CONFIG, 3, 32, seed=1)
-    rows["masked_labels"][1, 2:] = IGNORED
+    rows["masked_labels"][1, 2:] = IGNORED_LABEL
     rows["masked_positions"][1, 2:] = 0
     both = bench.for_both(rows, torch.device("cpu"))
     for row in range(3):
-        used = rows["masked_labels"][row] != IGNORED
+        used = rows["masked_labels"][row] != IGNORED_LABEL
         positions = rows["masked_positions"][row][used]
         assert torch.equal(both["labels"][row][positions], rows["masked_labels"][row][used])
-        assert int((both["labels"][row] != IGNORED).sum()) == int(used.sum())
+        assert int((both["labels"][row] != IGNORED_LABEL).sum()) == int(used.sum())
     assert both["attention_mask"].all()
 
 
@@ -34,7 +34,7 @@ def test_both_sides_compute_the_same_loss_and_a_wrong_one_is_caught() -> None:
     rows = bench.random_rows(CONFIG, 4, 32, seed=1)
     rows["lengths"][1] = 20
     outside = rows["masked_positions"] >= rows["lengths"][:, None]
-    rows["masked_labels"][outside] = IGNORED
+    rows["masked_labels"][outside] = IGNORED_LABEL
     rows["masked_positions"][outside] = 0
     batch = bench.for_both(rows, torch.device("cpu"))
     ours = bench.make_ours(SETTING, seed=1)

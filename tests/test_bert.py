@@ -16,7 +16,7 @@ from transformers import BertForPreTraining as Peer
 
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import IGNORED, key_mask, pad_vocab, without_full_lengths
+from clue_ds.model.bert import IGNORED_LABEL, key_mask, pad_vocab, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
@@ -65,7 +65,7 @@ def batch(lengths: list[int], num_predictions: int = 4) -> dict[str, torch.Tenso
         [torch.arange(num_predictions) % length for length in lengths]
     )  # a length below P repeats positions, as unused slots do
     labels = ids.gather(1, positions)
-    labels[:, -1] = IGNORED
+    labels[:, -1] = IGNORED_LABEL
     return {
         "input_ids": ids,
         "token_type_ids": torch.randint(0, 2, ids.shape, generator=generator),
@@ -139,7 +139,7 @@ def test_loss_and_gradients_at_masked_positions_equal_those_of_all_positions(
     loss.backward()
     torch.testing.assert_close(out.loss, loss, atol=1e-6, rtol=1e-6)
     assert int(out.num_correct) == int((gathered.argmax(-1) == labels).sum())
-    assert int(out.num_predicted) == int((labels != IGNORED).sum())
+    assert int(out.num_predicted) == int((labels != IGNORED_LABEL).sum())
     # Pooler and NSP head didn't run, here and there.
     assert gradients(ours).keys() == gradients(peer).keys()
     assert not any("pooler" in n or "seq_relationship" in n for n in gradients(ours))
@@ -168,7 +168,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts() -> None:
     """So gradient accumulation and ranks change nothing, however the labels are spread."""
     ours, _ = both(SMALL)
     data = batch([17, 17])
-    data["masked_labels"][0, :] = IGNORED
+    data["masked_labels"][0, :] = IGNORED_LABEL
     whole = ours(**data).loss
     parts = [ours(**{n: t[i : i + 1] for n, t in data.items()}).loss for i in range(2)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())

@@ -25,12 +25,14 @@ LEAVES = {
     "clue_ds.errors",
     "clue_ds.presets",
     "clue_ds.files",
+    "clue_ds.vocab_file",
     "clue_ds.data.sampling",
 }
 LAW: dict[str, set[str]] = {
     "clue_ds.errors": set(),
     "clue_ds.presets": set(),
     "clue_ds.files": set(),
+    "clue_ds.vocab_file": set(),
     "clue_ds.kernels": set(),
     "clue_ds.launcher": set(),
     "clue_ds.ds_configs": set(),

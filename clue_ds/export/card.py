@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clue_ds.files import read_json
 from clue_ds.model.weights import TIED, StateDict
 
 # (English, Chinese) -> value; a fact is a row of one table in both languages.
@@ -135,7 +136,7 @@ def _training(made_in: Path) -> Facts:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _last_record(path: Path, step: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from clue_ds.export import LAYOUTS, archives, check_layout, save, slim
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
 from clue_ds.model.weights import TIED
+from clue_ds.presets import HiddenAct
 
 
 def export(
@@ -99,7 +100,7 @@ def import_model(
     model: tyro.conf.Positional[str],
     output: Path | None = None,
     layout: Annotated[Literal["hf", "tf"] | None, tyro.conf.arg(name="from")] = None,
-    hidden_act: Literal["gelu", "gelu_new"] | None = None,
+    hidden_act: HiddenAct | None = None,
     force: bool = False,
 ) -> None:
     """Make a model by others a directory that every verb here, and transformers, loads.

@@ -26,16 +26,27 @@ from tokenizers.models import WordPiece
 from clue_ds.errors import UserError
 from clue_ds.export.card import model_card
 from clue_ds.export.publish import (
-    CLASSIFIER_WEIGHT,
-    SPECIAL_TOKENS,
     check_state,
     copy_vocab,
     read_tokens,
     staged,
     write_model_json,
 )
-from clue_ds.model.weights import DECODER_WEIGHT, TIED, StateDict, is_tied, tie
+from clue_ds.model.weights import (
+    CLASSIFIER_WEIGHT,
+    DECODER_WEIGHT,
+    NEXT_SENTENCE_WEIGHT,
+    PREDICTION_BIAS,
+    TIED,
+    StateDict,
+    is_tied,
+    tie,
+)
 from clue_ds.presets import ModelConfig
+from clue_ds.vocab_file import SPECIAL_TOKENS, TOKENIZER_CONFIG
+
+# What transformers calls SPECIAL_TOKENS, in the same order.
+TOKEN_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def write(
@@ -64,7 +75,7 @@ def write(
         place.mkdir()
         _write_weights(state, dtype, place)
         fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
-        write_model_json(place / "tokenizer_config.json", tokenizer_config(config, lower_case))
+        write_model_json(place / TOKENIZER_CONFIG, tokenizer_config(config, lower_case))
         values = config_json(config, state, labels, task) | {"torch_dtype": str(dtype)[6:]}
         write_model_json(place / "config.json", values)
         copy_vocab(vocab_file, place)
@@ -97,8 +108,8 @@ def architecture(state: StateDict) -> str:
     """The transformers class whose weights `state` holds, none missing."""
     if CLASSIFIER_WEIGHT in state:
         return "BertForSequenceClassification"
-    has_mlm = "cls.predictions.bias" in state
-    if has_mlm and "cls.seq_relationship.weight" in state:
+    has_mlm = PREDICTION_BIAS in state
+    if has_mlm and NEXT_SENTENCE_WEIGHT in state:
         return "BertForPreTraining"
     return "BertForMaskedLM" if has_mlm else "BertModel"
 
@@ -134,7 +145,7 @@ def tokenizer_config(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
         "do_lower_case": lower_case,
         "model_max_length": config.max_position_embeddings,
         "tokenize_chinese_chars": True,
-        **SPECIAL_TOKENS,
+        **dict(zip(TOKEN_KEYS, SPECIAL_TOKENS, strict=True)),
     }
 
 
@@ -150,5 +161,5 @@ def fast_tokenizer(tokens: list[str], lower_case: bool) -> tokenizers.Tokenizer:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
     )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer

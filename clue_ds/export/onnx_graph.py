@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.export.publish import (
-    CLASSIFIER_BIAS,
-    CLASSIFIER_WEIGHT,
     check_state,
     copy_vocab,
     read_tokens,
@@ -32,8 +30,17 @@ from clue_ds.export.publish import (
     write_model_json,
 )
 from clue_ds.model.bert import BertForPreTraining
-from clue_ds.model.weights import PREDICTION_BIAS, StateDict, load_into
+from clue_ds.model.weights import (
+    CLASSIFIER_BIAS,
+    CLASSIFIER_WEIGHT,
+    NEXT_SENTENCE_WEIGHT,
+    POOLER_WEIGHT,
+    PREDICTION_BIAS,
+    StateDict,
+    load_into,
+)
 from clue_ds.presets import ModelConfig
+from clue_ds.vocab_file import TOKENIZER_CONFIG
 
 FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -53,9 +60,9 @@ class Network(nn.Module):
         outputs = ["last_hidden_state"]
         if PREDICTION_BIAS in state:
             outputs.append("logits")
-        if "bert.pooler.dense.weight" in state:
+        if POOLER_WEIGHT in state:
             outputs.append("pooler_output")
-            if "cls.seq_relationship.weight" in state:
+            if NEXT_SENTENCE_WEIGHT in state:
                 outputs.append("seq_relationship_logits")
             if CLASSIFIER_WEIGHT in state:
                 outputs.append("classifier_logits")
@@ -110,7 +117,7 @@ def write(
         _check(network, config, place / FILE)
         huggingface.fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
         tokenizer = huggingface.tokenizer_config(config, lower_case)
-        write_model_json(place / "tokenizer_config.json", tokenizer)
+        write_model_json(place / TOKENIZER_CONFIG, tokenizer)
         write_model_json(place / "config.json", huggingface.config_json(config, state))
         copy_vocab(vocab_file, place)
     return directory

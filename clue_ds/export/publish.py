@@ -16,19 +16,11 @@ from typing import Any
 import safetensors
 
 from clue_ds import files
-from clue_ds.errors import UserError, existing_file
+from clue_ds.errors import UserError
 from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict, expected_shapes
 from clue_ds.presets import ModelConfig
+from clue_ds.vocab_file import check_special_tokens, vocab_lines
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-CLASSIFIER_WEIGHT = "classifier.weight"
-CLASSIFIER_BIAS = "classifier.bias"
 # A directory with one of these is a model, which --force may replace.
 MODEL_FILES = ("config.json", "bert_config.json")
 
@@ -75,18 +67,6 @@ def _check_target(target: Path, force: bool) -> None:
         )
 
 
-def vocab_lines(vocab_file: str | Path) -> list[str]:
-    """The lines of vocab.txt; UserError when it is missing or not text."""
-    path = existing_file(vocab_file, "vocabulary")
-    try:
-        tokens = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"vocabulary {path} is not UTF-8 text: {error}") from None
-    if tokens[-1] == "":
-        tokens.pop()
-    return tokens
-
-
 def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
     """The lines of vocab.txt; UserError unless there are `vocab_size`, special tokens included."""
     tokens = vocab_lines(vocab_file)
@@ -96,9 +76,7 @@ def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
             "words; give the vocab.txt that it was trained with"
             + (", or --trim-vocab to drop the rest" if len(tokens) < vocab_size else "")
         )
-    missing = [token for token in SPECIAL_TOKENS.values() if token not in tokens]
-    if missing:
-        raise UserError(f"{vocab_file} is not a BERT vocabulary: it lacks {', '.join(missing)}")
+    check_special_tokens(tokens, vocab_file)
     return tokens
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clue_ds.errors import UserError
-from clue_ds.export.publish import read_tokens, vocab_lines
+from clue_ds.export.publish import read_tokens
 from clue_ds.export.sources import OpenedModel
 from clue_ds.model.weights import (
     DECODER_WEIGHT,
@@ -28,6 +28,7 @@ from clue_ds.model.weights import (
     tie,
     trim_vocab,
 )
+from clue_ds.vocab_file import vocab_lines
 
 NEW_TOKEN_SEED = 0
 

@@ -13,20 +13,20 @@ Nothing of a download is executed. What was corrected or left out is said in `Op
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from clue_ds import vocab_file as vocab_files
 from clue_ds.errors import UserError
-from clue_ds.export import archives, hub, publish, tensorflow
+from clue_ds.export import archives, hub, tensorflow
+from clue_ds.files import read_json
 from clue_ds.model import weights
 from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict
 from clue_ds.presets import ModelConfig
 
 HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
-LAYOUTS = ("hf", "tf")
 
 
 class OpenedModel(NamedTuple):
@@ -74,7 +74,7 @@ def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
     from clue_ds.checkpoint import masters
 
     config, state, vocab_file = masters.load_weights(directory)
-    return OpenedModel(config, state, vocab_file, _lower_case(vocab_file))
+    return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file))
 
 
 def _layout(directory: Path) -> str:
@@ -95,14 +95,14 @@ def _open_tf(directory: Path) -> OpenedModel:
     lower_case = tensorflow.lower_case(directory)
     vocab_file = directory / "vocab.txt"
     if lower_case is None:
-        lower_case = _lower_case(vocab_file)
+        lower_case = vocab_files.lower_case(vocab_file)
     return OpenedModel(config, weights.tie(state, directory), vocab_file, lower_case, notes)
 
 
 def _open_hf(directory: Path) -> OpenedModel:
     paths = [directory / name for name in HF_CONFIGS]
     path = next((path for path in paths if path.is_file()), paths[0])
-    values = weights.read_config_json(directory) if path == paths[0] else weights.read_json(path)
+    values = weights.read_config_json(directory) if path == paths[0] else read_json(path)
     vocab_file = directory / "vocab.txt"
     notes: tuple[str, ...] = ()
     if values.get("model_type") == "roberta" and _is_bert_vocab(vocab_file):
@@ -116,7 +116,7 @@ def _open_hf(directory: Path) -> OpenedModel:
     foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
     notes += _notes(config, said.vocab_size) + _left_out(foreign, directory)
     state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
-    return OpenedModel(config, state, vocab_file, _lower_case(vocab_file), notes)
+    return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file), notes)
 
 
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:
@@ -143,12 +143,4 @@ def _is_bert_vocab(vocab_file: Path) -> bool:
     """Whether this is a vocabulary of BERT's kind; real RoBERTa has none (or another file)."""
     if not vocab_file.is_file():
         return False
-    return set(publish.SPECIAL_TOKENS.values()) <= set(publish.vocab_lines(vocab_file))
-
-
-def _lower_case(vocab_file: Path) -> bool:
-    """What tokenizer_config.json beside the vocabulary says; BERT's default without one."""
-    path = vocab_file.with_name("tokenizer_config.json")
-    if not path.is_file():
-        return True
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True))
+    return set(vocab_files.SPECIAL_TOKENS) <= set(vocab_files.vocab_lines(vocab_file))

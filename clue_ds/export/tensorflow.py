@@ -13,7 +13,6 @@ it was erf, which only Hugging Face has, is written under a key that Google's co
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,23 +23,24 @@ import torch
 from clue_ds.errors import UserError
 from clue_ds.export import tf_bundle, tf_graph
 from clue_ds.export.publish import (
-    CLASSIFIER_BIAS,
-    CLASSIFIER_WEIGHT,
     check_state,
     copy_vocab,
     read_tokens,
     staged,
     write_model_json,
 )
+from clue_ds.files import read_json
 from clue_ds.model.weights import (
+    CLASSIFIER_BIAS,
+    CLASSIFIER_WEIGHT,
     DECODER_BIAS,
     DECODER_WEIGHT,
+    NEXT_SENTENCE_WEIGHT,
     PREDICTION_BIAS,
     WORD_EMBEDDINGS,
     StateDict,
     is_tied,
     model_config,
-    read_json,
 )
 from clue_ds.presets import ModelConfig
 
@@ -98,7 +98,7 @@ def name_table(num_layers: int) -> list[Row]:
         Row("cls/predictions/output_bias", PREDICTION_BIAS),
         # Only for a decoder of its own; Google's is always the word embeddings.
         *_dense("cls/predictions/decoder")[:1],
-        Row("cls/seq_relationship/output_weights", "cls.seq_relationship.weight"),
+        Row("cls/seq_relationship/output_weights", NEXT_SENTENCE_WEIGHT),
         Row("cls/seq_relationship/output_bias", "cls.seq_relationship.bias"),
         Row("output_weights", CLASSIFIER_WEIGHT),
         Row("output_bias", CLASSIFIER_BIAS),
@@ -232,4 +232,4 @@ def is_checkpoint(directory: Path) -> bool:
 def lower_case(directory: Path) -> bool | None:
     """What our own bert_config.json says of the tokenizer; None in other people's."""
     path = directory / CONFIG_FILE
-    return json.loads(path.read_text("utf-8")).get("do_lower_case") if path.is_file() else None
+    return read_json(path).get("do_lower_case") if path.is_file() else None

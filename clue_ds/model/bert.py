@@ -26,7 +26,9 @@ from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 
 VOCAB_MULTIPLE = 64
-IGNORED = -100
+# torch's default ignore_index. Labels come with the same number from clue_ds.data, which has an
+# IGNORED_LABEL of its own, because model may not import data.
+IGNORED_LABEL = -100
 
 
 class PreTrainingOutput(NamedTuple):
@@ -155,7 +157,7 @@ class PredictionTransform(nn.Module):
         super().__init__()
         self.dense = Dense(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.approximate = "none" if config.hidden_act == "gelu" else "tanh"
+        self.approximate = config.gelu_approximation
 
     def forward(self, x: Tensor) -> Tensor:
         activated = ops.dense_gelu(x, self.dense.weight, self.dense.bias, self.approximate)
@@ -275,10 +277,10 @@ class BertForPreTraining(nn.Module):
         """logits [B, P, padded V], labels [B, P]."""
         flat = logits.flatten(0, 1)
         targets = labels.flatten()
-        summed = F.cross_entropy(flat.float(), targets, ignore_index=IGNORED, reduction="sum")
+        summed = F.cross_entropy(flat.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
         with torch.no_grad():
             num_correct = (flat.argmax(-1) == targets).sum()
-            num_predicted = (targets != IGNORED).sum()
+            num_predicted = (targets != IGNORED_LABEL).sum()
         loss = summed / labels.numel()
         return PreTrainingOutput(loss, num_correct, num_predicted, None, None, summed.detach())
 
@@ -290,9 +292,9 @@ class BertForPreTraining(nn.Module):
         self, mlm: PreTrainingOutput, pooled: Tensor, labels: Tensor
     ) -> PreTrainingOutput:
         logits = self.pair_logits(pooled, labels).float()
-        summed = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        summed = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         with torch.no_grad():
-            counts = (logits.argmax(-1) == labels).sum(), (labels != IGNORED).sum()
+            counts = (logits.argmax(-1) == labels).sum(), (labels != IGNORED_LABEL).sum()
             sums = torch.stack([summed.detach(), *counts])
         assert mlm.loss is not None
         loss = self.mlm_weight * mlm.loss + summed / len(labels)

@@ -76,7 +76,7 @@ class DenseGelu(nn.Module):
     def __init__(self, in_features: int, out_features: int, config: ModelConfig) -> None:
         super().__init__()
         self.dense = Dense(in_features, out_features)
-        self.approximate = "none" if config.hidden_act == "gelu" else "tanh"
+        self.approximate = config.gelu_approximation
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.dense_gelu(x, self.dense.weight, self.dense.bias, self.approximate)

@@ -12,7 +12,7 @@ from torch import nn
 
 from clue_ds.presets import ModelConfig
 
-WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+_WORD_EMBEDDINGS_ENDING = "embeddings.word_embeddings.weight"
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def initialize_parameters(module: nn.Module, config: ModelConfig, seed: int) -> 
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()
-        elif name.endswith(WORD_EMBEDDINGS):
+        elif name.endswith(_WORD_EMBEDDINGS_ENDING):
             real = torch.empty(config.vocab_size, config.hidden_size)
             real.normal_(0.0, config.initializer_range, generator=generator)
             real[config.pad_token_id] = 0.0

@@ -11,7 +11,7 @@ B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidd
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from clue_ds import kernels
 from clue_ds.errors import UserError
-
-Attention = Literal["sdpa", "masked_softmax"]
-Kernels = Literal["auto", "triton", "torch"]
+from clue_ds.presets import Attention, Kernels
 
 # `kernels` or their twins. Until the kernels have run on a GPU, a model takes them on request only.
 _operations: Any = kernels.reference

@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clue_ds.errors import UserError, existing_file
+from clue_ds.errors import UserError
+from clue_ds.files import read_json
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.presets import ModelConfig
 
@@ -32,6 +33,11 @@ WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 DECODER_WEIGHT = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 PREDICTION_BIAS = "cls.predictions.bias"
+POOLER_WEIGHT = "bert.pooler.dense.weight"
+NEXT_SENTENCE_WEIGHT = "cls.seq_relationship.weight"
+# Of a fine-tuned model; BertForPreTraining has none.
+CLASSIFIER_WEIGHT = "classifier.weight"
+CLASSIFIER_BIAS = "classifier.bias"
 VOCAB_ROWS = (WORD_EMBEDDINGS, DECODER_WEIGHT, DECODER_BIAS, PREDICTION_BIAS)
 # Entries that hold the same tensor as another one; files need them once.
 TIED = {DECODER_WEIGHT: WORD_EMBEDDINGS, DECODER_BIAS: PREDICTION_BIAS}
@@ -72,18 +78,6 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
             "directory, or a run directory with a checkpoint"
         )
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError when it is missing or something else."""
-    content = existing_file(path, "config").read_bytes()
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return values
 
 
 def model_config(values: dict[str, Any], path: Path) -> ModelConfig:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clue_ds import files
+from clue_ds import files, vocab_file
 from clue_ds.data.corpus import MANIFEST, VOCAB_FILE, Corpus
 from clue_ds.data.jit import compiled
 from clue_ds.data.stream.samples import Rows
@@ -170,10 +170,7 @@ def _fill(
 def _lower_case(directory: Path) -> bool:
     if (directory / MANIFEST).is_file():
         return Corpus(directory).lower_case
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return True
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True))
+    return vocab_file.lower_case(directory / "vocab.txt")
 
 
 def _expand(files: tuple[str, ...]) -> list[str]:

@@ -32,8 +32,9 @@ from clue_ds.data.stream.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.stream.mixture import Mixture, corpora_of, shares_of
 from clue_ds.data.stream.order import BLOCK_BYTES, CYCLE, order_table, places, samples_taken
 from clue_ds.data.stream.samples import Samples
-from clue_ds.data.text.vocab import SPECIAL_TOKENS, read_vocab
+from clue_ds.data.text.vocab import read_vocab
 from clue_ds.errors import UserError
+from clue_ds.vocab_file import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     import torch

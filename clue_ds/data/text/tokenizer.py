@@ -16,9 +16,10 @@ from tokenizers.models import WordPiece
 from clue_ds.data.corpus import continues_bit, token_dtype
 from clue_ds.data.text import wordpiece
 from clue_ds.data.text.code_points import CodePoints
-from clue_ds.data.text.vocab import SPECIAL_TOKENS, read_vocab
+from clue_ds.data.text.vocab import read_vocab
 from clue_ds.data.text.wordpiece import BYTE, CHAR, CODE_POINT, LINE, TOKEN
 from clue_ds.errors import UserError
+from clue_ds.vocab_file import SPECIAL_TOKENS
 
 
 class Tokenizer:

@@ -19,9 +19,9 @@ from clue_ds.data.text.choices import InputFormat
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.decode import read_lines
 from clue_ds.data.text.inputs import resolve
-from clue_ds.errors import UserError, existing_file
+from clue_ds.errors import UserError
+from clue_ds.vocab_file import check_special_tokens, vocab_lines
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_UNUSED = 99
 LEADING_TOKENS = (
     "[PAD]",
@@ -35,21 +35,8 @@ LEADING_TOKENS = (
 
 def read_vocab(path: str | Path) -> list[str]:
     """The tokens of a vocab.txt in the order of their ids; UserError if BERT can't use it."""
-    path = existing_file(path, "vocabulary")
-    try:
-        tokens = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"vocabulary {path} is not UTF-8 at byte {error.start}; convert it, or give another"
-        ) from None
-    if tokens[-1] == "":
-        tokens.pop()
-    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
-    if missing:
-        raise UserError(
-            f"{path} is not a BERT vocabulary: it lacks {', '.join(missing)}; give a vocab.txt "
-            "with one token a line, such as `clue-ds vocab learn` writes"
-        )
+    tokens = vocab_lines(path)
+    check_special_tokens(tokens, path)
     for number, token in enumerate(tokens, start=1):
         if not token:
             raise UserError(f"vocabulary {path} has an empty line {number}; remove it")

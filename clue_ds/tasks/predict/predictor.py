@@ -23,7 +23,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface, open_model
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.weights import PREDICTION_BIAS, load_into, read_config_json
+from clue_ds.model.weights import CLASSIFIER_WEIGHT, PREDICTION_BIAS, load_into, read_config_json
 from clue_ds.tasks import features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.registry import Task
@@ -68,7 +68,7 @@ class Predictor:
         self.classifier: BertForSequenceClassification | None = None
         self.pretrained: BertForPreTraining | None = None
         self.can_fill_mask = False
-        if huggingface.CLASSIFIER_WEIGHT in source.state_dict:
+        if CLASSIFIER_WEIGHT in source.state_dict:
             self._open_classifier(source, task)
         elif task is not None:
             raise UserError(f"{directory} is not fine-tuned, so not for {task!r} either")
@@ -87,7 +87,7 @@ class Predictor:
 
     def _open_classifier(self, source: OpenedModel, task: str | None) -> None:
         values = read_config_json(self.directory)
-        num_labels = len(source.state_dict[huggingface.CLASSIFIER_WEIGHT])
+        num_labels = len(source.state_dict[CLASSIFIER_WEIGHT])
         unnamed = [f"LABEL_{i}" for i in range(num_labels)]
         names = values.get("id2label", {})
         self.labels = [str(names.get(str(i), unnamed[i])) for i in range(num_labels)]
