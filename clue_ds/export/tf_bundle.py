@@ -1,15 +1,21 @@
 """TensorFlow's checkpoint files (format V2, "TensorBundle"), read and written without TensorFlow.
 
-    PREFIX.index                 a LevelDB table: "" -> header, variable name -> where its bytes are
-    PREFIX.data-00000-of-00001   the tensors, little-endian, one behind the other in name order
+    PREFIX.index                 a LevelDB table: "" -> header, variable name -> `Entry`
+    PREFIX.data-00000-of-00001   the tensors, little-endian, one after the other, sorted by name
+
+An index ends with a footer of 48 bytes: the handles (offset and size, varints) of a meta block and
+of an index block, zeros, and a magic number. The index block's rows point at data blocks, whose
+rows are the entries. In a block each key is stored without the prefix that it shares with the key
+before it, except every 16th; the positions of those ("restarts") follow the rows. Every block is
+followed by one byte for its compression and a masked checksum.
 
 Guarantees: both files equal those of TensorFlow's Saver byte for byte (`make test-clients` compares
-them); one tensor at a time is in memory; every block and tensor is read against its checksum.
-TF1 and TF2 checkpoints of any number of shards are read. What can't be read is said: format V1,
-partitioned variables, big-endian files.
+them); one tensor at a time is in memory; the checksum of every block and tensor is compared when it
+is read. TF1 and TF2 checkpoints with any number of shards are read. Format V1, partitioned
+variables and big-endian files are refused with a message.
 
 Rejected: TensorFlow (1.4 GB to move 200 arrays). Formats: tensorflow/core/protobuf/
-tensor_bundle.proto and LevelDB's table_format.
+tensor_bundle.proto and LevelDB's doc/table_format.md.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ MAGIC = 0xDB4775248B80FB57
 FOOTER_SIZE = 48
 TRAILER_SIZE = 5  # compression type, checksum
 RESTART_INTERVAL = 16
-BLOCK_SIZE = 262_144  # where TensorFlow begins a new block; 500 variables take 40 kB
+BLOCK_SIZE = 262_144  # at which TensorFlow begins a new block; 500 variables take 40 kB
 
 # tensorflow.DataType -> numpy; bfloat16 has no numpy type and is widened on reading.
 BFLOAT16 = 14
@@ -39,7 +45,7 @@ NUMBERS = {np.dtype(name): number for number, name in DTYPES.items() if number !
 
 
 class Entry(NamedTuple):
-    """One line of the index: where a tensor lies. `crc` is masked."""
+    """One row of the index: type, shape and place of a tensor. `crc` is masked (see `mask`)."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -51,7 +57,10 @@ class Entry(NamedTuple):
 
 
 def mask(crc: int) -> int:
-    """The form in which checksums are stored: a checksum of checksums would else be 0."""
+    """A checksum as it is stored: rotated by 15 bits, plus a constant.
+
+    LevelDB does this because the CRC of data that contains its own CRC is of little use.
+    """
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -67,7 +76,7 @@ def index_file(prefix: str | Path) -> Path:
 
 
 def write(prefix: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, Entry]:
-    """Write both files; `tensors` come sorted by name, one at a time. Returns the index."""
+    """Write both files; `tensors` must be sorted by name. Returns the entries of the index."""
     entries: dict[str, Entry] = {}
     offset, last = 0, ""
     with open(data_file(prefix), "wb") as file:
@@ -84,13 +93,15 @@ def write(prefix: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict
 
 
 def _table(entries: dict[str, Entry]) -> bytes:
-    """A LevelDB table of one data block, an empty meta block and the index of the data block."""
+    """A LevelDB table: one data block, an empty meta block, an index block with one row, footer."""
+    # BundleHeaderProto: num_shards = 1, version.producer = 1. Its key "" sorts before every name.
     header = protobuf.integer(1, 1) + protobuf.message(3, protobuf.integer(1, 1))
     rows = [(b"", header), *((name.encode(), _encode(e)) for name, e in entries.items())]
     data = _block(rows)
     assert len(data) < BLOCK_SIZE, "TensorFlow would cut this index into several blocks"
     out = _seal(data)
     data_handle = protobuf.varint(0) + protobuf.varint(len(data))
+    # The only row of the index block: a key not before the last one in the data block.
     meta, index = _block([]), _block([(_successor(rows[-1][0]), data_handle)])
     handles = b""
     for block in (meta, index):
@@ -100,6 +111,8 @@ def _table(entries: dict[str, Entry]) -> bytes:
 
 
 def _encode(entry: Entry) -> bytes:
+    # BundleEntryProto, whose zero fields are left out as proto3 does. A scalar's shape is an empty
+    # message, and a dimension of size 0 an empty dimension.
     dims = [protobuf.message(2, protobuf.integer(1, n) if n else b"") for n in entry.shape]
     parts = [protobuf.integer(1, entry.dtype), protobuf.message(2, *dims)]
     if entry.shard:
@@ -112,7 +125,7 @@ def _encode(entry: Entry) -> bytes:
 
 
 def _block(rows: list[tuple[bytes, bytes]]) -> bytes:
-    """Rows with the prefix shared with the row before left out, whole again every 16 rows."""
+    """A block: each key without the prefix shared with the key before it, except every 16th."""
     out, restarts, last = bytearray(), [0], b""
     for number, (key, value) in enumerate(rows):
         shared = 0
@@ -120,6 +133,7 @@ def _block(rows: list[tuple[bytes, bytes]]) -> bytes:
             while shared < min(len(key), len(last)) and key[shared] == last[shared]:
                 shared += 1
         elif number:
+            # This key is stored whole, so that a reader can begin here.
             restarts.append(len(out))
         for size in (shared, len(key) - shared, len(value)):
             out += protobuf.varint(size)
@@ -129,13 +143,13 @@ def _block(rows: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def _seal(block: bytes) -> bytes:
-    """A block behind which its (absent) compression and its checksum are said."""
+    """A block and its trailer: the compression (0, none) and the masked checksum of both."""
     block += b"\0"
     return block + struct.pack("<I", mask(google_crc32c.value(block)))
 
 
 def _successor(key: bytes) -> bytes:
-    """The shortest key that is not before `key`: LevelDB's index says no more than it must."""
+    """The shortest key that is not before `key`; LevelDB writes this one into the index block."""
     for at, byte in enumerate(key):
         if byte != 0xFF:
             return key[:at] + bytes([byte + 1])
@@ -148,7 +162,7 @@ def _successor(key: bytes) -> bytes:
 class Reader:
     """The tensors of one checkpoint: `entries` by name, `read(name)` one at a time.
 
-    UserError names the file when it is missing, truncated, damaged or of a kind we don't read.
+    UserError names the file when it is missing, truncated, damaged or of a kind that isn't read.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -170,7 +184,10 @@ class Reader:
                 f"damaged ({error}); copy or download it again"
             ) from None
         if header.get(2, 0):
-            raise UserError(f"{self.path} is of a big-endian machine; convert it with TensorFlow")
+            raise UserError(
+                f"{self.path} was written by a big-endian machine; save it again with TensorFlow "
+                "on a little-endian one"
+            )
         self.num_shards = int(header.get(1, 1))
         self._check_files()
 
@@ -180,7 +197,7 @@ class Reader:
             ends = [e.offset + e.size for e in self.entries.values() if e.shard == shard]
             found, needed = path.stat().st_size if path.is_file() else -1, max(ends, default=0)
             if found < 0:
-                raise UserError(f"{path} is missing; it belongs beside {self.path.name}")
+                raise UserError(f"{path} is missing; copy it to where {self.path.name} is")
             if found < needed:
                 raise UserError(
                     f"{path} has {found:,} bytes where {self.path.name} needs {needed:,}: it is "
@@ -188,7 +205,7 @@ class Reader:
                 )
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor called `name`; bfloat16 comes as float32."""
+        """The tensor called `name`; bfloat16 is returned as float32."""
         entry = self.entries[name]
         path = data_file(self.prefix, entry.shard, self.num_shards)
         if entry.is_partitioned:
@@ -197,10 +214,16 @@ class Reader:
                 "again with TensorFlow without a partitioner"
             )
         if entry.dtype not in DTYPES:
-            raise UserError(f"{self.path}: {name} has TensorFlow type {entry.dtype}, not a number")
+            raise UserError(
+                f"{self.path}: {name} has TensorFlow's data type {entry.dtype}, which is not read; "
+                "save the checkpoint again without this variable"
+            )
         dtype = np.dtype(DTYPES[entry.dtype])
         if int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize != entry.size:
-            raise UserError(f"{self.path}: {name} has {entry.size} bytes for shape {entry.shape}")
+            raise UserError(
+                f"{self.path}: {name} has {entry.size} bytes for shape {entry.shape}; the index is "
+                "damaged, so copy or download it again"
+            )
         with open(path, "rb") as file:
             file.seek(entry.offset)
             data = file.read(entry.size)
@@ -211,6 +234,7 @@ class Reader:
             )
         array = np.frombuffer(data, dtype).reshape(entry.shape).astype(dtype.newbyteorder("="))
         if entry.dtype == BFLOAT16:
+            # The upper half of a float32.
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array
 
@@ -218,17 +242,17 @@ class Reader:
 def _rows(table: bytes) -> Iterable[tuple[bytes, bytes]]:
     """Every (key, value) of a LevelDB table."""
     if len(table) < FOOTER_SIZE or struct.unpack("<Q", table[-8:])[0] != MAGIC:
-        raise WireError("it does not end as a table does")
+        raise WireError("it does not end with the footer of a table")
     footer = table[-FOOTER_SIZE:]
     at = 0
-    for _ in range(2):  # the handle of the meta block, of which TensorFlow makes no use
+    for _ in range(2):  # skip the handle of the meta block, which TensorFlow leaves empty
         _, at = protobuf.read_varint(footer, at)
     for _, handle in _block_rows(_open_block(table, footer[at:])):
         yield from _block_rows(_open_block(table, handle))
 
 
 def _open_block(table: bytes, handle: bytes) -> bytes:
-    """The block at `handle` (its offset and size), compared with its checksum."""
+    """The block at `handle` (its offset and size), after comparing its checksum."""
     offset, at = protobuf.read_varint(handle, 0)
     size, _ = protobuf.read_varint(handle, at)
     sealed = table[offset : offset + size + TRAILER_SIZE]
@@ -242,6 +266,7 @@ def _open_block(table: bytes, handle: bytes) -> bytes:
 
 
 def _block_rows(block: bytes) -> Iterable[tuple[bytes, bytes]]:
+    """(key, value) of every row; the restarts at the end are not needed to read all rows."""
     (num_restarts,) = struct.unpack("<I", block[-4:])
     end = len(block) - 4 * (num_restarts + 1)
     at, key = 0, b""

@@ -1,14 +1,15 @@
-"""Post-LN BERT for pretraining: Hugging Face's parameter names, half of the work.
+"""Post-LN BERT for pretraining, with Hugging Face's parameter names and about half of its arithmetic.
 
-B: sequences   S: positions   P: predictions a sequence   R: rows of the last block, S or fewer
-H: hidden size   V: vocabulary
+B: sequences   S: positions   P: predictions per sequence   R: positions kept by the last block
+H: hidden size   V: vocabulary   D: sequences in a packed row
 
-Guarantees: `state_dict()` keys equal transformers' BertForPreTraining (the decoder is tied to the
-word embeddings); logits and gradients equal its to 1e-5 in fp32. Softmax, LayerNorm statistics and
-the loss are fp32 whatever the parameters are. With `masked_positions` the MLM head sees those
-positions only, and so does everything in the last block that follows its keys and values.
+Guarantees: the keys of `state_dict()` equal those of transformers' BertForPreTraining (the decoder
+is tied to the word embeddings), and logits and gradients agree with it to 1e-5 in fp32. Softmax,
+LayerNorm statistics and the loss are computed in fp32 for every parameter type. With
+`masked_positions` the MLM head, and everything in the last block after its keys and values, is
+computed at those positions only.
 
-Rejected: leaving out pooler and NSP head (others continue pretraining with them).
+Rejected: leaving out the pooler and the NSP head (others continue pretraining with them).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ IGNORED_LABEL = -100
 
 
 class PreTrainingOutput(NamedTuple):
-    """What BertForPreTraining returns; the docstring of its forward says which are None."""
+    """What BertForPreTraining returns; its `forward` documents which fields are None."""
 
     loss: Tensor | None
     num_correct: Tensor | None
@@ -59,8 +60,10 @@ class Embeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """ids [B, S] -> [B, S, H]; positions count from 0 in each row but for `position_ids`."""
+        """ids [B, S] -> [B, S, H]; without `position_ids` positions count from 0 in each row."""
         if position_ids is not None:
+            # Packed rows: positions start again at each sequence. The fused operation takes
+            # positions 0 to S - 1 only, so the three embeddings are summed here.
             assert token_type_ids is None, "rows of several sequences have one segment type"
             summed = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
             summed = summed + self.token_type_embeddings.weight[0]
@@ -106,7 +109,7 @@ class Pooler(nn.Module):
 
 
 class BertModel(nn.Module):
-    """Embeddings, encoder and pooler; the pooler is for the heads to call."""
+    """Embeddings, encoder and pooler; `forward` leaves the pooler to the heads."""
 
     def __init__(
         self,
@@ -129,11 +132,12 @@ class BertModel(nn.Module):
         rows: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of ids [B, S]: [B, S, H], or [B, R, H] where `rows` [B, R] are wanted.
+        """Hidden states of ids [B, S]: [B, S, H], or [B, R, H] at the positions `rows` [B, R].
 
-        What is padding: positions from `lengths` [B] on, or where `attention_mask` [B, S] is 0.
-        With `cu_seqlens` [B, D + 1] (see SampleStream.batch) each sequence of a row is computed as
-        if it were alone: positions begin at 0, attention stays inside; segment types are 0.
+        Padding is everything from `lengths` [B] on, or where `attention_mask` [B, S] is 0. With
+        `cu_seqlens` [B, D + 1] (see SampleStream.batch) each sequence of a packed row is computed
+        as if it were alone: its positions begin at 0, attention stays inside it, and its segment
+        type is 0.
         """
         keep: Tensor | None
         seq_length = input_ids.shape[1]
@@ -166,7 +170,7 @@ class PredictionTransform(nn.Module):
 
 
 class Decoder(Dense):
-    """Logits over the vocabulary, -inf in its padding rows (whose gradient is then exactly 0)."""
+    """Logits over the vocabulary, -inf for padding rows, whose gradient is then exactly 0."""
 
     def __init__(self, in_features: int, num_rows: int, num_real_rows: int) -> None:
         super().__init__(in_features, num_rows)
@@ -201,9 +205,9 @@ class PreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """The encoder with the masked-language-model and next-sentence heads.
 
-    `config.vocab_size` is the number of lines of vocab.txt. `padded_vocab_size` (see
-    pad_vocab) adds rows in memory that are never predicted and never get a gradient.
-    Weights start as `initialize(model, torch.initial_seed())`, except on the meta device.
+    `config.vocab_size` is the number of lines of vocab.txt. `padded_vocab_size` (see pad_vocab)
+    adds rows in memory that are never predicted and never receive a gradient. Weights are
+    initialized by `initialize(model, torch.initial_seed())`, except on the meta device.
     """
 
     def __init__(
@@ -216,7 +220,7 @@ class BertForPreTraining(nn.Module):
         num_word_rows = padded_vocab_size or config.vocab_size
         assert num_word_rows >= config.vocab_size
         self.config = config
-        self.mlm_weight = 1.0  # of the MLM loss beside the loss of sentence pairs
+        self.mlm_weight = 1.0  # factor of the MLM loss when the loss of sentence pairs is added
         self.bert = BertModel(config, attention, padded_vocab_size)
         self.cls = PreTrainingHeads(config, num_word_rows)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
@@ -226,7 +230,8 @@ class BertForPreTraining(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile every block of the encoder; inductor needs a C++ compiler on a CPU.
 
-        Shapes are static, because pretraining's are; blocks of one shape share their code.
+        Shapes are compiled as static, because all batches of pretraining have one shape; blocks of
+        the same shape share their code.
         """
         for block in self.bert.encoder.layer:
             block.compile(backend=backend, dynamic=False)
@@ -244,14 +249,17 @@ class BertForPreTraining(nn.Module):
     ) -> PreTrainingOutput:
         """Logits, or the MLM loss, of int64 ids [B, S] (see BertModel for the other inputs).
 
-        Without `masked_labels`: prediction_logits [B, S, V], or [B, P, V] at `masked_positions`
-        [B, P], and seq_relationship_logits [B, 2]; the rest is None. With `masked_labels` [B, P]
-        (-100 in slots that predict nothing): `loss`, the sum of the cross entropies / (B * P), a
-        count that does not depend on how a batch is split over ranks; `num_correct` and
-        `num_predicted`, int64 scalars; `mlm_sum`, the sum; no logits, and pooler and NSP head do
-        not run. With `next_sentence_label` [B] (-100: none) too, they do, and `loss` is mlm_weight
-        times the MLM's plus the sum of the pairs' cross entropies / B; `pair_sums` [3] are that
-        sum, the pairs that were right, and the pairs.
+        Without `masked_labels` it returns prediction_logits ([B, S, V], or [B, P, V] if
+        `masked_positions` [B, P] are given) and seq_relationship_logits [B, 2]; the rest is None.
+
+        With `masked_labels` [B, P] (-100 in unused slots) it returns no logits, and the pooler and
+        the NSP head don't run. `loss` is the sum of the cross entropies / (B * P), a count that
+        does not depend on how a batch is split over ranks; `mlm_sum` is the sum; `num_correct` and
+        `num_predicted` are int64 scalars.
+
+        With `next_sentence_label` [B] (-100: no pair) as well, pooler and NSP head run, and `loss`
+        is mlm_weight times the MLM loss plus the sum of the pairs' cross entropies / B. `pair_sums`
+        [3] holds that sum, the number of pairs predicted correctly, and the number of pairs.
         """
         inputs = (input_ids, token_type_ids, lengths, attention_mask)
         if masked_labels is not None:
@@ -259,10 +267,11 @@ class BertForPreTraining(nn.Module):
             if next_sentence_label is None:
                 hidden = self.bert(*inputs, rows=masked_positions, cu_seqlens=cu_seqlens)
                 return self._loss(self.cls.predictions(hidden), masked_labels)
-            # The pooler wants [CLS] beside the predictions.
+            # Position 0 goes before the predicted ones, because the pooler reads [CLS].
             hidden = self.bert(*inputs, rows=F.pad(masked_positions, (1, 0)))
             mlm = self._loss(self.cls.predictions(hidden[:, 1:]), masked_labels)
             return self._add_pairs(mlm, self.bert.pooler(hidden[:, 0]), next_sentence_label)
+        # Without labels the pooler always runs, so [CLS] is kept here too.
         if masked_positions is None:
             hidden = predicted = self.bert(*inputs, cu_seqlens=cu_seqlens)
         else:
@@ -281,11 +290,13 @@ class BertForPreTraining(nn.Module):
         with torch.no_grad():
             num_correct = (flat.argmax(-1) == targets).sum()
             num_predicted = (targets != IGNORED_LABEL).sum()
+        # All P slots of a sequence count, used or not: P is fixed, so the divisor, and with it the
+        # sum of gradients over micro-batches and ranks, is the same for every split of a batch.
         loss = summed / labels.numel()
         return PreTrainingOutput(loss, num_correct, num_predicted, None, None, summed.detach())
 
     def pair_logits(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """pooled [B, H] -> logits [B, 2] of "B follows A" and of "it doesn't"."""
+        """pooled [B, H] -> logits [B, 2]: "B follows A", "B does not follow A"."""
         return self.cls.seq_relationship(pooled)
 
     def _add_pairs(
@@ -304,9 +315,10 @@ class BertForPreTraining(nn.Module):
 def key_mask(
     lengths: Tensor | None, attention_mask: Tensor | None, seq_length: int
 ) -> Tensor | None:
-    """bool [B, 1, 1, S], True where a key counts; None when all do (attention is then cheaper).
+    """bool [B, 1, 1, S], True for keys that count; None when all do (attention is then cheaper).
 
-    On a GPU None only when neither is given: to ask whether all count would wait for the GPU.
+    On a GPU it is None only when neither argument is given, because finding out whether all keys
+    count would synchronize with the GPU.
     """
     assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
     if lengths is not None:
@@ -321,7 +333,7 @@ def key_mask(
 
 
 def without_full_lengths(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch that is still on the host, without its `lengths` [B] where every row is full."""
+    """A batch in host memory, without its `lengths` [B] if every row is full."""
     lengths, seq_length = batch.get("lengths"), batch["input_ids"].shape[1]
     if lengths is None or bool((lengths < seq_length).any()):
         return batch
@@ -329,21 +341,25 @@ def without_full_lengths(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_rows(cu_seqlens: Tensor, seq_length: int) -> tuple[Tensor, Tensor]:
-    """Of rows that hold several sequences: position_ids [B, S], and who may attend to whom.
+    """position_ids [B, S] and attention mask of packed rows, which hold several sequences.
 
-    The mask is bool [B, 1, S, S], True inside a sequence. Padding counts as one more sequence: it
-    must attend to something, and nobody looks at it.
+    The mask is bool [B, 1, S, S], True where query and key are in the same sequence. Padding counts
+    as one more sequence, because softmax needs at least one key; its results are not used.
     """
     places = torch.arange(seq_length, device=cu_seqlens.device).expand(len(cu_seqlens), -1)
+    # Sequence i of a row covers positions cu_seqlens[i] to cu_seqlens[i + 1] - 1, so the number of
+    # ends that are not after a position is the number of its sequence.
     number = torch.searchsorted(cu_seqlens[:, 1:].contiguous(), places.contiguous(), right=True)
+    # [B, 1, S, 1] == [B, 1, 1, S] -> [B, 1, S, S]
     same = number[:, None, :, None] == number[:, None, None, :]
+    # Positions are counted from the start of their sequence.
     return places - cu_seqlens.gather(1, number), same
 
 
 def pad_vocab(config: ModelConfig) -> ModelConfig:
-    """`config` with the word rows that a trainer keeps in memory: a multiple of 64, for the GEMMs.
+    """`config` with vocab_size rounded up to a multiple of 64, which makes the GEMMs faster.
 
-    Give the model the real config and `padded_vocab_size=pad_vocab(config).vocab_size`;
-    model/weights.py moves state dicts between the two.
+    Pass the model the real config and `padded_vocab_size=pad_vocab(config).vocab_size`;
+    model/weights.py converts state dicts between the two sizes.
     """
     return config.replace(vocab_size=-(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)

@@ -1,16 +1,16 @@
 """One block of the encoder, whose parameters have Hugging Face's names.
 
-B: sequences   S: positions   R: rows that are wanted, S or fewer
+B: sequences   S: positions   R: positions that are needed (`rows`), S or fewer   T: S or R
 H: hidden size   N: heads   D: head size, H / N
 
-A block computes query, key and value in one GEMM and reads its children's parameters itself:
-nn.Linear and nn.LayerNorm below are places where parameters live, and their own forward doesn't
-run (ZeRO-3 notices such reads in the first step and gathers for them). Where only some rows of the
-last block are wanted, everything behind its keys and values is computed for those rows alone: the
-same numbers, a fifth of the work.
+A block computes query, key and value in one GEMM and reads its children's parameters itself: the
+nn.Linear and nn.LayerNorm modules below only hold parameters, and their own forward doesn't run
+(ZeRO-3 notices these reads in the first step and gathers the parameters for them). Where only some
+positions of the last block are needed, everything after its keys and values is computed for those
+alone, which gives the same numbers for a fifth of the work.
 
-Rejected: packing QKV in memory (every checkpoint would need a conversion, and Muon-like optimizers
-would mistake it for one matrix).
+Rejected: storing Q, K and V as one parameter (every checkpoint would need a conversion, and
+optimizers like Muon would treat it as one matrix).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from clue_ds.presets import ModelConfig
 
 
 class Dense(nn.Linear):
-    """nn.Linear without torch's default draws: `initialize` fills the weights."""
+    """nn.Linear without torch's random initialization, because `initialize` fills the weights."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Table(nn.Embedding):
-    """nn.Embedding without torch's default draws."""
+    """nn.Embedding without torch's random initialization."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class SelfAttention(nn.Module):
-    """Parameters of one block's three projections."""
+    """The parameters of query, key and value."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
 
 
 class DenseAddNorm(nn.Module):
-    """A projection, and the LayerNorm after its residual addition."""
+    """A projection, dropout, residual addition and LayerNorm."""
 
     def __init__(self, in_features: int, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class DenseAddNorm(nn.Module):
 
 
 class DenseGelu(nn.Module):
-    """A projection and GELU."""
+    """A projection followed by GELU."""
 
     def __init__(self, in_features: int, out_features: int, config: ModelConfig) -> None:
         super().__init__()
@@ -101,19 +101,22 @@ class Attention(nn.Module):
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]; with rows [B, R] -> [B, R, H].
+        """hidden [B, S, H] -> [B, S, H], or [B, R, H] at the positions `rows` [B, R].
 
-        keep [B, 1, 1, S], or [B, 1, S, S] where queries differ in the keys that they may see.
+        `keep` is [B, 1, 1, S], or [B, 1, S, S] for packed rows, where the keys that a query may
+        attend to depend on the query.
         """
         here = self.self
         if rows is None:
             residual = hidden
             query, key, value = self._project(hidden, here.query, here.key, here.value)
         else:
+            # Queries at the needed positions only; keys and values at all of them.
             residual = take_rows(hidden, rows)
             (query,) = self._project(residual, here.query)
             key, value = self._project(hidden, here.key, here.value)
             if keep is not None and keep.shape[2] > 1:
+                # A mask per query: keep the rows of those queries, [B, 1, S, S] -> [B, 1, R, S].
                 keep = take_rows(keep.squeeze(1), rows)[:, None]
         context = ops.attention(query, key, value, keep, self.p, self.training, self.backend)
         return self.output(context.transpose(1, 2).flatten(2), residual)
@@ -129,7 +132,7 @@ class BertLayer(nn.Module):
         self.output = DenseAddNorm(config.intermediate_size, config)
 
     def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], or [B, R, H] where only `rows` [B, R] are wanted."""
+        """hidden [B, S, H] -> [B, S, H], or [B, R, H] at the positions `rows` [B, R]."""
         attended = self.attention(hidden, keep, rows)
         return self.output(self.intermediate(attended), attended)
 
