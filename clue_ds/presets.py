@@ -1,8 +1,8 @@
-"""The models: every shape that we publish, by name.
+"""The config of a model, and the presets: the shapes that CLUE publishes, by name.
 
-Shapes follow CLUEPretrainedModels; the parameter counts in the docstrings are BertModel's (no
-pretraining heads) and are checked by tests/test_presets.py. `*_pair` are the same networks trained
-further on sentence pairs.
+Shapes follow CLUEPretrainedModels. The parameter counts in the docstrings are those of BertModel
+(without pretraining heads), and tests/test_presets.py compares them. The `*_pair` presets are the
+same networks trained further on sentence pairs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ GOOGLE_VOCAB_SIZE = 21_128
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a post-LN BERT. Field names and meanings are Hugging Face's BertConfig's.
+    """Shape of a post-LN BERT. Fields have the names and meanings of Hugging Face's BertConfig.
 
-    `hidden_act` is "gelu" (erf, Hugging Face's) or "gelu_new" (tanh, what TensorFlow's BERT calls
-    gelu). Vocabulary rows are padded in memory by the trainer, never here: `vocab_size` is the
-    number of lines of vocab.txt.
+    `hidden_act` is one of HiddenAct. `vocab_size` is the number of lines of vocab.txt: rows that a
+    trainer adds in memory are not counted.
     """
 
     vocab_size: int
@@ -51,7 +50,7 @@ class ModelConfig:
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"{self.num_attention_heads}; change one of them"
             )
         if self.hidden_act not in get_args(HiddenAct):
             names = " or ".join(get_args(HiddenAct))
@@ -139,7 +138,7 @@ NAMES: tuple[str, ...] = tuple(PRESETS)
 
 
 def get(name: str) -> ModelConfig:
-    """The ModelConfig called `name`; a UserError lists the names when there is none."""
+    """The ModelConfig called `name`; for an unknown name a UserError lists the presets."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(NAMES)}")
     return PRESETS[name]()

@@ -70,7 +70,7 @@ def test_hub_that_cannot_be_reached_is_one_message(server: Hub, tmp_path: Path) 
     server.server_port = 9  # nobody listens there
     done = run(server, tmp_path, "import", TINY, "--output", "out")
     assert done.returncode == 2, done.stderr
-    assert "can't fetch" in done.stderr and "Traceback" not in done.stderr
+    assert "can't download" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_names_of_published_models_are_presets_of_ours() -> None:

@@ -1,8 +1,8 @@
-"""Models in and out of the layouts that others use.
+"""Conversion between clue_ds and the layouts that other programs read and write.
 
-`load` reads a run, a checkpoint, a Hugging Face directory or Google's TensorFlow layout into one
-form: a ModelConfig and a state dict with transformers' names in fp32. `save` writes that form.
-The verbs `export` and `import` are in command.py.
+`load` reads a run, a checkpoint, a Hugging Face directory or a directory in Google's TensorFlow
+layout into one form: a ModelConfig and an fp32 state dict with transformers' names. `save` writes
+that form. The verbs `export` and `import` are in command.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LAYOUTS: dict[str, Callable[..., Path]] = {
 def load(directory: str | Path) -> tuple[ModelConfig, StateDict]:
     """Config and weights of a run, a checkpoint, or a directory in Hugging Face's or TF's layout.
 
-    The state dict has the names of transformers' BertForPreTraining, fp32, without vocabulary
-    padding, tied entries present and sharing storage; heads that are not there are left out.
+    The state dict has the names of transformers' BertForPreTraining, in fp32 and without vocabulary
+    padding. Tied entries are present and share storage; heads that the files lack are absent.
     UserError: not a model directory, damaged weights, shapes that disagree with the config.
     """
     source = open_model(directory)
@@ -46,11 +46,11 @@ def save(
     force: bool = False,
     half: bool = False,
 ) -> Path:
-    """Write a model that others can load; returns `directory`.
+    """Write a model in a layout that other programs load; returns `directory`.
 
-    `to`: hf, tf or onnx. The directory appears complete or not at all, and an existing one is
+    `to` is hf, tf or onnx. The directory appears complete or not at all, and an existing one is
     replaced only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a
-    vocabulary of another size, a full disk.
+    vocabulary whose size differs from the model's, a full disk.
     """
     check_layout(to, half)
     options = {"half": True} if half else {}
@@ -62,6 +62,6 @@ def check_layout(to: str, half: bool) -> None:
     if to not in LAYOUTS:
         raise UserError(f"can't export to {to!r}; layouts: {', '.join(LAYOUTS)}")
     if half and to != "hf":
-        raise UserError(f"--fp16 is for --to hf only: readers of the {to} layout expect fp32")
+        raise UserError(f"--fp16 works with --to hf only: readers of the {to} layout expect fp32")
     if to == "onnx":
         onnx_graph.check_installed()

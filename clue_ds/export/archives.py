@@ -1,8 +1,8 @@
-"""Zips of models, as upstream's CLUE downloads are: packed without dates, unpacked safely.
+"""Zips of models, the form of CLUE's downloads: packed without dates, unpacked safely.
 
-Guarantees: nothing is written outside the folder that was chosen: an archive with an absolute path,
-a "..", a link or a device in it is refused whole, before its first file is written; so is one that
-is larger than the free disk. The temporary folder goes when its block ends.
+Guarantees: nothing is written outside the chosen folder. An archive that contains an absolute path,
+a "..", a link or a device is refused before its first file is written, and so is one that needs
+more space than the disk has free. The temporary folder is removed when its block ends.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path, PurePosixPath
 
 from clue_ds.errors import UserError
 
-# Two packings of the same files are the same bytes; 1980 is where zip's time begins.
+# A fixed date (zip's earliest), so that packing the same files twice gives the same bytes.
 TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether `path` is a file (only zips hold a model in one file)."""
+    """Whether `path` is a file; a zip is the only single file that is read as a model."""
     return Path(path).is_file()
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Write the files of `directory` into `archive`, without a folder, in order of their names."""
+    """Write the files of `directory` into the top level of `archive`, sorted by name."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
         for path in sorted(directory.iterdir()):
             info = zipfile.ZipInfo(path.name, TIME)
@@ -40,9 +40,10 @@ def pack(directory: Path, archive: Path) -> None:
 
 @contextmanager
 def unpacked(archive: str | Path) -> Iterator[Path]:
-    """A temporary folder with the model of a zip: the folder in it that holds vocab.txt.
+    """Unpack a zip into a temporary folder; yields the folder in it that holds vocab.txt.
 
-    UserError names the archive when it is no zip, damaged, too large, or reaches outside.
+    UserError names the archive when it is not a zip, is damaged or too large, or has a member that
+    would be written outside the folder.
     """
     archive = Path(archive)
     with tempfile.TemporaryDirectory(prefix="clue-ds-") as scratch:
@@ -65,7 +66,7 @@ def unpacked(archive: str | Path) -> Iterator[Path]:
 
 
 def _is_litter(info: zipfile.ZipInfo) -> bool:
-    """What macOS adds; some of upstream's zips have it, and its ._vocab.txt is not a vocabulary."""
+    """Files that macOS adds to zips; some of CLUE's have a ._vocab.txt, which is no vocabulary."""
     parts = PurePosixPath(info.filename).parts
     return "__MACOSX" in parts or bool(parts) and parts[-1].startswith("._")
 
@@ -79,8 +80,8 @@ def _check(info: zipfile.ZipInfo, archive: Path) -> None:
     kind = stat.S_IFMT(info.external_attr >> 16)
     if outside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(
-            f"{archive} holds {info.orig_filename!r}, which reaches outside its folder or is not a "
-            "plain file; nothing was unpacked"
+            f"{archive} holds {info.orig_filename!r}, which points outside its folder or is not a "
+            "plain file; nothing was unpacked. Download the archive again from a source you trust"
         )
 
 
@@ -88,8 +89,8 @@ def _check_space(members: list[zipfile.ZipInfo], folder: Path, archive: Path) ->
     needed, free = sum(info.file_size for info in members), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{archive} unpacks to {needed:,} bytes and {folder.parent} has {free:,} free; set "
-            "TMPDIR to a larger disk"
+            f"{archive} unpacks to {needed:,} bytes, but {folder.parent} has {free:,} free; set "
+            "TMPDIR to a directory on a larger disk"
         )
 
 

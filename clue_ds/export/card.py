@@ -1,7 +1,7 @@
 """The model card: README.md of a Hugging Face directory, in English and Chinese.
 
-Every number is read from the model or from the run that made it; what isn't known is left out. A
-run's corpus.json and log.jsonl are read if they are still where the run had them.
+Every number comes from the model or from the run that trained it; what is unknown is left out. The
+corpus.json and log.jsonl of a run are read if they are still at the paths that the run used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from clue_ds.files import read_json
 from clue_ds.model.weights import TIED, StateDict
 
-# (English, Chinese) -> value; a fact is a row of one table in both languages.
+# (English label, Chinese label, value): each fact is one row of the table in both languages.
 Facts = list[tuple[str, str, str]]
 
 PAGE = """---
@@ -39,9 +39,9 @@ A Chinese BERT encoder, written by clue_ds. [中文](#中文)
 {code}
 ```
 
-The tokenizer is BERT's (`BertTokenizer`, `vocab.txt`) and the classes are BERT's whatever the
-model's name says. `hidden_act` in `config.json` is the one it was trained with: `gelu` is the exact
-(erf) GELU, `gelu_new` the tanh form that TensorFlow's BERT calls `gelu`.
+Use BERT's tokenizer (`BertTokenizer`, `vocab.txt`) and BERT's model classes, whatever the model is
+called. `hidden_act` in `config.json` is the activation that the model was trained with: `gelu` is
+the exact (erf) GELU, `gelu_new` the tanh form that TensorFlow's BERT calls `gelu`.
 
 # 中文
 
@@ -67,7 +67,10 @@ PIPELINES = {
 
 
 def model_card(name: str, config: dict[str, Any], state: StateDict, made_in: Path) -> str:
-    """The page of the model called `name`; `made_in` is the checkpoint (or any) directory."""
+    """The card of the model called `name`; `made_in` is the directory that its vocabulary is in.
+
+    The training table is written when that directory is a checkpoint of a run.
+    """
     architecture = config["architectures"][0]
     code = (
         f"from transformers import {architecture}, BertTokenizer\n\n"
@@ -105,7 +108,7 @@ def _shape(config: dict[str, Any], state: StateDict) -> Facts:
 
 
 def _training(made_in: Path) -> Facts:
-    """What manifest.json, log.jsonl and corpus.json of a run say; nothing outside of a run."""
+    """Rows from manifest.json, log.jsonl and corpus.json; none when `made_in` is no checkpoint."""
     manifest = _read(made_in / "manifest.json")
     if not manifest:
         return []
@@ -140,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _last_record(path: Path, step: int) -> dict[str, Any]:
-    """The last line of log.jsonl up to `step`."""
+    """The last line of log.jsonl that is not after `step`."""
     if not path.is_file():
         return {}
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

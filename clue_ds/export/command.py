@@ -1,4 +1,4 @@
-"""The verbs `export` and `import`: models out of clue_ds and into it."""
+"""The verbs `export` and `import`, which write models for other programs and read theirs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ def export(
     fp16: bool = False,
     zip: bool = False,
 ) -> None:
-    """Write a run's newest checkpoint (or any model) in a layout that others load.
+    """Write a run's newest checkpoint, or any model, in a layout that other programs load.
 
     Args:
-        run: a run directory, one of its checkpoints, a model directory, a zip of one, or a name on
-            the Hugging Face hub.
-        to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, card), tf
-            (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), onnx (model.onnx; needs the
-            extra clue_ds[onnx]), or all.
-        output: where to write; default RUN/export/TO. With all, the directory that holds each.
+        run: a run directory, one of its checkpoints, a model directory, a zip of one, or the name
+            of a model on the Hugging Face hub.
+        to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, model
+            card), tf (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), onnx (model.onnx;
+            needs the extra clue_ds[onnx]), or all.
+        output: where to write; default RUN/export/TO. With all, the directory that will hold one
+            directory per layout.
         force: replace the output if it exists.
-        trim_vocab: drop the rows of words beyond vocab.txt, which no text ever uses.
-        vocab: change to this vocab.txt; rows move by token, new tokens are listed.
-        drop_heads: leave out the MLM and NSP heads (nobody can then continue pretraining).
-        fp16: store 2 bytes a weight (hf only).
-        zip: write OUTPUT.zip, as upstream publishes its models, instead of a directory.
+        trim_vocab: drop the embedding rows beyond vocab.txt, which no text ever uses.
+        vocab: switch to this vocab.txt. Known tokens keep their rows; new tokens are listed.
+        drop_heads: leave out the MLM and NSP heads; pretraining can't be continued from the result.
+        fp16: store 2 bytes per weight instead of 4 (hf only).
+        zip: write OUTPUT.zip, the form in which CLUE publishes its models, instead of a directory.
     """
     targets = list(LAYOUTS) if to == "all" else [to]
     for target in targets:
@@ -61,11 +62,11 @@ def export(
 def _default_output(run: Path, to: str) -> Path:
     if not run.exists():
         raise UserError(
-            f"{run} is not a directory; give a run directory (for a model on the hub, say where to "
-            "write with --output DIR)"
+            f"{run} is not a directory; give a run directory (for a model on the hub, also give "
+            "--output DIR)"
         )
     if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} is not a run directory; say where to write with --output DIR")
+        raise UserError(f"{run} is not a run directory, so there is no default; give --output DIR")
     return run / "export" if to == "all" else run / "export" / to
 
 
@@ -91,7 +92,10 @@ def _write(model: OpenedModel, place: Path, to: str, force: bool, fp16: bool, is
     else:
         save(config, state, vocab_file, place, to, lower_case, force, fp16)
     if to == "tf" and config.hidden_act == "gelu":
-        print("trained with the erf GELU; readers that compute tanh, as Google's, are 1e-3 off")
+        print(
+            "the model was trained with the erf GELU; results in programs that compute the tanh "
+            "form, such as Google's BERT, differ by about 1e-3"
+        )
     num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
     print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
 
@@ -103,17 +107,18 @@ def import_model(
     hidden_act: HiddenAct | None = None,
     force: bool = False,
 ) -> None:
-    """Make a model by others a directory that every verb here, and transformers, loads.
+    """Convert a BERT from elsewhere to a directory that clue-ds and transformers load.
 
-    Rows of words beyond vocab.txt are dropped, since no text ever uses them.
+    Embedding rows beyond vocab.txt are dropped, because no text ever uses them.
 
     Args:
-        model: a directory or a zip in Google's or Hugging Face's layout, or a name on the Hugging
-            Face hub (clue/roberta_chinese_clue_tiny) or of its preset (roberta_tiny_clue).
+        model: a directory or a zip in Google's or Hugging Face's layout, the name of a model on
+            the Hugging Face hub (clue/roberta_chinese_clue_tiny), or the preset that CLUE
+            published under such a name (roberta_tiny_clue).
         output: where to write; default NAME-imported in the current directory.
-        layout: hf or tf, where there are both; default what is there.
-        hidden_act: gelu (erf) or gelu_new (tanh), if you know better; default what the layout
-            means by its config: TensorFlow's gelu is tanh.
+        layout: which weights to read, hf or tf, where a directory holds both; default the hf ones.
+        hidden_act: gelu (erf) or gelu_new (tanh), to override the config; by default a TensorFlow
+            config that says gelu means tanh, and a Hugging Face config means what it says.
         force: replace the output if it exists.
     """
     if output is None:
@@ -130,8 +135,6 @@ def import_model(
         after = slim.sizes(trimmed)
         if after != before:
             dropped = before.words - after.words
-            print(
-                f"dropped {dropped:,} rows of words beyond vocab.txt\n{slim.table(before, after)}"
-            )
+            print(f"dropped {dropped:,} rows beyond vocab.txt\n{slim.table(before, after)}")
         _write(trimmed._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
         print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {output}")

@@ -1,8 +1,8 @@
-"""Models by their names on the Hugging Face hub, fetched by huggingface_hub itself.
+"""Models named on the Hugging Face hub, downloaded by huggingface_hub.
 
-Guarantees: only a model's own files are fetched, never code; weights as safetensors where the hub
-has them; without a connection, what was fetched before. HF_ENDPOINT, HF_HOME and HF_TOKEN mean what
-they mean to huggingface_hub. A local path always wins over a name on the hub.
+Guarantees: only a model's own files are downloaded, never code; weights are taken as safetensors
+where the hub has them; without a connection, an earlier download is used. HF_ENDPOINT, HF_HOME and
+HF_TOKEN work as in huggingface_hub. A local path always takes precedence over a name on the hub.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clue_ds.errors import UserError
 
-# Preset -> where upstream published it.
+# Preset -> the name under which CLUE published it.
 PUBLISHED = {
     "roberta_tiny_clue": "clue/roberta_chinese_clue_tiny",
     "roberta_tiny_pair": "clue/roberta_chinese_pair_tiny",
@@ -27,10 +27,10 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def is_name(where: str | Path) -> bool:
-    """Whether `where` looks like owner/name, or is one of PUBLISHED's presets, and is no path."""
+    """Whether `where` is not a path and looks like owner/name or is a preset in PUBLISHED."""
     name = str(where)
     looks = name in PUBLISHED or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-    # A misspelled path keeps the message about paths: its first part is there.
+    # A path misspelled after its first part, which exists, must give the error about paths.
     return looks and not Path(name).exists() and Path(name).parts[0] not in _here()
 
 
@@ -40,7 +40,7 @@ def _here() -> set[str]:
 
 def download(name: str) -> Path:
     """The directory (in huggingface_hub's cache) of the model called `name`, or of a preset."""
-    # Imported here because only those who name a model on the hub need it.
+    # Imported here because only a model on the hub needs it.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -59,6 +59,6 @@ def download(name: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"can't fetch {repository} from the hub: {reason}; download it elsewhere and give its "
-            "directory"
+            f"can't download {repository} from the hub: {reason}; download it on another machine "
+            "and give its directory"
         ) from None

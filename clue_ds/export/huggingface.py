@@ -1,14 +1,15 @@
-"""A Hugging Face directory, written by us file by file.
+"""A Hugging Face directory, written file by file.
 
     config.json  model.safetensors  pytorch_model.bin  README.md
     vocab.txt  tokenizer.json  tokenizer_config.json
 
-Guarantees: fp32 unless fp16 was asked for, tied entries once, the true GELU in config.json. The
-same weights are there twice: model.safetensors for today's readers, and pytorch_model.bin in
-torch's old format, tied keys included, for those down to transformers 2.5.1 (torch 1.4).
+Guarantees: the weights are fp32 unless fp16 was requested, and config.json names the GELU that the
+model was trained with. The weights are stored twice: model.safetensors, with tied entries once, for
+today's readers, and pytorch_model.bin in torch's old format, with the tied keys, for readers down
+to transformers 2.5.1 (torch 1.4).
 
 Rejected: transformers' save_pretrained (its tokenizer writes no vocab.txt, a bf16 model is exported
-as bf16, and it writes no .bin any more).
+as bf16, and it no longer writes a .bin).
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ def write(
 ) -> Path:
     """Write the directory and return its path.
 
-    `state` has our names (see model/weights.py), without padding rows; heads that it lacks are not
-    written. `labels` names the classes of a `classifier` in it and `task` what it was trained for;
-    `half` stores fp16. UserError when the vocabulary disagrees, when `directory` exists and `force`
-    is false, when a weight is beyond fp16's range, or when the disk is full.
+    `state` has the names of model/weights.py, without padding rows; heads that it lacks are not
+    written. `labels` are the names of the classes if it holds a classifier, and `task` is what the
+    model was fine-tuned for. `half` stores fp16. UserError when the vocabulary has another size
+    than the model, `directory` exists and `force` is false, a weight is beyond fp16's range, or the
+    disk is full.
     """
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
@@ -85,17 +87,17 @@ def write(
 
 
 def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
-    """model.safetensors and pytorch_model.bin; a tied copy is in the second only."""
+    """Write model.safetensors and pytorch_model.bin; only the second holds tied copies."""
     left_out = TIED if is_tied(state, DECODER_WEIGHT) else {}
     tensors = {n: t.detach().to(dtype).contiguous() for n, t in state.items() if n not in left_out}
     for name, tensor in tensors.items():
         if dtype == torch.float16 and not torch.isfinite(tensor).all():
             raise UserError(f"{name} has weights beyond fp16's range (65,504); export it in fp32")
-    # Two entries of one storage are an error to safetensors.
+    # safetensors refuses two entries that share storage.
     alone = {n: t.clone() if n in TIED else t for n, t in tensors.items()}
     path = place / "model.safetensors"
     safetensors.torch.save_file(alone, path, {"format": "pt"})
-    # safetensors makes it private; the directory has what the user's umask allows.
+    # safetensors creates the file with mode 0600; give it the directory's, which follows the umask.
     path.chmod(place.stat().st_mode & 0o666)
     torch.save(
         tie(dict(tensors), place),
@@ -105,7 +107,7 @@ def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
 
 
 def architecture(state: StateDict) -> str:
-    """The transformers class whose weights `state` holds, none missing."""
+    """The transformers class for which `state` has every weight."""
     if CLASSIFIER_WEIGHT in state:
         return "BertForSequenceClassification"
     has_mlm = PREDICTION_BIAS in state
@@ -150,7 +152,7 @@ def tokenizer_config(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
 
 
 def fast_tokenizer(tokens: list[str], lower_case: bool) -> tokenizers.Tokenizer:
-    """BERT's tokenizer as the `tokenizers` library has it, for tokenizer.json."""
+    """BERT's tokenizer in the `tokenizers` library, for tokenizer.json."""
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)

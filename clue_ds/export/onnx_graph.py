@@ -1,13 +1,13 @@
-"""One ONNX file of the whole network, for any batch and any length, checked before it appears.
+"""The whole network as one ONNX file for any batch size and length, compared with PyTorch.
 
     model.onnx  config.json  vocab.txt  tokenizer.json  tokenizer_config.json
 
-Inputs: input_ids, attention_mask, token_type_ids, int64 [batch, length]. Outputs, where the weights
-are there: last_hidden_state [batch, length, H], pooler_output [batch, H], logits [batch, length, V]
-of the MLM head, seq_relationship_logits [batch, 2], classifier_logits [batch, labels].
+Inputs: input_ids, attention_mask, token_type_ids, int64 [batch, length]. Outputs, if the model has
+the weights for them: last_hidden_state [batch, length, H], pooler_output [batch, H], logits of the
+MLM head [batch, length, V], seq_relationship_logits [batch, 2], classifier_logits [batch, labels].
 
-Guarantees: onnxruntime was given the file on a batch and a length that the exporter never saw, with
-padding, and agreed with PyTorch to 1e-4, or nothing is published.
+Guarantees: before the directory is published, onnxruntime computes a padded batch of a size and a
+length that the exporter never saw, and its outputs agree with PyTorch's to 1e-4.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from clue_ds.vocab_file import TOKENIZER_CONFIG
 FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-# fp32 in another order of operations; 4e-6 on small models, a few 1e-5 on 24 layers.
+# fp32 sums in another order: 4e-6 off on small models, a few 1e-5 on 24 layers.
 TOLERANCE = 1e-4
-PROTOBUF_LIMIT = 2**31 - 2**24  # a larger model has its weights beside model.onnx
+PROTOBUF_LIMIT = 2**31 - 2**24  # a larger model keeps its weights in a file beside model.onnx
 
 
 class Network(nn.Module):
-    """The outputs that `state` has weights for; no branch of it depends on a tensor's values."""
+    """Computes every output that `state` has weights for, without branching on tensor values."""
 
     def __init__(self, config: ModelConfig, state: StateDict, where: Path) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Network(nn.Module):
 
 
 def check_installed() -> None:
-    """UserError when the extra is not installed."""
+    """UserError when a package of the extra clue_ds[onnx] is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -105,7 +105,7 @@ def write(
     lower_case: bool = True,
     force: bool = False,
 ) -> Path:
-    """Write the directory; arguments, guarantees and errors are huggingface.write's."""
+    """Write the directory; arguments, guarantees and errors are those of huggingface.write."""
     check_installed()
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
@@ -124,7 +124,7 @@ def write(
 
 
 def _batch(config: ModelConfig, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Words of every kind, a second segment, and a last sequence that is half padding."""
+    """Ids from the whole vocabulary, two segments, and a last sequence that is half padding."""
     length = min(length, config.max_position_embeddings)
     ids = torch.arange(batch * length).reshape(batch, length) * 7 % config.vocab_size
     mask = torch.ones_like(ids)
@@ -138,7 +138,7 @@ def _export(network: Network, config: ModelConfig, path: Path) -> None:
     axes = {0: torch.export.Dim("batch", min=1), 1: length}
     size = sum(4 * parameter.numel() for parameter in network.parameters())
     with warnings.catch_warnings():
-        # About its own internals; what matters is compared below.
+        # The exporter warns about its own internals; its result is compared in _check.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
@@ -165,4 +165,6 @@ def _check(network: Network, config: ModelConfig, path: Path) -> None:
     for name, one, other in zip(network.outputs, found, expected, strict=True):
         difference = float((torch.from_numpy(one) - other).abs().max())
         bound = TOLERANCE * max(1.0, float(other.abs().max()))
-        assert difference <= bound, f"{name} of {path.name} is {difference:.1e} off PyTorch's"
+        assert difference <= bound, (
+            f"{name} of {path.name} differs from PyTorch's by {difference:.1e}"
+        )

@@ -1,7 +1,7 @@
-"""The little of protobuf's wire format that TensorFlow's checkpoints need.
+"""The part of protobuf's wire format that TensorFlow's checkpoints use.
 
-Fields are written in the order given, which for TensorFlow's own writer is the order of their
-numbers; zero and empty scalars are left out by the caller, as proto3 does.
+Fields are written in the order given; callers give them in the order of their numbers, as
+TensorFlow writes them, and leave out zero and empty scalars, as proto3 does.
 
 Rejected: the protobuf package with compiled .proto files (a generated module for five messages).
 """
@@ -15,11 +15,11 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 class WireError(ValueError):
-    """The bytes are not a protobuf message."""
+    """The bytes are not what a TensorFlow checkpoint holds: bad protobuf, or a bad table."""
 
 
 def varint(value: int) -> bytes:
-    """A non-negative integer, seven bits a byte, low bits first."""
+    """A non-negative integer, seven bits per byte, low bits first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -37,13 +37,13 @@ def fixed32(number: int, value: int) -> bytes:
 
 
 def message(number: int, *content: bytes | str) -> bytes:
-    """A nested message, bytes or text: the parts of `content` behind their length."""
+    """A nested message, bytes or text: the length of `content`, then `content` joined."""
     body = b"".join(part.encode() if isinstance(part, str) else part for part in content)
     return varint(number << 3 | BYTES) + varint(len(body)) + body
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, position behind it); WireError at the end of `data` or after 10 bytes."""
+    """(value, position after it); WireError at the end of `data` or after 10 bytes."""
     value = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]
@@ -56,7 +56,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of every field: an int, or the bytes of what has a length."""
+    """(field number, value) of every field: an int, or bytes for fields with a length."""
     at = 0
     while at < len(data):
         tag, at = read_varint(data, at)
@@ -79,5 +79,5 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def scalars(data: bytes) -> dict[int, int | bytes]:
-    """The fields of a message without repeated ones: number -> value."""
+    """The fields of a message, number -> value; of a repeated field the last value."""
     return dict(fields(data))

@@ -1,7 +1,8 @@
-"""What every layout does alike: check the model and its vocabulary, then appear at once.
+"""What all layouts share: checks of the model and its vocabulary, and publishing in one step.
 
-Guarantees: a directory is complete or absent (written beside its place, then renamed); an existing
-one is replaced only when that was asked, and only when it holds a model; nothing is left behind.
+Guarantees: a directory is complete or absent (it is written under a temporary name beside its
+place, then renamed); an existing one is replaced only with `force`, and only when it holds a model;
+no temporary file is left.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict, expected_shapes
 from clue_ds.presets import ModelConfig
 from clue_ds.vocab_file import check_special_tokens, vocab_lines
 
-# A directory with one of these is a model, which --force may replace.
+# A directory with one of these holds a model, so --force may replace it.
 MODEL_FILES = ("config.json", "bert_config.json")
 
 
 @contextmanager
 def staged(target: str | Path, force: bool) -> Iterator[Path]:
-    """A scratch path, to be made a directory or a file, that becomes `target` when the block ends.
+    """A temporary path where the block creates a file or directory, renamed to `target` at its end.
 
-    UserError, and `target` as it was, when it exists without `force`, holds something else than a
-    model, or can't be written.
+    UserError when `target` exists and `force` is false, holds something other than a model, or
+    can't be written; it is then unchanged.
     """
     target = Path(target)
     _check_target(target, force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # mkdtemp's own directories are private (0700); one inside it gets the user's umask.
+        # The temporary directory has mode 0700; a directory inside it follows the user's umask.
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            # With the name of the target, because a suffix can mean something (.zip).
+            # Keeps the target's name, because its suffix can matter (.zip).
             place = Path(scratch) / "new" / target.name
             place.parent.mkdir()
             yield place
@@ -63,27 +64,31 @@ def _check_target(target: Path, force: bool) -> None:
         replaceable = target.suffix == ".zip"
     if not replaceable:
         raise UserError(
-            f"{target} exists and is not a model directory; --force replaces only those"
+            f"{target} exists and is not a model directory, which is all that --force replaces; "
+            "give another --output"
         )
 
 
 def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
-    """The lines of vocab.txt; UserError unless there are `vocab_size`, special tokens included."""
+    """The tokens of vocab.txt; UserError unless there are `vocab_size`, with the special ones."""
     tokens = vocab_lines(vocab_file)
     if len(tokens) != vocab_size:
         raise UserError(
             f"vocabulary {vocab_file} has {len(tokens):,} lines but the model has {vocab_size:,} "
             "words; give the vocab.txt that it was trained with"
-            + (", or --trim-vocab to drop the rest" if len(tokens) < vocab_size else "")
+            + (", or --trim-vocab to drop the other rows" if len(tokens) < vocab_size else "")
         )
     check_special_tokens(tokens, vocab_file)
     return tokens
 
 
 def check_state(config: ModelConfig, state: StateDict) -> None:
-    """Refuse what a reader would silently fill with random numbers or can't load."""
+    """UserError for weights that readers would fill up with random numbers, or could not load."""
     if WORD_EMBEDDINGS not in state:
-        raise UserError(f"the state dict has no {WORD_EMBEDDINGS}: it is not a BERT encoder")
+        raise UserError(
+            f"the state dict has no {WORD_EMBEDDINGS}: it is not a BERT encoder; give the state "
+            "dict of a BertForPreTraining"
+        )
     expected = expected_shapes(config)
     for name, tensor in state.items():
         if name in expected and tensor.shape != expected[name]:
@@ -91,11 +96,13 @@ def check_state(config: ModelConfig, state: StateDict) -> None:
                 f"{name} is {tuple(tensor.shape)} but the config says {tuple(expected[name])}"
             )
         if name not in expected and not name.startswith("classifier."):
-            raise UserError(f"the state dict holds {name}, which BertForPreTraining has not")
+            raise UserError(
+                f"the state dict holds {name}, which is no tensor of BertForPreTraining; remove it"
+            )
 
 
 def write_model_json(path: Path, values: dict[str, Any]) -> None:
-    """Write config.json and its neighbours as transformers does: sorted keys, two spaces."""
+    """Write a JSON file of a model as transformers does: sorted keys, two spaces."""
     files.write_json(path, values, indent=2, sort_keys=True)
 
 

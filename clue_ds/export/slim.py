@@ -1,4 +1,4 @@
-"""Smaller and other models: rows of words that can't occur, heads, another vocabulary.
+"""Smaller models and other vocabularies: drop unused rows or heads, or switch to another vocab.txt.
 
 Every function takes an `OpenedModel` and returns another one; nothing changes in place. `Sizes` are
 the counts before and after. Rejected: dropping the rows of words that a corpus doesn't contain,
@@ -34,7 +34,7 @@ NEW_TOKEN_SEED = 0
 
 
 class Sizes(NamedTuple):
-    """What a model takes; bytes are those of its tensors in a file."""
+    """The size of a model; bytes are those of its tensors in a file."""
 
     words: int
     parameters: int
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(model: OpenedModel, half: bool = False) -> Sizes:
-    """Counts of a model as it is written: tied entries once, 4 bytes a parameter or 2."""
+    """The size of a model as it is written: tied entries once, 4 bytes per parameter or 2."""
     state = model.state_dict
     written = [t for name, t in state.items() if name not in TIED or not is_tied(state, name)]
     count = sum(tensor.numel() for tensor in written)
@@ -50,7 +50,7 @@ def sizes(model: OpenedModel, half: bool = False) -> Sizes:
 
 
 def table(before: Sizes, after: Sizes) -> str:
-    """Both as a table, with what is left in per cent."""
+    """Both as a table, with the share that is left."""
     lines = [f"{'':<12}{'before':>16}{'after':>16}{'left':>9}"]
     for name, old, new in zip(("words", "parameters", "bytes"), before, after, strict=True):
         lines.append(f"{name:<12}{old:>16,}{new:>16,}{new / old:>9.1%}")
@@ -58,7 +58,7 @@ def table(before: Sizes, after: Sizes) -> str:
 
 
 def drop_unused_rows(model: OpenedModel) -> OpenedModel:
-    """Without the rows beyond vocab.txt, whose ids no tokenizer ever gives."""
+    """The model without the embedding rows beyond vocab.txt, whose ids no tokenizer produces."""
     num_tokens = len(vocab_lines(model.vocab_file))
     if num_tokens > model.config.vocab_size:
         raise UserError(
@@ -72,17 +72,17 @@ def drop_unused_rows(model: OpenedModel) -> OpenedModel:
 
 
 def drop_heads(model: OpenedModel) -> OpenedModel:
-    """Without the MLM and NSP heads: encoder and pooler, for fine-tuning and embedding only."""
+    """The model without the MLM and NSP heads, for fine-tuning and embedding only."""
     kept = {n: t for n, t in model.state_dict.items() if not n.startswith("cls.")}
     return model._replace(state_dict=kept)
 
 
 def change_vocab(model: OpenedModel, vocab_file: str | Path) -> tuple[OpenedModel, list[str]]:
-    """The model with the words of another vocabulary, and the list of those that it didn't know.
+    """The model with another vocabulary, and the list of tokens that are new to it.
 
-    A token's row moves to its new id. A new token gets the mean of the rows of the pieces that it
-    falls into (longest match first), or N(0, initializer_range) when it falls into none; its MLM
-    bias is the mean of all.
+    A known token's row moves to its new id. A new token gets the mean of the rows of the subwords
+    that WordPiece splits it into (longest match first), or draws from N(0, initializer_range) if it
+    can't be split into known ones; its MLM bias is the mean of all biases.
     """
     old = vocab_lines(model.vocab_file)
     old = read_tokens(model.vocab_file, len(old))[: model.config.vocab_size]

@@ -1,14 +1,15 @@
-"""Models out of whatever holds them, in one form.
+"""Opens a model in any form that clue_ds reads, as an `OpenedModel`.
 
     a run or one of its checkpoints       checkpoints/, manifest.json
     a Hugging Face directory              config.json, model.safetensors or pytorch_model.bin
     a directory in Google's layout        bert_config.json, bert_model.ckpt.*
-    a zip of one of the last two          upstream's CLUE downloads
+    a zip of one of the last two          the form of CLUE's downloads
     a name on the Hugging Face hub        clue/roberta_chinese_clue_tiny
 
-Guarantees: files decide, not names: the number of words is that of the embedding's rows, whatever
-the config says, and a "roberta" with BERT's weights and vocabulary is a BERT (as CLUE's are).
-Nothing of a download is executed. What was corrected or left out is said in `OpenedModel.notes`.
+Guarantees: the weights take precedence over the config. The vocabulary has as many words as the
+embedding has rows, and a "roberta" with BERT's weights and vocabulary is opened as a BERT (CLUE's
+models are such). No code in a download is executed. `OpenedModel.notes` lists what was corrected or
+left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
 
 
 class OpenedModel(NamedTuple):
-    """A model, wherever it came from."""
+    """Config, weights and tokenizer of a model; `notes` are sentences to show to the user."""
 
     config: ModelConfig
     state_dict: StateDict
@@ -41,9 +42,9 @@ class OpenedModel(NamedTuple):
 
 @contextmanager
 def opened(where: str | Path, layout: str | None = None) -> Iterator[OpenedModel]:
-    """`open_model` of a directory, a zip or a name on the hub; its files live as long as the block.
+    """`open_model` of a directory, a zip or a name on the hub; files may be gone after the block.
 
-    `layout`: "hf" or "tf" where a directory holds both; default the one whose weights are there.
+    `layout`: "hf" or "tf", for a directory that holds both; by default the hf weights are read.
     """
     if hub.is_name(where):
         yield open_model(hub.download(str(where)), layout)
@@ -55,9 +56,10 @@ def opened(where: str | Path, layout: str | None = None) -> Iterator[OpenedModel
 
 
 def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
-    """A run, a checkpoint, or a directory in Hugging Face's or Google's layout.
+    """Open a run, a checkpoint, or a directory in Hugging Face's or Google's layout.
 
-    The vocabulary file may be missing (the weights are then still usable): who needs it checks.
+    The vocabulary file may be missing, because the weights are usable without it; callers that need
+    it check. UserError: not a model directory, damaged weights, shapes that disagree.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -78,7 +80,7 @@ def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
 
 
 def _layout(directory: Path) -> str:
-    """hf, tf or run."""
+    """The layout of a directory: hf, tf, or run (which includes checkpoints)."""
     names = [n + end for n in weights.WEIGHT_FILES for end in ("", ".index.json")]
     if any((directory / name).is_file() for name in names):
         return "hf"
@@ -107,7 +109,7 @@ def _open_hf(directory: Path) -> OpenedModel:
     notes: tuple[str, ...] = ()
     if values.get("model_type") == "roberta" and _is_bert_vocab(vocab_file):
         values["model_type"] = "bert"
-        notes = (f'{path.name} says "roberta"; the weights and the vocabulary are BERT\'s',)
+        notes = (f'{path.name} says "roberta", but the weights and the vocabulary are BERT\'s',)
     said = weights.model_config(values, path)
     state = weights.read_weights(directory)
     config = said.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
@@ -122,17 +124,19 @@ def _open_hf(directory: Path) -> OpenedModel:
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:
     if said == config.vocab_size:
         return ()
-    return (f"the config says vocab_size {said:,}; the weights have {config.vocab_size:,} words",)
+    return (
+        f"the config says vocab_size {said:,}, but the weights have {config.vocab_size:,} words",
+    )
 
 
 def _left_out(names: list[str], directory: Path) -> tuple[str, ...]:
-    """What to say of tensors that have no place in BertForPreTraining; UserError for layers."""
+    """A note about tensors that BertForPreTraining doesn't have; UserError if they are layers."""
     layers = [name for name in names if name.startswith(("bert/encoder/", "bert.encoder."))]
     if layers:
         raise UserError(
             f"{directory} holds {layers[0]} and {len(layers) - 1} more tensors of an encoder that "
-            "its config does not describe; correct num_hidden_layers, or take the config that "
-            "belongs to it"
+            "its config does not describe; correct num_hidden_layers, or use the config that "
+            "belongs to the weights"
         )
     if not names:
         return ()
@@ -140,7 +144,7 @@ def _left_out(names: list[str], directory: Path) -> tuple[str, ...]:
 
 
 def _is_bert_vocab(vocab_file: Path) -> bool:
-    """Whether this is a vocabulary of BERT's kind; real RoBERTa has none (or another file)."""
+    """Whether this is a BERT vocabulary; a real RoBERTa has no vocab.txt, or another one."""
     if not vocab_file.is_file():
         return False
     return set(vocab_files.SPECIAL_TOKENS) <= set(vocab_files.vocab_lines(vocab_file))

@@ -1,13 +1,15 @@
-"""Google's BERT layout, written and read without TensorFlow.
+"""Google's BERT layout, read and written without TensorFlow.
 
     bert_model.ckpt.{data-00000-of-00001,index,meta}  bert_config.json  vocab.txt
 
-One table of names serves both directions. Guarantees: every tensor there and back is the same bits;
-the files equal those of TensorFlow's Saver; optimizer slots are dropped on reading; what else the
-table doesn't know is reported, and an encoder with a hole is refused.
+One table of names serves both directions. Guarantees: a tensor that is written and read back has
+the same bits; the files equal those of TensorFlow's Saver byte for byte. Optimizer slots are
+dropped on reading, other variables that the table doesn't know are reported, and an encoder with a
+missing tensor is refused.
 
-bert_config.json says "gelu" because Google's code knows no other name for it, and means tanh; that
-it was erf, which only Hugging Face has, is written under a key that Google's code ignores.
+bert_config.json always says "gelu", the only name that Google's code accepts, and Google's code
+then computes the tanh form. The activation that the model was trained with is written under
+another key, which Google's code ignores.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from clue_ds.presets import ModelConfig
 
 PREFIX = "bert_model.ckpt"
 CONFIG_FILE = "bert_config.json"
-# What Google's BertConfig takes; the rest of ours follows as keys that it ignores.
+# The fields of Google's BertConfig. The others of ours are written too; Google's code ignores them.
 CONFIG_KEYS = (
     "attention_probs_dropout_prob",
     "hidden_act",
@@ -66,7 +68,7 @@ OPTIMIZER_NAMES = ("global_step", "beta1_power", "beta2_power")
 
 
 class Row(NamedTuple):
-    """One tensor under both names; dense kernels are [in, out] there and [out, in] here."""
+    """One tensor under both names; dense kernels are [in, out] in TensorFlow and [out, in] here."""
 
     theirs: str
     ours: str
@@ -96,7 +98,7 @@ def name_table(num_layers: int) -> list[Row]:
         *_dense("cls/predictions/transform/dense"),
         *_layer_norm("cls/predictions/transform/LayerNorm"),
         Row("cls/predictions/output_bias", PREDICTION_BIAS),
-        # Only for a decoder of its own; Google's is always the word embeddings.
+        # Only for an untied decoder; Google's decoder is always the word embeddings.
         *_dense("cls/predictions/decoder")[:1],
         Row("cls/seq_relationship/output_weights", NEXT_SENTENCE_WEIGHT),
         Row("cls/seq_relationship/output_bias", "cls.seq_relationship.bias"),
@@ -130,7 +132,7 @@ def write(
     lower_case: bool = True,
     force: bool = False,
 ) -> Path:
-    """Write the five files; arguments, guarantees and errors are huggingface.write's."""
+    """Write the five files; arguments, guarantees and errors are those of huggingface.write."""
     directory = Path(directory)
     read_tokens(vocab_file, config.vocab_size)
     check_state(config, state)
@@ -145,7 +147,7 @@ def write(
 
 
 def _tensors(config: ModelConfig, state: StateDict) -> Iterator[tuple[str, np.ndarray]]:
-    """The variables in name order, one at a time."""
+    """(name, array) of every variable, sorted by name, one at a time."""
     left_out = {DECODER_WEIGHT} if is_tied(state, DECODER_WEIGHT) else set()
     for row in sorted(name_table(config.num_hidden_layers)):
         if row.ours in state and row.ours not in left_out:
@@ -154,7 +156,7 @@ def _tensors(config: ModelConfig, state: StateDict) -> Iterator[tuple[str, np.nd
 
 
 def config_json(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
-    """The content of bert_config.json: Google's 11 keys and what else we need to read it back."""
+    """The content of bert_config.json: Google's 11 keys, and those that reading it back needs."""
     values = dataclasses.asdict(config)
     return {
         **{key: values[key] for key in CONFIG_KEYS},
@@ -177,14 +179,14 @@ def find_prefix(directory: Path) -> Path:
     if len(found) != 1:
         what = f"several checkpoints ({', '.join(p.name for p in found)})" if found else "no .index"
         raise UserError(
-            f"{directory} holds {what}; give a directory with one TensorFlow checkpoint, "
-            f"called {PREFIX} by custom"
+            f"{directory} holds {what}; give a directory with one TensorFlow checkpoint, which is "
+            f"usually called {PREFIX}"
         )
     return found[0]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """bert_config.json, under whatever name it has, with Hugging Face's meaning of hidden_act."""
+    """bert_config.json, or the first *config*.json, with hidden_act in Hugging Face's meaning."""
     paths = [directory / CONFIG_FILE, *sorted(directory.glob("*config*.json"))]
     path = next((path for path in paths if path.is_file()), paths[0])
     values = read_json(path)
@@ -196,7 +198,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read(directory: str | Path) -> tuple[ModelConfig, StateDict, list[str]]:
     """(config, state dict, names of variables that were left out) of a directory in this layout.
 
-    vocab_size is the number of rows that the checkpoint has, whatever bert_config.json says.
+    vocab_size is the number of rows in the checkpoint, even if bert_config.json says otherwise.
     """
     directory = Path(directory)
     values = read_config(directory)
@@ -212,7 +214,8 @@ def read(directory: str | Path) -> tuple[ModelConfig, StateDict, list[str]]:
     if WORD_EMBEDDINGS not in state:
         raise UserError(
             f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "
-            f"names of Google's BERT are read (this one begins with {min(reader.entries, key=len)})"
+            "variable names of Google's BERT can be read "
+            f"(this one holds {min(reader.entries, key=len)})"
         )
     if DECODER_WEIGHT in state:
         state[DECODER_BIAS] = state[PREDICTION_BIAS]
@@ -225,11 +228,11 @@ def _is_optimizer(name: str) -> bool:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether `directory` holds something for `read`."""
+    """Whether `directory` holds a TensorFlow checkpoint."""
     return any(directory.glob("*.index")) or any(directory.glob(f"{PREFIX}*"))
 
 
 def lower_case(directory: Path) -> bool | None:
-    """What our own bert_config.json says of the tokenizer; None in other people's."""
+    """do_lower_case of a bert_config.json that we wrote; None in one written by others."""
     path = directory / CONFIG_FILE
     return read_json(path).get("do_lower_case") if path.is_file() else None

@@ -215,7 +215,7 @@ class Reader:
             )
         if entry.dtype not in DTYPES:
             raise UserError(
-                f"{self.path}: {name} has TensorFlow's data type {entry.dtype}, which is not read; "
+                f"{self.path}: {name} has TensorFlow type {entry.dtype}, which is not read; "
                 "save the checkpoint again without this variable"
             )
         dtype = np.dtype(DTYPES[entry.dtype])

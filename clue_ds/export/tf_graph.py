@@ -1,8 +1,8 @@
 """PREFIX.meta: the graph that TensorFlow 1 code imports before it restores a checkpoint.
 
-It holds the variables and a saver, nothing of the network: `tf.train.import_meta_graph` restores
-from it in TensorFlow 1.15 and 2.x, and Google's scripts, which look for the file only, find it.
-Each variable starts as zeros until it is restored.
+It holds the variables and a saver, but not the network: `tf.train.import_meta_graph` can restore
+from it in TensorFlow 1.15 and 2.x, and scripts that only check for the file find it. Each variable
+is zeros until it is restored.
 
 The messages are tensorflow/core/framework/{graph,node_def,attr_value,tensor,variable}.proto and
 tensorflow/core/protobuf/{meta_graph,saver}.proto.
@@ -39,7 +39,7 @@ def _node(name: str, op: str, inputs: list[str], *attributes: bytes) -> bytes:
 
 
 def _zeros(name: str, dims: tuple[int, ...]) -> bytes:
-    """A constant of one stored value, which TensorFlow repeats over the shape."""
+    """A constant with one stored value, which TensorFlow broadcasts to the shape."""
     tensor = integer(1, FLOAT) + message(2, _shape(dims)) + message(5, struct.pack("<f", 0.0))
     return _node(name, "Const", [], _type("dtype", FLOAT), _attribute("value", message(8, tensor)))
 

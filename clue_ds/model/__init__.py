@@ -1,4 +1,4 @@
-"""The encoder: post-LN BERT with Hugging Face's parameter names."""
+"""The network: post-LN BERT with Hugging Face's parameter names."""
 
 from clue_ds.model.bert import BertForPreTraining
 

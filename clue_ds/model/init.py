@@ -1,8 +1,9 @@
-"""How weights start: BERT's initialisation, reproducible from (seed, shapes).
+"""Initial weights: BERT's initialization, reproducible from the seed and the shapes.
 
-Guarantees: draws happen on the CPU in fp32 in the order of `named_parameters`, so device, dtype,
-world size and vocabulary padding change nothing in the real rows. Names decide: *LayerNorm.weight
-is 1, every bias 0, all else N(0, initializer_range); the [PAD] row and padding rows are 0.
+Guarantees: random numbers are drawn on the CPU in fp32, in the order of `named_parameters`, so
+device, dtype, world size and vocabulary padding don't change the weights. A parameter's name
+decides: *LayerNorm.weight is 1, every bias is 0, and everything else is N(0, initializer_range);
+the [PAD] row and padding rows are 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _WORD_EMBEDDINGS_ENDING = "embeddings.word_embeddings.weight"
 
 @torch.no_grad()
 def initialize_parameters(module: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill the parameters of any module with BERT's names (an encoder, a head, or both)."""
+    """Initialize any module whose parameters have BERT's names (an encoder, a head, or both)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith("LayerNorm.weight"):
@@ -37,7 +38,7 @@ def initialize_parameters(module: nn.Module, config: ModelConfig, seed: int) -> 
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Give a model with a `config` (BertForPreTraining, the task models) fresh weights."""
+    """Initialize a model that has a `config`: BertForPreTraining or a task model."""
     config = model.config
     assert isinstance(config, ModelConfig)
     initialize_parameters(model, config, seed)

@@ -1,10 +1,10 @@
-"""The seam between the model and `clue_ds.kernels`: which implementation runs is decided here.
+"""Chooses the implementation of each operation of the model: torch or `clue_ds.kernels`.
 
-The model calls nothing else for its heavy work, and which implementation ran never shows in the
-weights. It is torch until `choose_kernels` (a run's `model.kernels`) says otherwise; importing this
-module leaves the default of `clue_ds.kernels` alone. With torch the GEMM adds the bias, one pass
-over memory less; a fused kernel takes it for itself, and its gradient comes out of the backward
-pass that it does anyway.
+The model does all heavy work through this module, and the weights don't depend on the choice. The
+implementation is torch until `choose_kernels` is called (with a run's `model.kernels`); importing
+this module doesn't change the default of `clue_ds.kernels`. With torch the GEMM adds the bias,
+which saves one pass over memory; a fused kernel adds the bias itself, and computes the bias'
+gradient in the backward pass that it runs anyway.
 
 B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidden size
 """
@@ -21,14 +21,14 @@ from clue_ds import kernels
 from clue_ds.errors import UserError
 from clue_ds.presets import Attention, Kernels
 
-# `kernels` or their twins. Until the kernels have run on a GPU, a model takes them on request only.
+# `kernels`, or their torch references. A model uses the kernels only when a run asks for them.
 _operations: Any = kernels.reference
 
 dropout = kernels.reference.dropout
 
 
 def choose_kernels(name: Kernels) -> None:
-    """Which implementation runs in this process from now on: auto, triton or torch."""
+    """Set the implementation for this process from now on: auto, triton or torch."""
     global _operations
     try:
         kernels.set_backend(name)
@@ -42,7 +42,7 @@ def _takes_kernel(x: Tensor, width: int) -> bool:
 
 
 def embedding_layer_norm(*tables_and_options: Any, **options: Any) -> Tensor:
-    """See `clue_ds.kernels.embedding_layer_norm`."""
+    """`clue_ds.kernels.embedding_layer_norm`, or its reference."""
     return _operations.embedding_layer_norm(*tables_and_options, **options)
 
 
@@ -85,16 +85,17 @@ def attention(
     training: bool,
     backend: Attention,
 ) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D))) v: query [B, N, Q, D], key, value [B, N, K, D] -> query's.
+    """dropout(softmax(q k^T / sqrt(D))) v -> [B, N, Q, D].
 
-    `keep` is bool [B, 1, 1 or Q, K], True where a key may be attended to; None keeps all. A
-    query must keep at least one key.
+    query [B, N, Q, D], key and value [B, N, K, D]; `keep` is bool [B, 1, 1 or Q, K], True where a
+    key may be attended to, and None keeps all keys. Each query must keep at least one key.
     """
     p = p if training else 0.0
     if backend == "sdpa" and (p == 0.0 or query.device.type != "cpu"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=p)
-    # On a CPU, SDPA with dropout materialises the scores too, with torch's slow dropout masks.
-    # The scale goes into the query, which is a fifth of the scores' size or less.
+    # SDPA with dropout on a CPU comes here too: torch would also materialize the scores, and it
+    # draws dropout masks more slowly. The scale multiplies the query, which has a fifth of the
+    # scores' elements or fewer.
     scaled = query * query.shape[-1] ** -0.5
     scores = torch.matmul(scaled, key.transpose(-1, -2))  # [B, N, Q, K]
     masked = None if keep is None else ~keep

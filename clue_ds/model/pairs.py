@@ -1,8 +1,9 @@
-"""The network of `train.objective: pair`: BERT, and a classifier of labelled sentence pairs.
+"""The network of `train.objective: pair`: BERT and a classifier of labelled sentence pairs.
 
-Data sets that name the same labels share a head, others have their own: one matrix holds them all,
-a row a label, and a pair is only asked among the labels of its own set. The head serves training;
-checkpoints keep it to resume, and nothing is exported but the BERT (its pooler trained).
+Data sets with the same labels share a head; others have their own. One matrix holds all heads, one
+row per label, and a pair is classified only among the labels of its own data set. The head is used
+in training only: checkpoints keep it so that a run can resume, but exports contain only the BERT,
+with its trained pooler.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ HEAD = "pair_head."
 
 
 class BertForPairs(BertForPreTraining):
-    """`label_sets[i]`: the number of the set that label i belongs to, ascending from 0."""
+    """`label_sets[i]` is the number of the set that label i belongs to, ascending from 0."""
 
     def __init__(
         self,

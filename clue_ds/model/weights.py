@@ -1,9 +1,9 @@
 """State dicts: read from a Hugging Face directory, tied, padded, and loaded into a model.
 
 A state dict here is {name: fp32 CPU tensor} with the names of transformers' BertForPreTraining; the
-tied entries are present and share storage. Guarantees: nothing is unpickled but plain tensors;
-every shape is compared with config.json before a model sees it; what is missing is reported, never
-filled silently.
+tied entries are present and share storage. Guarantees: only plain tensors are unpickled; every
+shape is compared with config.json before the weights are loaded; missing weights are reported,
+never filled silently.
 
 Rejected: transformers' own loader (it creates missing weights with only a log line, and importing
 it takes seconds).
@@ -12,7 +12,6 @@ it takes seconds).
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,14 @@ NEXT_SENTENCE_WEIGHT = "cls.seq_relationship.weight"
 CLASSIFIER_WEIGHT = "classifier.weight"
 CLASSIFIER_BIAS = "classifier.bias"
 VOCAB_ROWS = (WORD_EMBEDDINGS, DECODER_WEIGHT, DECODER_BIAS, PREDICTION_BIAS)
-# Entries that hold the same tensor as another one; files need them once.
+# Entry -> the entry that it is tied to; files need only the second.
 TIED = {DECODER_WEIGHT: WORD_EMBEDDINGS, DECODER_BIAS: PREDICTION_BIAS}
 
 OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or either name + .index.json
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
-# What makes two configs different networks; dropout and the like may change between runs.
+# Two configs that differ in one of these are different networks; dropout may differ between runs.
 SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -61,12 +60,12 @@ SHAPE_FIELDS = (
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory; a UserError when that is not a BERT's."""
+    """The ModelConfig of a Hugging Face directory; UserError when it is not a BERT."""
     return model_config(read_config_json(directory), Path(directory) / "config.json")
 
 
 def read_config_json(directory: str | Path) -> dict[str, Any]:
-    """config.json as it is written; UserError when `directory` has none or it is not JSON."""
+    """The content of config.json; UserError when `directory` has none or it is not JSON."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise UserError(
@@ -84,13 +83,20 @@ def model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """The ModelConfig that the keys of a Hugging Face config.json (at `path`) describe."""
     model_type = values.get("model_type", "bert")
     if model_type != "bert":
-        raise UserError(f"{path} describes a {model_type} model; only model_type bert is supported")
+        raise UserError(
+            f"{path} describes a {model_type} model; give a BERT, the only supported model_type"
+        )
     if values.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"{path}: only absolute position embeddings are supported")
+        raise UserError(
+            f"{path}: only absolute position embeddings are supported; give a model with those"
+        )
     fields = dataclasses.fields(ModelConfig)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it is not a BERT config")
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: it is not a BERT config; use the one that was "
+            "published with the weights"
+        )
     known = {f.name: values[f.name] for f in fields if values.get(f.name) is not None}
     activation = known.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
@@ -102,8 +108,8 @@ def model_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def read_pretrained(directory: str | Path) -> tuple[ModelConfig, StateDict]:
     """Config and every weight of a Hugging Face directory (safetensors or .bin, sharded or not).
 
-    Old names (gamma, beta, `module.`, no `bert.`) become today's and `position_ids` is dropped;
-    heads that the file lacks are not in the result. UserError names the file and what is wrong.
+    Old names (gamma, beta, `module.`, no `bert.`) are changed to today's, and `position_ids` is
+    dropped; heads that the files lack are absent. UserError names the file and what is wrong.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -113,10 +119,13 @@ def read_pretrained(directory: str | Path) -> tuple[ModelConfig, StateDict]:
 
 
 def read_weights(directory: Path) -> StateDict:
-    """The weights of a Hugging Face directory under today's names, before anything is compared."""
+    """The weights of a Hugging Face directory under today's names; shapes are not compared yet."""
     state = canonical(_read_files(directory))
     if WORD_EMBEDDINGS not in state:
-        raise UserError(f"{directory}: the weights hold no {WORD_EMBEDDINGS}: not a BERT encoder")
+        raise UserError(
+            f"{directory}: the weights hold no {WORD_EMBEDDINGS}, so they are not a BERT encoder; "
+            "give the directory of a BERT"
+        )
     return state
 
 
@@ -127,9 +136,11 @@ def _read_files(directory: Path) -> StateDict:
             return _read_file(directory / name)
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index} is not an index of weight files: {error!r}") from None
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError):
+                raise UserError(
+                    f"{index} names no weight files under weight_map; copy or download it again"
+                ) from None
             state: StateDict = {}
             for shard in shards:
                 if not (directory / shard).is_file():
@@ -137,7 +148,7 @@ def _read_files(directory: Path) -> StateDict:
                 state |= _read_file(directory / shard)
             return state
     raise UserError(
-        f"{directory} has a config.json but no weights: none of {', '.join(WEIGHT_FILES)}"
+        f"{directory} has a config.json but no weights; copy {' or '.join(WEIGHT_FILES)} into it"
     )
 
 
@@ -148,8 +159,8 @@ def _read_file(path: Path) -> StateDict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) can't be read, it is truncated or damaged: "
-            f"{str(error).splitlines()[0]}; copy or download it again"
+            f"{path} ({path.stat().st_size:,} bytes) can't be read because it is truncated or "
+            f"damaged ({str(error).splitlines()[0]}); copy or download it again"
         ) from None
     except pickle.UnpicklingError:
         raise UserError(
@@ -157,12 +168,14 @@ def _read_file(path: Path) -> StateDict:
             "ask its author for model.safetensors"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors")
+        raise UserError(
+            f"{path} is not a state dict of tensors; ask its author for model.safetensors"
+        )
     return state
 
 
 def canonical(state: StateDict) -> StateDict:
-    """Today's names for a state dict written by any version of any wrapper; tensors in fp32."""
+    """A state dict written by an old version or a wrapper, under today's names and in fp32."""
     result: StateDict = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
@@ -178,10 +191,10 @@ def canonical(state: StateDict) -> StateDict:
 
 
 def tie(state: StateDict, where: str | Path) -> StateDict:
-    """Make the tied entries share storage, adding those that are missing.
+    """Make the tied entries share storage, and add those that are missing.
 
-    A file without an MLM head gets none. A decoder weight of its own stays; `load_into` refuses it.
-    UserError when there are two different biases.
+    A file without an MLM head gets none. An untied decoder weight is kept; `load_into` refuses it.
+    UserError when the two entries of the decoder's bias differ.
     """
     if PREDICTION_BIAS not in state and DECODER_BIAS in state:
         state[PREDICTION_BIAS] = state[DECODER_BIAS]
@@ -192,14 +205,14 @@ def tie(state: StateDict, where: str | Path) -> StateDict:
             state[copy] = state[original]
         elif copy == DECODER_BIAS:
             raise UserError(
-                f"{where}: {copy} differs from {original}; which one counts depends on the version "
-                "of transformers, so delete the wrong one"
+                f"{where}: {copy} differs from {original}; versions of transformers disagree on "
+                "which one is used, so delete the wrong one"
             )
     return state
 
 
 def is_tied(state: StateDict, copy: str) -> bool:
-    """Whether the entry called `copy` (a key of TIED), if there, equals the one it is tied to."""
+    """Whether the entry `copy` (a key of TIED) is absent or equals the one that it is tied to."""
     if copy not in state or TIED[copy] not in state:
         return True
     one, other = state[copy], state[TIED[copy]]
@@ -207,7 +220,7 @@ def is_tied(state: StateDict, copy: str) -> bool:
 
 
 def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
-    """UserError when the encoder that `config` describes is not in `state`, whole and in shape."""
+    """UserError unless `state` holds every tensor of `config`'s encoder in the right shape."""
     num_rows = state[WORD_EMBEDDINGS].shape[0]
     if num_rows != config.vocab_size:
         raise UserError(
@@ -218,14 +231,14 @@ def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
     for name, tensor in state.items():
         if name in expected and tensor.shape != expected[name]:
             raise UserError(
-                f"{where}: {name} is {tuple(tensor.shape)}, config.json says "
-                f"{tuple(expected[name])}"
+                f"{where}: {name} is {tuple(tensor.shape)}, but config.json describes "
+                f"{tuple(expected[name])}; use the config that belongs to the weights"
             )
     missing = [n for n in expected if _in_encoder(n) and n not in state]
     if missing:
         raise UserError(
             f"{where}: the weights lack {len(missing)} tensors of the encoder that config.json "
-            f"describes, {missing[0]} first"
+            f"describes, such as {missing[0]}; correct num_hidden_layers, or download them again"
         )
 
 
@@ -241,7 +254,7 @@ def _in_encoder(name: str) -> bool:
 
 
 def pad_vocab_rows(state: StateDict, num_rows: int) -> StateDict:
-    """The state dict with zero rows up to `num_rows` words (for `padded_vocab_size`)."""
+    """The state dict with zero rows added, up to `num_rows` words (for `padded_vocab_size`)."""
     return _resize_vocab_rows(state, num_rows)
 
 
@@ -265,31 +278,34 @@ def _resize_vocab_rows(state: StateDict, num_rows: int) -> StateDict:
 
 
 def check_same_shape(config: ModelConfig, other: ModelConfig, where: str | Path) -> None:
-    """UserError listing every field in which the network `other` in `where` is another one."""
+    """UserError listing every field in which `other`, the network in `where`, differs."""
     differences = [
         f"{name} is {getattr(other, name)} there and {getattr(config, name)} here"
         for name in SHAPE_FIELDS
         if getattr(config, name) != getattr(other, name)
     ]
     if differences:
-        raise UserError(f"{where} holds another network: {'; '.join(differences)}")
+        raise UserError(
+            f"{where} holds another network: {'; '.join(differences)}. Make the two agree, or give "
+            "another model"
+        )
 
 
 def load_into(
     model: nn.Module, config: ModelConfig, state: StateDict, where: str | Path
 ) -> list[str]:
-    """Load a network read from `where` into a bare BertForPreTraining or task model, in place.
+    """Load a network read from `where` into a BertForPreTraining or task model, in place.
 
-    Vocabulary padding of the model is kept (its rows become zeros). Returns the names that `state`
-    lacks, which keep the model's own fresh weights. UserError when the networks differ.
+    The model keeps its vocabulary padding (those rows become zeros). Returns the names that `state`
+    lacks; these keep the model's own weights. UserError when the networks differ.
     """
     here = model.config
     assert isinstance(here, ModelConfig)
     check_same_shape(here, config, where)
     if not is_tied(state, DECODER_WEIGHT):
         raise UserError(
-            f"{where}: {DECODER_WEIGHT} differs from {WORD_EMBEDDINGS}; models here have tied "
-            "decoders only (export and import keep it)"
+            f"{where}: {DECODER_WEIGHT} differs from {WORD_EMBEDDINGS}; training and "
+            "fine-tuning take tied decoders only (export and import convert the others too)"
         )
     own = model.state_dict()
     num_rows = len(own[WORD_EMBEDDINGS])
