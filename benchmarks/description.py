@@ -1,6 +1,6 @@
-"""Where a figure was measured: device, versions, command. Every result file carries it.
+"""Describes where figures were measured: device, versions, command. Part of every result file.
 
-Names no directory, host or user, so that results can be published as they are.
+The description names no directory, host or user, so that results can be published unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source tree this file lies in; None outside of one or before the first."""
+    """The commit of the source tree with this file; None outside of one or before the first."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -41,7 +41,7 @@ def _git_commit() -> str | None:
 
 
 def _without_directories(argument: str) -> str:
-    """A path's last part; other arguments as they are."""
+    """The last component of a path; other arguments unchanged."""
     name, equals, value = argument.partition("=")
     if equals and name.startswith("-") and os.sep in value:
         return f"{name}={Path(value).name}"
@@ -49,7 +49,7 @@ def _without_directories(argument: str) -> str:
 
 
 def command_line() -> str:
-    """The command that this process was started with, without machine paths."""
+    """The command that started this process, without the paths of this machine."""
     return shlex.join(_without_directories(argument) for argument in sys.argv)
 
 
@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
 
 
 def write_results(output: Path, figures: dict[str, Any]) -> None:
-    """Write figures and where they were measured as JSON, and say so."""
+    """Write figures and the description of the machine as JSON, and print where."""
     output.parent.mkdir(parents=True, exist_ok=True)
     results = {"environment": describe(), **figures}
     output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

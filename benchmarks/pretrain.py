@@ -1,13 +1,14 @@
 """Training throughput of our encoder against transformers' BertForMaskedLM in a plain loop.
 
 Both sides see the same rows and predict the same tokens with the same optimizer, precision and
-dropout, in one process, a step of one after a step of the other (the order alternates), so that a
-machine that slows down slows both. Before any timing, both must compute the same loss from the same
+dropout. They run in one process and take turns after every step, in alternating order, so that a
+machine that slows down slows both. Before the timing, both must compute the same loss from the same
 weights with dropout off. On CUDA each side gets bf16 autocast, torch.compile, fused AdamW, SDPA and
-its own best micro-batch size.
+the micro-batch size that is fastest for it.
 
-Rejected: two processes one after the other (a shared machine's load differs by more than what is
-measured), and a peer with our masked-only head (it has none; that is part of the comparison).
+Rejected: two processes one after the other (the load of a shared machine varies by more than the
+difference that is measured), and giving the peer our MLM head, which computes masked positions
+only (transformers has none, and that is part of the comparison).
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
 MASK_PROB = 0.15
-FIRST_REAL_ID = 104  # random rows use no special token of Google's or CLUE's vocabularies
+FIRST_REAL_ID = 104  # below are the special tokens of Google's and CLUE's vocabularies
 WARMUP_STEPS = 3
 SEARCH_STEPS = 5
 SEARCHED_SIZES = tuple(2**n for n in range(5, 12))  # 32 to 2,048 sequences
 CPU_MICRO_BATCH_SIZE = 32
-# Losses of equal weights: fp32 sums in another order; bf16 keeps 8 bits of every activation.
+# Relative difference of losses from equal weights: fp32 sums are in another order, and bf16 keeps 8
+# bits of every activation.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
 Batch = dict[str, Tensor]
@@ -50,7 +52,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides have in common."""
+    """What both sides share."""
 
     config: ModelConfig
     device: torch.device
@@ -64,7 +66,7 @@ class Setting:
 
 
 class Side(NamedTuple):
-    """One competitor: its network and how it computes a batch's loss."""
+    """One side of the comparison: its network and how it computes the loss of a batch."""
 
     name: str
     network: nn.Module
@@ -105,7 +107,7 @@ def make_peer(setting: Setting, ours: nn.Module) -> Side:
 
 
 def random_rows(config: ModelConfig, num_rows: int, seq_length: int, seed: int) -> Batch:
-    """Full rows of random tokens, a fixed number of them to be predicted."""
+    """Full rows of random tokens, of which a fixed number is to be predicted."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, seq_length)
     input_ids = torch.randint(FIRST_REAL_ID, config.vocab_size, shape, generator=generator)
@@ -121,12 +123,12 @@ def random_rows(config: ModelConfig, num_rows: int, seq_length: int, seed: int) 
 
 
 def corpus_rows(corpus: Path, num_rows: int, seq_length: int, seed: int) -> Batch:
-    """The first samples of a corpus' stream, as training would see them."""
+    """The first samples of a corpus, as training would see them."""
     return SampleStream(Corpus(corpus), seq_length, num_rows, seed).batch(0)
 
 
 def for_both(rows: Batch, device: torch.device) -> Batch:
-    """Add what the peer reads: labels over all positions, and an attention mask if it is needed."""
+    """Add what the peer reads: labels for all positions and an attention mask."""
     labels = torch.full_like(rows["input_ids"], IGNORED_LABEL)
     used = rows["masked_labels"] != IGNORED_LABEL
     row_index = torch.arange(len(labels))[:, None].expand_as(used)
@@ -138,7 +140,7 @@ def for_both(rows: Batch, device: torch.device) -> Batch:
 
 
 def check_same_loss(ours: Side, peer: Side, batch: Batch, setting: Setting) -> tuple[float, float]:
-    """Both losses with dropout off; RuntimeError when they differ: timing means nothing then."""
+    """Both losses with dropout off; RuntimeError if they differ, as timing is then pointless."""
     losses = []
     for side in (ours, peer):
         side.network.eval()
@@ -147,7 +149,7 @@ def check_same_loss(ours: Side, peer: Side, batch: Batch, setting: Setting) -> t
         side.network.train()
     num_slots = batch["masked_labels"].numel()
     num_used = int((batch["masked_labels"] != IGNORED_LABEL).sum())
-    # Ours divides by all slots, the peer by those that are used.
+    # Our loss is divided by the number of all slots, the peer's by the number of used ones.
     mine, theirs = losses[0] * num_slots / num_used, losses[1]
     if abs(mine - theirs) > LOSS_TOLERANCE[setting.precision] * theirs:
         raise RuntimeError(f"the two sides compute different losses: {mine} and {theirs}")
@@ -170,7 +172,7 @@ class Trainer:
         if self.cursor + size > self.num_rows:
             self.cursor = 0
         span = slice(self.cursor, self.cursor + size)
-        # As the engine does.
+        # The engine does the same.
         batch = without_full_lengths({name: tensor[span] for name, tensor in self.rows.items()})
         self.cursor += size
         self._wait()
@@ -188,7 +190,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def best_size(self, sizes: tuple[int, ...]) -> int:
-        """The size with the most rows a second; sizes that don't fit into memory end the search."""
+        """The size with the most rows per second; the search ends at the first that doesn't fit."""
         rates: dict[int, float] = {}
         for size in sizes:
             try:
@@ -202,9 +204,9 @@ class Trainer:
 
 
 def compile_sides(ours: Side, peer: Side) -> None:
-    """torch.compile, each as its users would: our blocks, the peer's whole network."""
+    """torch.compile both as their users would: our blocks, and the peer's whole network."""
     assert isinstance(ours.network, BertForPreTraining)
-    # Beyond the default of 8 shapes torch goes back to eager, and the search tries more than that.
+    # After 8 shapes, the default limit, torch falls back to eager; the search tries more.
     torch._dynamo.config.recompile_limit = 64
     ours.network.compile_blocks()
     peer.network.compile(dynamic=False)
@@ -219,7 +221,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 def measure(
     trainers: tuple[Trainer, Trainer], sizes: tuple[int, int], steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of `steps` steps of both, interleaved."""
+    """Seconds of each of `steps` steps of both sides, which alternate."""
     for trainer, size in zip(trainers, sizes, strict=True):
         for _ in range(WARMUP_STEPS):
             trainer.step(size)
@@ -231,7 +233,7 @@ def measure(
 
 
 def report(setting: Setting, trainer: Trainer, size: int, seconds: np.ndarray) -> dict[str, Any]:
-    """One side's part of the result."""
+    """The figures of one side."""
     lengths = trainer.rows["lengths"].double()
     tokens = float(lengths.mean()) * size
     s_eff = float(lengths.square().sum() / lengths.sum())
@@ -260,19 +262,19 @@ def pretrain(
     seed: int = 42,
     output: Path | None = None,
 ) -> None:
-    """Measure training tokens/s against transformers' BertForMaskedLM, interleaved in one process.
+    """Measure training tokens/s against transformers' BertForMaskedLM, alternating in one process.
 
     Args:
-        preset: the model, dropout 0.1 included.
-        seq_length: tokens a sequence.
-        micro_batch_size: sequences a step; default 32 on a CPU, each side's best on CUDA.
+        preset: the model, with dropout 0.1.
+        seq_length: tokens per sequence.
+        micro_batch_size: sequences per step; default 32 on a CPU, the fastest of each side on CUDA.
         steps: timed steps of each side.
         precision: fp32, or bf16 autocast; default fp32 on a CPU, bf16 on CUDA.
-        threads: of torch on a CPU; default torch's.
-        compile: torch.compile both sides; auto means on CUDA only.
-        corpus: take rows from this corpus (its vocabulary gives the size); default random tokens.
-        seed: of weights, rows and dropout.
-        output: write the result here as JSON.
+        threads: number of torch's threads on a CPU; default torch's own.
+        compile: torch.compile both sides; auto compiles on CUDA only.
+        corpus: take rows and the size of the vocabulary from this corpus; default random tokens.
+        seed: seed of weights, rows and dropout.
+        output: JSON file for the result.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -313,7 +315,7 @@ def pretrain(
 def compare(
     setting: Setting, rows: Batch, sizes: tuple[int, ...], steps: int, seed: int
 ) -> dict[str, Any]:
-    """Both sides' figures and their ratio; of several `sizes` each side takes its best."""
+    """Both sides' figures and their ratio; each side uses the fastest of `sizes`."""
     ours = make_ours(setting, seed)
     peer = make_peer(setting, ours.network)
     few = {name: tensor[:8] for name, tensor in rows.items()}

@@ -1,10 +1,10 @@
-"""Weak scaling of training on CPU ranks: what do ranks cost each other, by ZeRO stage?
+"""Weak scaling of training on CPU ranks: the cost of communication, by ZeRO stage.
 
-Each setting trains N ranks twice, one after the other: as one job, and as N jobs of one rank that
-run side by side. Both share the cores in the same way and do the same work a rank, so what the job
-takes longer is communication, and sharding where there is any. Processor time tells the two halves
-of it apart: copying and adding up is work, the rest is waiting for other ranks. Every rank computes
-with one thread. Steps at the beginning don't count (they warm up); losses must fall.
+Each setting trains N ranks twice, one after the other: as one job of N ranks, and as N jobs of one
+rank that run at the same time. Both share the cores in the same way and do the same work per rank,
+so the extra time of the one job is communication, and sharding if there is any. Processor time
+separates its two parts: copying and adding is work, and the rest is waiting for other ranks. Every
+rank computes with one thread. The first steps are a warm-up and don't count; losses must fall.
 
 Rejected: one rank alone as the baseline (on few cores N ranks then seem to scale badly because they
 share caches and memory), and a timer around collectives (it can't tell sending from waiting).
@@ -25,8 +25,8 @@ from typing import Any
 from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError
 
-WARMUP_LINES = 2  # of the log
-STEPS_A_LINE = 5
+WARMUP_LINES = 2  # lines of the log that don't count
+STEPS_PER_LINE = 5
 
 
 def scaling(
@@ -38,26 +38,28 @@ def scaling(
     hidden_size: int = 256,
     micro_batch_size: int = 8,
 ) -> None:
-    """Weak scaling on CPU ranks, with the share of a step that communication takes.
+    """Measure weak scaling on CPU ranks, and the share of a step that communication takes.
 
     Args:
         corpus: directory written by `clue-ds shard`
         output: JSON file for the figures
-        ranks: numbers of ranks; the global batch grows with them
-        stages: ZeRO stages
+        ranks: numbers of ranks to measure; the global batch grows with them
+        stages: ZeRO stages to measure
         steps: steps of each run
-        hidden_size: of a network of 2 layers
+        hidden_size: hidden size of a network of 2 layers
         micro_batch_size: sequences of 64 tokens on one rank
     """
-    if steps < STEPS_A_LINE * (WARMUP_LINES + 2):
-        raise UserError(f"steps must be at least {STEPS_A_LINE * (WARMUP_LINES + 2)}")
+    if steps < STEPS_PER_LINE * (WARMUP_LINES + 2):
+        raise UserError(f"steps must be at least {STEPS_PER_LINE * (WARMUP_LINES + 2)}")
     num_cores = len(os.sched_getaffinity(0))
     if max(ranks) > num_cores:
         print(
-            f"{num_cores} cores for {max(ranks)} ranks: some take turns, so that only the shares "
-            "are worth reading, not the times"
+            f"{num_cores} cores for {max(ranks)} ranks: some share a core, so the shares are "
+            "meaningful but the times are not"
         )
-    print("| ranks | stage | ms a step | ms without the others | communication | of it waiting |")
+    print(
+        "| ranks | stage | ms per step | ms without communication | communication | of it waiting |"
+    )
     print("|---|---|---|---|---|---|")
     rows = []
     for num_ranks in ranks:
@@ -94,7 +96,7 @@ def _compare(
                 "warmup_steps": 2,
                 "micro_batch_size": micro_batch_size,
             },
-            "log": {"every": STEPS_A_LINE, "tensorboard": False},
+            "log": {"every": STEPS_PER_LINE, "tensorboard": False},
         }
         (together,) = _train(values, [Path(folder, "together")], num_ranks, micro_batch_size)
         alone = [together]
@@ -103,7 +105,7 @@ def _compare(
             alone = _train(values, paths, 1, micro_batch_size)
     wall, cpu = together
     wall_alone, cpu_alone = (statistics.median(column) for column in zip(*alone, strict=True))
-    # What a rank could have used of the processor, if it had never waited.
+    # Processor time that a rank would have had if it had never waited.
     available = wall * min(1.0, len(os.sched_getaffinity(0)) / num_ranks)
     share = max(0.0, 1 - wall_alone / wall)
     return {
@@ -122,28 +124,28 @@ def _compare(
 def _train(
     values: dict[str, Any], run_dirs: list[Path], num_ranks: int, micro_batch_size: int
 ) -> list[tuple[float, float]]:
-    """Train a run in each directory, all at the same time; seconds and processor seconds a step."""
+    """Train a run in each directory, all at the same time; wall and processor seconds per step."""
     ranks = []
     for run_dir in run_dirs:
         run_dir.mkdir()
         train = {**values["train"], "global_batch_size": num_ranks * micro_batch_size}
-        # JSON is YAML.
+        # JSON is a subset of YAML.
         given = json.dumps({**values, "train": train, "run_dir": str(run_dir)})
         (run_dir / "given.yaml").write_text(given, encoding="utf-8")
         ranks += _start(run_dir / "given.yaml", num_ranks)
     try:
         for rank in ranks:
             if rank.wait():
-                raise RuntimeError(f"a rank of the benchmark ended with {rank.returncode}")
+                raise RuntimeError(f"a rank of the benchmark ended with status {rank.returncode}")
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return [_seconds_a_step(run_dir) for run_dir in run_dirs]
+    return [_seconds_per_step(run_dir) for run_dir in run_dirs]
 
 
 def _start(config: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
-    """The ranks of one job, each with one thread, without a launcher of its own to wait for."""
+    """Start the ranks of one job, each with one thread, without a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -160,7 +162,7 @@ def _start(config: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def _seconds_a_step(run_dir: Path) -> tuple[float, float]:
+def _seconds_per_step(run_dir: Path) -> tuple[float, float]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"], lines
     counted = lines[WARMUP_LINES:]

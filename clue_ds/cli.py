@@ -1,8 +1,8 @@
-"""`clue-ds VERB ...`: a table of verbs, each imported only when it is called.
+"""`clue-ds VERB ...`: the table of verbs, each of which is imported only when it is called.
 
-A verb is either a function whose annotated arguments and docstring are its command line (tyro makes
-the parser and the help), a dict of such functions (subcommands), a table of more verbs, or, where
-the table says `takes_argv`, a function that takes the argument list itself.
+A verb is a function whose annotated arguments and docstring define its command line (tyro makes the
+parser and the help), a dict of such functions (subcommands), a table of more verbs, or, with
+`takes_argv`, a function that parses the argument list itself.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Verb(NamedTuple):
 
 _SUBJECTS = {
     "tokenizer": "against tokenizers' encode_batch_fast",
-    "shard": "the whole verb against datasets.map and tokenizers",
+    "shard": "clue-ds shard against datasets.map and tokenizers",
     "loader": "against datasets, torch and other loaders",
     "cold": "a corpus larger than memory, read from a cold disk",
-    "scale": "opening 100 GB: seconds and memory",
-    "pretrain": "tokens a second against a plain training loop",
-    "scaling": "ranks and ZeRO stages against one rank",
+    "scale": "seconds and memory to open a corpus of 100 GB",
+    "pretrain": "tokens per second against a plain training loop",
+    "scaling": "several ranks and ZeRO stages against one rank",
     "kernels": "fused kernels against torch, on a GPU",
     "finetune": "against transformers' Trainer",
-    "evidence": "pretraining and fine-tuning curves, with a picture",
-    "serve": "answers a second against a transformers pipeline",
+    "evidence": "curves of pretraining and fine-tuning, with a plot",
+    "serve": "answers per second against a transformers pipeline",
 }
 BENCHMARKS = {
     name: Verb(f"clue_ds.benchmarks.{name}:{name}", help) for name, help in _SUBJECTS.items()
@@ -46,33 +46,37 @@ VERBS: dict[str, Verb] = {
         "clue_ds.data.text.vocab:COMMANDS", "learn a vocabulary, or slim an existing one"
     ),
     "shard": Verb("clue_ds.data.build.command:shard", "turn raw text into a memory-mapped corpus"),
-    "plan": Verb("clue_ds.plan:plan", "memory, batches, disk and time of a run, by arithmetic"),
+    "plan": Verb("clue_ds.plan:plan", "calculate memory, batches, disk and time of a run"),
     "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
     "export": Verb(
-        "clue_ds.export.command:export", "write a run for Hugging Face, TensorFlow, ONNX"
+        "clue_ds.export.command:export", "convert a run to Hugging Face, TensorFlow or ONNX"
     ),
     "import": Verb(
-        "clue_ds.export.command:import_model", "read a BERT by others, to continue from it"
+        "clue_ds.export.command:import_model", "convert a BERT from elsewhere, to continue from it"
     ),
     "finetune": Verb(
-        "clue_ds.tasks.finetune.command:finetune", "train a model for tasks of CLUE or your own"
+        "clue_ds.tasks.finetune.command:finetune", "fine-tune a model on CLUE's tasks or your own"
     ),
     "score": Verb(
-        "clue_ds.tasks.finetune.score:score", "table of fine-tuned runs beside published scores"
+        "clue_ds.tasks.finetune.score:score", "compare fine-tuned runs with published scores"
     ),
-    "report": Verb("clue_ds.tasks.finetune.score:report", "one page about a fine-tuning run"),
+    "report": Verb(
+        "clue_ds.tasks.finetune.score:report", "write a one-page report about a fine-tuning run"
+    ),
     "predict": Verb(
-        "clue_ds.tasks.predict.command:predict", "classify, fill masks, embed, compare"
+        "clue_ds.tasks.predict.command:predict", "classify, fill masks, embed or compare texts"
     ),
-    "serve": Verb("clue_ds.tasks.serve.command:serve", "answer over HTTP, with a page to try it"),
+    "serve": Verb(
+        "clue_ds.tasks.serve.command:serve", "serve a model over HTTP, with a page to try it"
+    ),
     "submit": Verb(
         "clue_ds.tasks.predict.submit:submit", "write and check the zip for CLUE's leaderboard"
     ),
     "launch": Verb("clue_ds.launcher.launch:main", "run a verb on several ranks", True),
     "doctor": Verb("clue_ds.doctor:main", "check this machine or all hosts of a job", True),
-    "status": Verb("clue_ds.status:status", "where a run stands, and whether it is alive"),
-    "bench": Verb(BENCHMARKS, "compare speed with named peers"),
-    "demo": Verb("clue_ds.demo:demo", "the whole main job on real text, in minutes"),
+    "status": Verb("clue_ds.status:status", "show the progress of a run, and if it is running"),
+    "bench": Verb(BENCHMARKS, "compare the speed with other libraries"),
+    "demo": Verb("clue_ds.demo:demo", "run the whole pipeline on real text, in minutes"),
 }
 
 _SIGPIPE_STATUS = 128 + signal.SIGPIPE
@@ -81,12 +85,12 @@ _SIGPIPE_STATUS = 128 + signal.SIGPIPE
 def _usage(prog: str, verbs: dict[str, Verb]) -> str:
     width = max(map(len, verbs))
     lines = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in verbs.items())
-    order = "\nIn the order in which data flows:" if verbs is VERBS else ""
-    return f"usage: {prog} VERB ...   ({prog} VERB --help says more)\n{order}\n{lines}"
+    order = "\nverbs, in the order in which data flows:" if verbs is VERBS else ""
+    return f"usage: {prog} VERB ...   ({prog} VERB --help explains a verb)\n{order}\n{lines}"
 
 
 def _run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
-    """Do what `argv` says, a verb of the table and its arguments, or print the table."""
+    """Run the verb of the table that `argv` begins with, or print the table."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(prog, verbs))
         return
@@ -125,10 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
-        finally:  # a parser that has printed its help leaves by SystemExit
+        finally:  # a parser that has printed its help raises SystemExit
             sys.stdout.flush()
     except BrokenPipeError:
-        # `clue-ds ... | head`: what is still in the buffers has nowhere to go.
+        # `clue-ds ... | head`: discard what is still in the buffers of a closed pipe.
         unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
         if not unread:
             raise
@@ -141,7 +145,7 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"clue-ds {importlib.metadata.version('clue_ds')}")
         return 0
-    # Two ranks that each take every core run several times slower than two that share them.
+    # If two ranks each use every core for tokenizing, they run several times slower.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = " ".join(["clue-ds", *(name for name in argv[:1] if name in VERBS)])
     return run_command(command, lambda: _run_verb("clue-ds", VERBS, argv))

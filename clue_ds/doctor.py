@@ -1,12 +1,13 @@
-"""`clue-ds doctor`: what a run needs of a machine, or of all hosts of a job, a line a check.
+"""`clue-ds doctor`: checks what a run needs on this machine or on all hosts of a job.
 
     clue-ds doctor                                        this machine
-    clue-ds doctor --config run.yaml                      and what this run needs: corpus, disk
-    clue-ds launch --hostfile hosts -- doctor             every host: they meet, compare, all-reduce
+    clue-ds doctor --config run.yaml                      also what this run needs: corpus, disk
+    clue-ds launch --hostfile hosts -- doctor             every host: connect, compare, all-reduce
     srun --nodes=2 clue-ds launch -- doctor               the same under Slurm
 
-Guarantees: each line that is not `ok` ends with the mend; status 0 only if nothing is wrong. The
-checks between ranks are those that every pretrain runs before its first step.
+It prints one line per check. Guarantees: each line that is not `ok` ends with the fix; the exit
+status is 0 only if no line is `bad`. The checks between ranks are those that every pretraining run
+makes before its first step.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ PROGRAMS = {
 
 
 class Check(NamedTuple):
-    """`level`: ok, note (wrong only for who wants that), or bad; `mend` for the last two."""
+    """`level` is ok, note (a problem only for some uses) or bad; `fix` belongs to the last two."""
 
     level: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
     def line(self) -> str:
-        return f"{self.level:<5} {self.what}" + (f"; {self.mend}" if self.mend else "")
+        return f"{self.level:<5} {self.what}" + (f"; {self.fix}" if self.fix else "")
 
 
 def _versions() -> Check:
@@ -69,8 +70,10 @@ def _devices() -> Check:
         names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         return Check("ok", f"{len(names)} GPUs: {', '.join(dict.fromkeys(names))}")
     if any(Path("/dev").glob("nvidia[0-9]*")):
-        mend = f"this torch is built for CUDA {torch.version.cuda}; see nvidia-smi for the driver's"
-        return Check("bad", "there are NVIDIA devices, but torch can't use them", mend)
+        fix = (
+            f"this torch needs CUDA {torch.version.cuda}; install one for your driver (nvidia-smi)"
+        )
+        return Check("bad", "there are NVIDIA devices, but torch can't use them", fix)
     cores = len(os.sched_getaffinity(0))
     return Check("note", f"no GPU, {cores} cores", "training will run on the CPU")
 
@@ -82,7 +85,7 @@ def _shared_memory() -> Check:
     if free >= needed:
         return Check("ok", text)
     level = "bad" if torch.cuda.device_count() > 1 else "note"
-    return Check(level, text, "NCCL wants more: start the container with --shm-size=1g")
+    return Check(level, text, "NCCL needs more: start the container with --shm-size=1g")
 
 
 def _disk() -> Check:
@@ -90,14 +93,14 @@ def _disk() -> Check:
     text = f"{Path.cwd()} has {free / 2**30:.1f} GiB free"
     if free >= MIN_DISK_BYTES:
         return Check("ok", text)
-    return Check("note", text, "`clue-ds plan` says what a run will need")
+    return Check("note", text, "`clue-ds plan` prints how much a run needs")
 
 
 def _open_files() -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"{soft} files may be open"
-    mend = f"run: ulimit -n {MIN_OPEN_FILES}"
-    return Check("ok", text) if soft >= MIN_OPEN_FILES else Check("note", text, mend)
+    text = f"a process may open {soft} files"
+    fix = f"run: ulimit -n {MIN_OPEN_FILES}"
+    return Check("ok", text) if soft >= MIN_OPEN_FILES else Check("note", text, fix)
 
 
 def _programs() -> list[Check]:
@@ -119,7 +122,7 @@ MACHINE: tuple[Callable[[], Check], ...] = (
 
 
 def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
-    """A run's config (None where it has mistakes), its corpus' fingerprint, and what is wrong."""
+    """A run's config (None if it is invalid), its corpus' fingerprint, and the checks of both."""
     try:
         config = run_config.load(path)
     except UserError as error:
@@ -139,32 +142,34 @@ def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
 
 
 def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
-    """Those that are there already need no more room."""
+    """Whether the disk has space for the checkpoints that don't exist yet."""
     stage = ds_json.zero_stage(ds_json.read(config.deepspeed))
     num_parameters = plan.count_parameters(model)
     size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
     run_dir = Path(config.run_dir)
-    there = len(manifest.published(run_dir / manifest.FOLDER))
-    number = max(1, config.checkpoint.keep + 1 - there)
+    num_existing = len(manifest.published(run_dir / manifest.FOLDER))
+    number = max(1, config.checkpoint.keep + 1 - num_existing)
     parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     text = (
-        f"run_dir {run_dir}: {free / 2**30:.1f} GiB free, and {number} more checkpoints take "
+        f"run_dir {run_dir}: {free / 2**30:.1f} GiB free; {number} more checkpoints take "
         f"{number * size / 2**30:.1f} GiB"
     )
     if not os.access(parent, os.W_OK):
-        return Check("bad", f"run_dir {run_dir}: you may not write to {parent}", "choose another")
+        return Check(
+            "bad", f"run_dir {run_dir}: you may not write to {parent}", "set another run_dir"
+        )
     if free < number * size:
-        return Check("bad", text, "free some, lower checkpoint.keep, or move run_dir")
+        return Check("bad", text, "free some space, lower checkpoint.keep, or set another run_dir")
     return Check("ok", text)
 
 
 def _between_ranks(
     config: RunConfig | None, fingerprint: str, of_rank: Sequence[Check]
 ) -> list[Check]:
-    """Roll call, comparison and all-reduce, as before the first step of a run.
+    """Rendezvous, comparison and all-reduce, as before the first step of a run.
 
-    `of_rank`: what this rank found on its own.
+    `of_rank` are the checks that this rank made on its own.
     """
     health = run_config.DEFAULT_HEALTH if config is None else config.health
     try:
@@ -176,20 +181,22 @@ def _between_ranks(
     lines = dist.all_gather([check.line() for check in of_rank if check.level == "bad"])
     watch.close()
     return [
-        Check("ok", f"all ranks answered, agree and finished an all-reduce: {text}"),
+        Check("ok", f"all ranks answered, have the same setup and finished an all-reduce: {text}"),
         *(Check("bad", f"rank {r}: {line}") for r, bad in enumerate(lines) for line in bad if r),
     ]
 
 
 def main(argv: list[str]) -> None:
-    """Check this machine, or all hosts of a job, and say how to mend what is wrong."""
+    """Check this machine, or all hosts of a job, and print how to fix what is wrong."""
     parser = argparse.ArgumentParser(
         prog="clue-ds doctor",
         description=main.__doc__,
-        epilog="over hosts: clue-ds launch --hostfile F -- doctor",
+        epilog="on several hosts: clue-ds launch --hostfile F -- doctor",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="also check this run: its config, corpus and disk")
+    parser.add_argument(
+        "--config", help="YAML file of a run, whose config, corpus and disk space are checked too"
+    )
     arguments = parser.parse_args(argv)
     with watchdog.reporting(), dist.one_voice():
         config: RunConfig | None = None

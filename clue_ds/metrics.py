@@ -1,11 +1,11 @@
-"""What a run says about itself: meters, the FLOP rule, and the three places it is written to.
+"""The metrics of a run: meters, the FLOP rule, and writers for console, log.jsonl and TensorBoard.
 
-Guarantees: loss and accuracy are over every rank and every step since the last line; throughput
-counts real tokens only, and time spent saving is nobody's throughput; MFU is null where the peak of
-the device is unknown; log.jsonl has one line a step number, resumed or not; only rank 0 writes.
+Guarantees: loss and accuracy cover all ranks and all steps since the last line; throughput counts
+real tokens only and excludes the time spent on saving; MFU is null if the peak of the device is
+unknown; log.jsonl has at most one line per step number, also after a resume; only rank 0 writes.
 
-Rejected: DeepSpeed's flops profiler (it doesn't see flash attention and Triton operators); a sync
-with the device at every step to print a loss that nobody reads.
+Rejected: DeepSpeed's flops profiler (it doesn't see flash attention and Triton operators); a
+synchronization with the device at every step, only to print a loss that nobody reads.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from clue_ds import dist, files
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 
-# Dense tensor-core FLOP/s in bf16 (V100: fp16) with fp32 sums, by a part of the device's name; the
-# first that fits counts, so the longer names come first. NVIDIA's data sheets and white papers.
+# Dense tensor-core FLOP/s in bf16 (V100: fp16) with fp32 sums, by a substring of the device's name.
+# The first match counts, so longer names come first. From NVIDIA's data sheets and white papers.
 PEAK_FLOPS = (
     ("B200", 2250e12),
     ("H100 PCIe", 756e12),
@@ -56,20 +56,20 @@ PEAK_FLOPS = (
 
 
 def flops_per_token(config: ModelConfig, s_eff: float, mask_prob: float) -> float:
-    """Useful FLOPs, forward and backward, that one real token costs; a multiply-add is 2.
+    """Useful FLOPs per real token, forward and backward; a multiply-add counts as 2.
 
     `s_eff` = sum(len^2) / sum(len) over the sequences; `mask_prob` is the share of tokens that the
-    MLM head sees. Padding, head work on other tokens and recomputation earn nothing.
+    MLM head sees. Padding, head work on other tokens and recomputation don't count as useful.
     """
     layers, hidden, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    # 12 h^2 weights a block is the usual FFN of 4 h; ours may be another size.
+    # The usual 12 h^2 weights per block assume a feed-forward size of 4 h; ours may differ.
     weights = 4 * hidden**2 + 2 * hidden * config.intermediate_size
     blocks = layers * (6 * weights + 12 * hidden * s_eff)
     return blocks + mask_prob * 6 * (hidden**2 + hidden * vocab)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a GPU that we know by name; None for the rest, CPUs included."""
+    """Dense bf16 FLOP/s of a GPU whose name is in PEAK_FLOPS; None for other devices and CPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -77,15 +77,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this rank has held: of the GPU, or of the process on a CPU."""
+    """Peak memory of this rank: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux counts ru_maxrss in KiB.
+    # ru_maxrss is in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Meter:
-    """Sums over the steps since the last line, kept on the device until a line is written."""
+    """Sums over the steps since the last log line, kept on the device until a line is written."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -103,25 +103,25 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent in here is waiting for data."""
+        """Count the time in this block as waiting for data."""
         began = time.perf_counter()
         yield
         self._wait += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here counts for nothing (saving a checkpoint)."""
+        """Exclude the time in this block from all rates (saving a checkpoint)."""
         began, began_cpu = time.perf_counter(), time.process_time()
         yield
         self._excluded += time.perf_counter() - began
         self._excluded_cpu += time.process_time() - began_cpu
 
     def add_batch(self, batch: dict[str, Tensor]) -> None:
-        """Count the real tokens of this rank's batch (still on the host)."""
+        """Count the real tokens of this rank's batch, which is still in host memory."""
         self._num_steps += 1
         lengths = batch["lengths"].double()
         self._num_tokens += float(lengths.sum())
-        # Attention costs the square of what attends to each other.
+        # Attention costs the square of a sequence's length, and packed rows hold several sequences.
         sequences = batch["cu_seqlens"].diff().double() if "cu_seqlens" in batch else lengths
         self._sum_squares += float(sequences.square().sum())
         self._num_predicted += float((batch["masked_labels"] >= 0).sum())
@@ -139,9 +139,9 @@ class Meter:
         self._counts.append(num_correct.detach().double())
 
     def flush(self, step: int, grad_norm: float | Tensor) -> dict[str, Any]:
-        """The line after `step` updates, over all since the last line (every rank must call it).
+        """The log line after `step` updates, over the steps since the last line.
 
-        UserError naming the step at which the loss stopped being a number.
+        Every rank must call it. UserError naming the step at which the loss stopped being finite.
         """
         num_steps = self._num_steps
         losses = torch.stack(self._losses).reshape(num_steps, -1).sum(1).tolist()
@@ -172,7 +172,7 @@ class Meter:
             "mfu": mfu,
             "data_wait_ms": 1000 * wait / dist.world_size() / num_steps,
             "seconds_per_step": seconds / num_steps,
-            # Of the processor, with all threads; a mean over the ranks.
+            # Processor time of all threads, averaged over the ranks.
             "cpu_seconds_per_step": cpu / dist.world_size() / num_steps,
             "memory_gib": peak_memory_gib(self.device),
         }
@@ -185,10 +185,10 @@ class Meter:
 
 
 def diverged(what: str) -> str:
-    """The message for a run in which `what` stopped being a number."""
+    """The message for a run in which `what` stopped being finite."""
     return (
-        f"{what}: training diverged. Nothing was saved after the newest checkpoint; start it in a "
-        "new run_dir with a smaller train.lr or more train.warmup_steps"
+        f"{what}: training diverged. Nothing was saved after the newest checkpoint; start again in "
+        "a new run_dir with a smaller train.lr or more train.warmup_steps"
     )
 
 
@@ -196,9 +196,10 @@ def diverged(what: str) -> str:
 
 
 class Writers:
-    """Console, log.jsonl and TensorBoard of rank 0; other ranks write nothing.
+    """Console, log.jsonl and TensorBoard on rank 0; other ranks write nothing.
 
-    `start_step`: updates that the run already has; lines beyond it are removed from log.jsonl.
+    `start_step` is the number of updates made before this start; later lines are removed from
+    log.jsonl.
     """
 
     def __init__(
@@ -217,12 +218,12 @@ class Writers:
         self._tensorboard = _tensorboard(run_dir, start_step) if tensorboard else None
 
     def note(self, text: str) -> None:
-        """A sentence for the person at the console."""
+        """Print a sentence to the console."""
         if self._open:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line (from Meter.flush, plus lr and samples) everywhere."""
+        """Write one line (from Meter.flush, plus lr and samples) to all three places."""
         if not self._open:
             return
         line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
@@ -243,7 +244,7 @@ class Writers:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the lines after `step`, and a last line that a crash cut; returns what stays."""
+    """Remove the lines after `step`, and a last line cut off by a crash; returns the rest."""
     if not path.exists():
         return []
     kept = []
@@ -259,7 +260,7 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def format_line(line: dict[str, Any], total_steps: int) -> str:
-    """One line for a person, 100 columns or so; rich markup."""
+    """A line for the console with rich's markup, about 100 columns wide."""
     width = len(str(total_steps))
     mfu = "" if line["mfu"] is None else f"  mfu [green]{line['mfu']:.1%}[/]"
     pair = f"pair [cyan]{line['pair_accuracy']:6.2%}[/]  " if "pair_accuracy" in line else ""
@@ -285,10 +286,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def _console() -> Any:
-    """rich, which leaves colours out where nobody sees them (a file, the deepspeed launcher)."""
+    """A rich console, which omits colours when the output is not a terminal."""
     from rich.console import Console
 
-    # Without a terminal rich would fold lines at 80 columns.
+    # Without a terminal rich would wrap lines at 80 columns.
     columns = os.environ.get("COLUMNS")
     plain = Console()
     return plain if plain.is_terminal or columns else Console(width=200)

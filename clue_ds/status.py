@@ -1,4 +1,4 @@
-"""`clue-ds status RUN`: where a run stands, from its files alone, on any machine that sees them."""
+"""`clue-ds status RUN`: the progress of a run, read from its files on any machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clue_ds.metrics import format_seconds
 
 
 def status(run: tyro.conf.Positional[Path]) -> None:
-    """Where a run stands: step, speed, time left, newest checkpoint, alive or not.
+    """Show the progress of a run: step, speed, time left, newest checkpoint, and if it is running.
 
     Args:
         run: the run's directory
@@ -26,9 +26,11 @@ def status(run: tyro.conf.Positional[Path]) -> None:
 
 
 def describe(run: Path) -> list[str]:
-    """One line a fact."""
+    """One fact per line."""
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml; give a run_dir of a pretrain")
+        raise UserError(
+            f"{run} is not a run: it has no config.yaml; give the run_dir of a pretraining run"
+        )
     config = run_config.load(run / "config.yaml")
     line = _last_line(run / "log.jsonl")
     step = 0 if line is None else line["step"]
@@ -39,7 +41,7 @@ def describe(run: Path) -> list[str]:
         mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
         lines.append(
             f"speed       {line['tokens_per_second']:,.0f} tokens/s, "
-            f"{line['seconds_per_step']:.3f} s a step{mfu}; loss {line['loss']:.4f}"
+            f"{line['seconds_per_step']:.3f} s per step{mfu}; loss {line['loss']:.4f}"
         )
         lines.append(f"time left   {format_seconds(left)}" if left else "time left   none: done")
     newest = manifest.published(run / manifest.FOLDER)
@@ -49,7 +51,7 @@ def describe(run: Path) -> list[str]:
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The last complete line; one that is being written doesn't count."""
+    """The last complete line; one that is still being written is ignored."""
     if not path.is_file():
         return None
     for text in reversed(path.read_text(encoding="utf-8").splitlines()):
@@ -66,8 +68,8 @@ def _alive(run: Path, is_done: bool) -> str:
         age = time.time() - path.stat().st_mtime
         process = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return "no, it is done" if is_done else "no; the same pretrain command continues it"
-    where = f"rank 0 is process {process['pid']} on {process['host']}"
+        return "no, it is done" if is_done else "no; to continue, start the same pretrain command"
+    where = f"process {process['pid']} on {process['host']}"
     if age < run_lock.SECONDS_UNTIL_DEAD:
-        return f"yes; {where}"
-    return f"no, it ended without a word {format_seconds(age)} ago; {where}"
+        return f"yes; rank 0 is {where}"
+    return f"no, its run lock was last renewed {format_seconds(age)} ago; rank 0 was {where}"

@@ -69,7 +69,8 @@ def test_what_a_step_sends() -> None:
     """Units of 2 bytes a parameter, of which a ring passes on all but one of 8 parts."""
     million = 10**6
     units = [
-        plan.communication_bytes(million, "bf16", stage, 8, num_parts=4) / (2 * million * 7 / 8)
+        plan.communication_bytes(million, "bf16", stage, 8, num_micro_batches=4)
+        / (2 * million * 7 / 8)
         for stage in plan.STAGES
     ]
     assert units == [2, 3, 9, 12]
@@ -121,12 +122,12 @@ def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     plan.plan(path, gpus=16)
     text = capsys.readouterr().out
     assert "16 GPUs on 2 nodes" in text
-    assert "512 sequences = 16 ranks x 4 parts x 8" in text
+    assert "512 sequences = 16 ranks x 4 micro-batches x 8" in text
     assert "512 samples, 8,192 tokens" in text
     assert "recommended deepspeed: zero0; the model fits" in text
     assert "at 25 GB/s" in text
     assert "8 ranks build the model in fp32 first" in text
-    assert "GiB a rank, libraries and copies of gradients included" in text
+    assert "GiB per rank, libraries and copies of gradients included" in text
     with pytest.raises(UserError, match="not divisible"):
         plan.plan(path, gpus=24)
     with pytest.raises(UserError, match="gpu 'B1' is not known"):

@@ -35,14 +35,14 @@ def test_status_of_a_run_done_alive_and_dead(
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
     old = time.time() - 3_700
     os.utime(sign, (old, old))
-    assert "no, it ended without a word 1:01:40 ago" in "\n".join(status.describe(run))
+    assert "no, its run lock was last renewed 1:01:40 ago" in "\n".join(status.describe(run))
     sign.unlink()
     assert "no, it is done" in "\n".join(status.describe(run))
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         status.describe(tmp_path)
 
 
-def test_a_check_that_fails_ends_with_its_mend() -> None:
+def test_a_check_that_fails_ends_with_its_fix() -> None:
     line = doctor.Check("bad", "/dev/shm has 1 MiB free", "start it with --shm-size=1g").line()
     assert line == "bad   /dev/shm has 1 MiB free; start it with --shm-size=1g"
 
@@ -60,7 +60,7 @@ def test_doctor_checks_a_run(tmp_path: Path, sample_text: str) -> None:
     run_config.save(many, tmp_path / "many.yaml")
     *_, room = doctor._about_run(str(tmp_path / "many.yaml"))[2]
     assert room.level == "bad" and "1000000000 more checkpoints" in room.what
-    assert "lower checkpoint.keep" in room.mend
+    assert "lower checkpoint.keep" in room.fix
 
     gone = config.model_dump() | {"data": {"corpus": str(tmp_path / "nowhere")}}
     run_config.save(run_config.validate(gone, "test"), tmp_path / "gone.yaml")

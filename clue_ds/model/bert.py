@@ -1,4 +1,4 @@
-"""Post-LN BERT for pretraining, with Hugging Face's parameter names and about half of its arithmetic.
+"""Post-LN BERT for pretraining, with Hugging Face's parameter names and half of its arithmetic.
 
 B: sequences   S: positions   P: predictions per sequence   R: positions kept by the last block
 H: hidden size   V: vocabulary   D: sequences in a packed row
