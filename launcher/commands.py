@@ -2,12 +2,12 @@
 
     local     deepspeed's launcher on this machine
     hostfile  deepspeed's launcher over pdsh and ssh, or over OpenMPI
-    slurm     srun, one task a rank; or one a node with deepspeed's launcher in it (--no_ssh);
-              or deepspeed's launcher, which calls srun itself
+    slurm     srun with one task per rank; srun with one task per node, which runs deepspeed's
+              launcher (--no_ssh); or deepspeed's launcher, which calls srun itself
     mpi       mpirun
 
 Guarantees: a command depends only on the arguments and the environment; nothing is started here.
-Every way ends in the same module with the same arguments, so that ranks can't tell the difference.
+Each way starts the same module with the same arguments, so ranks behave alike.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from . import hosts as machines
 from .errors import LaunchError
 from .hosts import Host
 
-# Verbs that run on all ranks, and the module of a rank; the others are one process.
+# Verbs that run on all ranks, and the module that a rank runs.
 ON_RANKS = {
     "pretrain": "clue_ds.pretrain.train",
     "finetune": "clue_ds.tasks.finetune.command",
     "predict": "clue_ds.tasks.predict.command",
     "doctor": "clue_ds.doctor",
 }
+# Verbs that run as one process.
 ONE_PROCESS = ("shard", "export")
-# Several processes share the work only if MPI started them.
+# Of those, the verbs whose processes share the work if MPI started several.
 ALSO_OVER_MPI = ("shard",)
 
 SWEEP = str(Path(__file__).with_name("sweep.py"))
 RUN_MODULE = str(Path(__file__).with_name("run_module.py"))
 
-# USR1 is ignored until a rank has its own handler: it would end a Python that is still importing,
-# and deepspeed's launcher, which has none. An ignored signal stays ignored across exec.
+# USR1 is ignored until a rank has its own handler. Otherwise it would end a Python process that is
+# still importing, and deepspeed's launcher, which has no handler. exec keeps a signal ignored.
 IGNORE_USR1 = """trap '' USR1; exec "$@\""""
-# $SLURM_NODEID must be read in the task; in the command line the batch shell would replace it.
+# $SLURM_NODEID must be expanded in the task; on the command line the batch shell would expand it.
 IGNORE_USR1_ON_NODE = """trap '' USR1; exec "$@" --node_rank="$SLURM_NODEID" $REST"""
 
 
 @dataclass
 class Options:
-    """What the user asked for, beyond where to run."""
+    """The user's options, besides where to run."""
 
     launcher: str | None = None
     per: str = "rank"
@@ -57,11 +58,12 @@ class Options:
 
 @dataclass
 class Job:
-    """A command and all that is needed to run it and to end it.
+    """A command and everything that is needed to run it and to end it.
 
-    `variables`: added to the environment; `removed`: taken out of it; `env_file`: what DeepSpeed
-    exports to other machines; `hostfile`: written before the start; `sweeps`: commands that end
-    what is left on other machines; `num_ranks`: 0 where ranks don't report.
+    `variables` are added to the environment and `removed` are removed from it. `env_file` holds the
+    variables that DeepSpeed exports to other machines. `hostfile`: whether a hostfile is written
+    before the start. `sweeps` are commands that end leftover processes on other machines.
+    `num_ranks` is 0 if the ranks don't report their end.
     """
 
     command: list[str]
@@ -94,21 +96,23 @@ def _verb_by_deepspeed(verb: list[str]) -> list[str]:
 
 
 def one_process(verb: list[str]) -> Job:
-    """A verb that makes its own use of the machine's cores and devices."""
+    """A verb that uses the machine's cores and devices by itself."""
     return Job([sys.executable, *module_arguments(verb)], {}, num_ranks=0)
 
 
 def local(verb: list[str], num_ranks: int, port: int, options: Options, user: env.Variables) -> Job:
-    """`num_ranks` ranks on this machine; nothing listens beyond loopback."""
-    # Without it DeepSpeed looks for a hostfile of the machine's and would start ssh.
+    """`num_ranks` ranks on this machine, which listen on the loopback interface only."""
+    # Otherwise DeepSpeed would look for /job/hostfile and use ssh.
     command = [*_deepspeed(port, options), "--hostfile=/dev/null"]
     removed: tuple[str, ...] = ()
     chosen = user.get("CUDA_VISIBLE_DEVICES", "")
     if chosen and machines.num_local_devices(user):
         devices = chosen.split(",")[:num_ranks]
         if not all(name.strip().isdigit() for name in devices):
-            raise LaunchError(f"CUDA_VISIBLE_DEVICES={chosen}: DeepSpeed takes device numbers only")
-        # With --num_gpus DeepSpeed would forget the choice and take the first devices.
+            raise LaunchError(
+                f"CUDA_VISIBLE_DEVICES={chosen}: DeepSpeed takes device numbers only; write those"
+            )
+        # With --num_gpus DeepSpeed would ignore the choice and use the first devices.
         command.append(f"--include=localhost:{','.join(devices)}")
         removed = ("CUDA_VISIBLE_DEVICES",)
     else:
@@ -131,11 +135,11 @@ def hostfile(
     options: Options,
     user: env.Variables,
 ) -> Job:
-    """One rank a slot on every host of a hostfile."""
+    """One rank per slot on every host of a hostfile."""
     command = _deepspeed(port, options)
     launcher = options.launcher or "pdsh"
     command += [f"--hostfile={path.resolve()}", f"--launcher={launcher}"]
-    # Our own check asked every host; DeepSpeed's asks the first.
+    # We have checked every host already; DeepSpeed's own check asks only the first.
     command += [f"--master_addr={address}", "--force_multi", "--no_ssh_check"]
     variables = env.defaults(max(host.slots for host in hosts), user)
     if options.interface:
@@ -148,8 +152,8 @@ def hostfile(
     else:
         if not options.interface:
             raise LaunchError(
-                "OpenMPI must be told which network joins the hosts, and DeepSpeed would say eth0; "
-                "add --interface NAME (`ip -brief address` lists them)"
+                "OpenMPI needs the network interface that connects the hosts, and DeepSpeed would "
+                "use eth0; add --interface NAME (`ip -brief address` lists the names)"
             )
         include = [
             word
@@ -175,12 +179,12 @@ def _sweep_words() -> list[str]:
 
 
 def _for_pdsh(argument: str) -> str:
-    """An argument that survives DeepSpeed's quoting, pdsh's % and the shell at the other end."""
+    """Quote an argument for DeepSpeed's own quoting, pdsh's % and the shell of the other host."""
     argument = argument.replace("%", "%%")
     if " " not in argument:
         return shlex.quote(argument)
-    if env.CHANGED_BY_A_SHELL.search(argument):  # DeepSpeed puts it in double quotes
-        raise LaunchError(f"{argument!r} can't be passed over pdsh; write it into the config file")
+    if env.CHANGED_BY_A_SHELL.search(argument):  # DeepSpeed puts double quotes around it
+        raise LaunchError(f"{argument!r} can't be passed over pdsh; put it into the config file")
     return argument
 
 
@@ -196,13 +200,13 @@ def slurm(
 ) -> Job:
     """Ranks in a Slurm allocation, started by srun."""
     srun = ["srun", "--kill-on-bad-exit=1", "--input=none"]
-    # Since Slurm 22.05 srun doesn't take it over from sbatch.
+    # Since Slurm 22.05 srun doesn't inherit it from sbatch.
     cores = user.get("SLURM_CPUS_PER_TASK")
     if verb[0] not in ON_RANKS:
         one = [*srun, "--nodes=1", "--ntasks=1"] + ([f"--cpus-per-task={cores}"] if cores else [])
         return Job([*one, sys.executable, *module_arguments(verb)], {}, num_ranks=0)
     num_ranks = len(nodes) * ranks_per_node
-    # srun hands its own environment to the ranks.
+    # srun passes its own environment to the ranks.
     variables = {**env.defaults(ranks_per_node, user), **env.read_deepspeed_env(user)}
     variables["MASTER_ADDR"] = address
     variables |= {"MASTER_PORT": str(port), env.MAX_RESTARTS_VARIABLE: str(options.max_restarts)}
@@ -221,7 +225,7 @@ def slurm(
         if options.launcher == "slurm":
             runner += ["--launcher=slurm", "--force_multi", "--no_ssh_check"]
             runner += [f"--launcher_args={shlex.join(srun[1:])}", RUN_MODULE, ON_RANKS[verb[0]]]
-            # Its own reader of .deepspeed_env fails on comments.
+            # DeepSpeed's reader of .deepspeed_env fails on comments.
             variables["DS_ENV_FILE"] = "/dev/null"
             removed = ("DS_ENV_FILE",)
             return Job([*runner, *verb[1:]], variables, num_ranks, hosts, removed, hostfile=True)
@@ -238,12 +242,12 @@ def slurm(
 def mpi(
     verb: list[str], num_ranks: int | None, port: int, options: Options, user: env.Variables
 ) -> Job:
-    """mpirun on this machine, or, without a number, on all slots that a batch system gave it."""
+    """mpirun on this machine or, without a number, on all slots of a batch system's allocation."""
     command = ["mpirun", *(["-n", str(num_ranks)] if num_ranks else [])]
     command += ["--bind-to", "core"] if options.bind_cores else []
     variables = {**env.defaults(num_ranks or 1, user), **_as_root()}
     if num_ranks and verb[0] in ON_RANKS:
-        # Otherwise mpi4py tells the ranks where rank 0 is.
+        # Otherwise mpi4py gives the ranks the address of rank 0.
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables |= env.interface(options.interface or "lo")
     elif options.interface:
@@ -253,7 +257,7 @@ def mpi(
 
 
 def _as_root() -> dict[str, str]:
-    """OpenMPI refuses root, who is the only user of many containers."""
+    """Let OpenMPI run as root, which is the only user in many containers."""
     if os.geteuid():
         return {}
     return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -1,8 +1,9 @@
-"""What the ranks find in their environment: ours, what the user set, and `.deepspeed_env`.
+"""The environment of the ranks: our defaults, the user's variables, and `.deepspeed_env`.
 
-Guarantees: what the user set wins over our defaults; two jobs of one machine don't take the same
-port; `.deepspeed_env` may have comments and blank lines (DeepSpeed's own reader crashes on them),
-and a value that a remote shell would change is refused; only names from an allow-list are printed.
+Guarantees: the user's variables take precedence over our defaults; two jobs on one machine don't
+use the same port; `.deepspeed_env` may contain comments and blank lines (DeepSpeed's own reader
+crashes on them); a value that a remote shell would change is refused; only names on an allow-list
+are printed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_RESTARTS_VARIABLE = "CLUE_DS_MAX_RESTARTS"
 # Below the ports that a kernel gives to outgoing connections.
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 
-# What a remote rank gets of the user's environment, by the beginning of a name.
+# Prefixes of the variables that ranks on other machines get from the user's environment.
 FORWARDED = (
     *("NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_", "DS_", "UCX_"),
     *("CLUE_DS_", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_", "PYTHONSAFEPATH"),
@@ -41,24 +42,24 @@ PRINTED = (*FORWARDED, "MASTER_ADDR", "MASTER_PORT", "PDSH_SSH_ARGS_APPEND", "OM
 
 Variables = dict[str, str]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# DeepSpeed puts other values in double quotes; there a shell still replaces these.
+# DeepSpeed puts values in double quotes, where a shell still interprets these characters.
 CHANGED_BY_A_SHELL = re.compile(r'["$`\\\n!]')
 
 
 def job_id() -> str:
-    """A name for this start of a job that no other has."""
+    """A unique name for this start of a job."""
     return secrets.token_hex(8)
 
 
 def defaults(ranks_per_host: int, environment: dict[str, str]) -> dict[str, str]:
-    """Variables that every rank should have, unless the user chose otherwise."""
+    """Variables for every rank, which the user's own variables override."""
     chosen = {
-        # Each rank takes its share of the cores; together they would otherwise take N times all.
+        # Each rank uses its share of the cores; otherwise each of them would use all.
         "OMP_NUM_THREADS": str(max(1, num_cores() // ranks_per_host)),
-        # Without it a folder `kernels/` in the working directory hides packages of that name.
+        # Otherwise a folder `kernels/` in the working directory would hide packages of that name.
         "PYTHONSAFEPATH": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Otherwise every rank that loses another prints twenty lines of C++.
+        # Otherwise every rank that loses its connection to another prints a C++ stack trace.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not num_local_devices(environment):
@@ -67,21 +68,21 @@ def defaults(ranks_per_host: int, environment: dict[str, str]) -> dict[str, str]
 
 
 def interface(name: str) -> dict[str, str]:
-    """Variables that make NCCL and gloo use one network interface."""
+    """Variables that make NCCL and gloo use a given network interface."""
     return {"NCCL_SOCKET_IFNAME": name, "GLOO_SOCKET_IFNAME": name}
 
 
 def hosts_variable(hosts: list[Host]) -> str:
-    """The value of HOSTS_VARIABLE; ranks use it to name a host that never answered."""
+    """The value of HOSTS_VARIABLE, which tells ranks the name of a host that never answers."""
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
 @contextlib.contextmanager
 def reserved_port(seed: str, is_here: bool = True) -> Iterator[int]:
-    """A free port, kept from other launchers of this machine while the block runs.
+    """A free port, reserved against other launchers on this machine while the block runs.
 
-    `seed`: where the search begins, so that jobs of other machines rarely meet; `is_here`: whether
-    the port will be used on this machine, so that it can be tried.
+    `seed` determines where the search begins, so that jobs on other machines rarely try the same
+    port. `is_here`: whether the port will be used on this machine and can be tested.
     """
     start = zlib.crc32(seed.encode()) % NUM_PORTS
     if not is_here:
@@ -97,11 +98,14 @@ def reserved_port(seed: str, is_here: bool = True) -> Iterator[int]:
                 finally:
                     path.unlink(missing_ok=True)
                 return
-    raise LaunchError(f"no free TCP port from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1}")
+    raise LaunchError(
+        f"no TCP port is free from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1}; end the jobs "
+        "that use them"
+    )
 
 
 def _is_locked(descriptor: int) -> bool:
-    """Whether the lock is ours now."""
+    """Try to lock an open file without waiting; returns whether it worked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +124,7 @@ def _is_free(port: int) -> bool:
 
 
 def read_deepspeed_env(environment: dict[str, str]) -> dict[str, str]:
-    """The user's NAME=value lines from ~/.deepspeed_env and ./.deepspeed_env; the second wins."""
+    """The NAME=value lines of ~/.deepspeed_env and ./.deepspeed_env; the second overrides."""
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     values = {}
     for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)):
@@ -134,7 +138,7 @@ def read_deepspeed_env(environment: dict[str, str]) -> dict[str, str]:
             key, value = key.strip(), value.strip()
             if not equals or not NAME.fullmatch(key):
                 raise LaunchError(f"{path}, line {number}: write NAME=value")
-            # One pair of quotes around a whole value is what a shell would take away.
+            # Remove one pair of quotes around the whole value, as a shell would.
             if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
                 value = value[1:-1]
             values[key] = value
@@ -142,17 +146,17 @@ def read_deepspeed_env(environment: dict[str, str]) -> dict[str, str]:
 
 
 def forwarded(environment: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that goes to ranks on other machines."""
+    """The variables that ranks on other machines get."""
     return {k: v for k, v in environment.items() if k.startswith(FORWARDED)}
 
 
 def write_env_file(path: Path, values: dict[str, str]) -> None:
-    """A `.deepspeed_env` that DeepSpeed 0.19.8 reads as it was meant."""
+    """Write a `.deepspeed_env` that DeepSpeed 0.19.8 reads correctly."""
     for key, value in values.items():
         if CHANGED_BY_A_SHELL.search(value):
             raise LaunchError(
-                f'the value of {key} has one of " $ ` \\ ! or a line break in it, which a shell on '
-                "the other hosts would change; take it out, or unset the variable"
+                f'the value of {key} contains one of " $ ` \\ ! or a line break, which a shell on '
+                "the other hosts would change; remove it, or unset the variable"
             )
     text = "".join(f"{key}={value}\n" for key, value in sorted(values.items()))
     path.touch(mode=0o600)
@@ -160,7 +164,7 @@ def write_env_file(path: Path, values: dict[str, str]) -> None:
 
 
 def printable(environment: dict[str, str]) -> dict[str, str]:
-    """What --dry-run shows of an environment: an allow-list, and nothing that may be a secret."""
+    """The variables that --dry-run prints: those on an allow-list that can't be secrets."""
     return {
         key: value
         for key, value in sorted(environment.items())

@@ -1,7 +1,10 @@
-"""A user's mistake, met before anything was started; the launcher may import nothing of ours."""
+"""The launcher's error class, because the launcher may not import clue_ds.errors."""
 
 from __future__ import annotations
 
 
 class LaunchError(Exception):
-    """What is wrong, where, and what to do next; ends with status 2."""
+    """A user's mistake, found before anything was started. The exit status is 2.
+
+    The message is what is wrong, where, and what to do next.
+    """

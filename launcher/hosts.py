@@ -1,8 +1,8 @@
 """Which machines a job may use: a hostfile, a Slurm allocation, or this machine.
 
-Guarantees: a hostfile that is missing, empty, repeats a host or has a line that DeepSpeed would not
-read is an error with its line, before DeepSpeed can fall back to one local process and return 0;
-every host answered ssh before a rank is started on any of them.
+Guarantees: a hostfile that is missing or empty, repeats a host, or has a line that DeepSpeed can't
+read is an error with the line's number (DeepSpeed would start one local process and return 0).
+Every host must answer ssh before a rank is started on any of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOSTFILE_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 EXAMPLE = "a line looks like: node-1 slots=8"
 SECONDS_FOR_SSH = 10
-# No question that nobody could answer; and a link that is cut ends the session in 10 s.
+# Never ask for a password, which nobody could enter; end the session 10 s after a link breaks.
 SSH_OPTIONS = (
     *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_FOR_SSH}"),
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2"),
@@ -30,7 +30,7 @@ SSH_OPTIONS = (
 
 
 class Host(NamedTuple):
-    """A machine and the number of ranks it gets."""
+    """A machine and the number of ranks that it runs."""
 
     name: str
     slots: int
@@ -49,14 +49,18 @@ def read_hostfile(path: Path) -> list[Host]:
         where = f"hostfile {path}, line {number}"
         match = HOSTFILE_LINE.fullmatch(line)
         if match is None:
-            raise LaunchError(f"{where}: {line!r} is not understood; {EXAMPLE}")
+            raise LaunchError(f"{where}: {line!r} is not a valid line; {EXAMPLE}")
         host = Host(match["host"], int(match["slots"]))
         if not HOST_NAME.fullmatch(host.name):
-            raise LaunchError(f"{where}: {host.name!r} is no host name; {EXAMPLE}")
+            raise LaunchError(f"{where}: {host.name!r} is not a host name; {EXAMPLE}")
         if host.slots < 1:
-            raise LaunchError(f"{where}: {host.name} has no slots; give one a rank, or delete it")
+            raise LaunchError(
+                f"{where}: {host.name} has no slots; give it one per rank, or delete it"
+            )
         if host.name in hosts:
-            raise LaunchError(f"{where}: {host.name} stands there twice; add up its slots")
+            raise LaunchError(
+                f"{where}: {host.name} appears twice; keep one line with all its slots"
+            )
         hosts[host.name] = host
     if not hosts:
         raise LaunchError(f"hostfile {path} names no host; {EXAMPLE}")
@@ -69,19 +73,19 @@ def _refuse_loopback(path: Path, names: list[str]) -> None:
     for name in names:
         if name == "localhost" or name.startswith("127."):
             raise LaunchError(
-                f"hostfile {path}: {name} means another machine on every machine; write the name "
-                "by which the other hosts reach it"
+                f"hostfile {path}: {name} is a different machine on every host; write the name by "
+                "which the other hosts reach it"
             )
 
 
 def addresses(hosts: list[Host]) -> dict[str, list[str]]:
-    """Each host's own addresses, asked over ssh, all at once.
+    """The addresses of each host, from `hostname -I` over ssh on all hosts at once.
 
-    LaunchError listing every host that doesn't answer, with what ssh said.
+    LaunchError lists every host that doesn't answer, with the message of ssh.
     """
     asked = {}
     for host in hosts:
-        # Files, because a full pipe would block a chatty host.
+        # Files instead of pipes, because a full pipe would block a host that prints a lot.
         files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         command = ["ssh", *SSH_OPTIONS, host.name, "hostname", "-I"]
         stdin, (stdout, stderr) = subprocess.DEVNULL, files
@@ -112,25 +116,25 @@ def addresses(hosts: list[Host]) -> dict[str, list[str]]:
 
 
 def master_address(host: str, own: list[str]) -> str:
-    """The address of `host` that the others can use; `own`: all that it has."""
+    """An address of `host` that the other hosts can use; `own` are all its addresses."""
     try:
         resolved = socket.gethostbyname(host)
     except OSError:
         resolved = ""
-    # Debian maps a machine's own name to 127.0.1.1, which means nothing elsewhere.
+    # Debian maps a machine's own name to 127.0.1.1, which other hosts can't use.
     if resolved in own or not own:
         return resolved or host
     return next((a for a in own if ipaddress.ip_address(a).version == 4), own[0])
 
 
 def slurm_nodes(environment: dict[str, str]) -> list[str]:
-    """Node names of this allocation, in Slurm's order."""
+    """The names of the nodes of this allocation, in Slurm's order."""
     names = environment.get("SLURM_JOB_NODELIST", "")
     return _ask_slurm("show", "hostnames", names).split()
 
 
 def slurm_address(node: str) -> str:
-    """A node's address, from Slurm, because its name need not resolve."""
+    """A node's address according to Slurm, because its name need not resolve."""
     match = re.search(r"NodeAddr=(\S+)", _ask_slurm("-o", "show", "node", node))
     return match[1] if match else node
 
@@ -140,13 +144,15 @@ def _ask_slurm(*arguments: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
-        raise LaunchError("this looks like a Slurm job, but scontrol is not in PATH") from None
+        raise LaunchError(
+            "this looks like a Slurm job, but scontrol is not in PATH; add Slurm's commands to it"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise LaunchError(f"{' '.join(command)} failed: {error.stderr.strip()}") from None
 
 
 def num_local_devices(environment: dict[str, str]) -> int:
-    """GPUs that this process may use; 0 without one. Asking torch would need torch."""
+    """The number of GPUs that this process may use, found without torch."""
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if not present or visible is None:

@@ -1,11 +1,12 @@
-"""`clue-ds launch ... -- VERB ...`: finds out where it is, and starts the verb there.
+"""`clue-ds launch ... -- VERB ...`: detects where it runs and starts the verb on the ranks there.
 
-In this order, unless an option says otherwise: already a rank of mpirun or srun (become the verb);
-a Slurm job (srun); DeepSpeed's own hostfile /job/hostfile; this machine.
+Unless an option chooses, it tests in this order whether it is a rank of mpirun or srun (it then
+becomes the verb), is in a Slurm job (srun), finds DeepSpeed's hostfile /job/hostfile, or else uses
+this machine.
 
-Guarantees: the exit status is true (processes.py says how), a mistake in the hostfile is one
-message before anything runs, --dry-run prints the command and starts nothing. Standard library
-only: it must start on a login node that has no torch.
+Guarantees: the exit status is that of the ranks (see processes.py), a mistake in the hostfile gives
+one message before anything runs, and --dry-run prints the command and starts nothing. Standard
+library only, because it must start on a login node without torch.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ RANK_OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 EXAMPLES = """\
 examples:
-  clue-ds launch -- pretrain --config run.yaml                  what is here: Slurm job, GPUs, CPU
+  clue-ds launch -- pretrain --config run.yaml                  Slurm job, GPUs or CPU: detected
   clue-ds launch --local 2 -- pretrain --config run.yaml        2 ranks on this machine
-  clue-ds launch --hostfile hosts -- pretrain --config run.yaml ranks on several machines, by ssh
+  clue-ds launch --hostfile hosts -- pretrain --config run.yaml ranks on several hosts, by ssh
   clue-ds launch --slurm --requeue -- pretrain --config run.yaml   inside an sbatch file
   clue-ds launch --mpi 4 -- shard text/*.txt --vocab vocab.txt --output corpus
 
-exit status: 0 finished, 2 a mistake of yours, 70 a rank raised an error, 71 a rank died,
-72 a rank hangs, 73 a host doesn't answer, 75 stopped on request and saved (start it again to
-continue), 93 restarted too often without a new checkpoint."""
+exit status: 0 finished; 2 a mistake in the command, config or data; 70 a rank raised an error;
+71 a rank died; 72 a rank hangs; 73 a host doesn't answer; 75 saved and stopped on request (start it
+again to continue); 93 too many restarts without a new checkpoint."""
 
 
 def main(argv: list[str]) -> None:
-    """Run a verb on the ranks of a machine, of several, or of a batch job."""
+    """Run a verb on the ranks of one machine, of several hosts, or of a batch job."""
     try:
         status = _launch(_parse(argv))
     except LaunchError as error:
@@ -53,53 +54,59 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="clue-ds launch",
-        description="Run a verb on the ranks of a machine, of several, or of a batch job.",
+        description="Run a verb on the ranks of one machine, of several hosts, or of a batch job.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    place = parser.add_argument_group("where (left out: it finds out)")
+    place = parser.add_argument_group("where to run (detected by default)")
     where = place.add_mutually_exclusive_group()
     where.add_argument(
-        "--local", type=int, metavar="N", help="N ranks here: one a GPU, any number on a CPU"
+        "--local",
+        type=int,
+        metavar="N",
+        help="N ranks on this machine: one per GPU, or any number on a CPU",
     )
     where.add_argument(
-        "--hostfile", type=Path, metavar="F", help="hosts by ssh; lines like: node-1 slots=8"
+        "--hostfile",
+        type=Path,
+        metavar="F",
+        help="several hosts by ssh; one line per host: node-1 slots=8",
     )
-    where.add_argument("--slurm", action="store_true", help="srun, inside an allocation")
+    where.add_argument("--slurm", action="store_true", help="srun, inside a Slurm job")
     where.add_argument(
         "--mpi",
         type=int,
         nargs="?",
         const=0,
         metavar="N",
-        help="mpirun, with N ranks on this machine",
+        help="mpirun, with N ranks on this machine or all slots of the batch job",
     )
     parser.add_argument(
         "--launcher",
         choices=("pdsh", "openmpi", "slurm"),
-        help="how DeepSpeed starts ranks: with --hostfile pdsh (default) or openmpi; in a Slurm "
-        "job slurm (default: our own srun, which needs no DeepSpeed launcher)",
+        help="DeepSpeed's way of starting ranks: pdsh (default) or openmpi with --hostfile; slurm "
+        "in a Slurm job, where the default is srun without DeepSpeed's launcher",
     )
     parser.add_argument(
         "--per",
         choices=("rank", "node"),
         default="rank",
-        help="with --slurm: one srun task a rank, or one a node with DeepSpeed's launcher in it",
+        help="with --slurm: one srun task per rank, or one per node that runs DeepSpeed's launcher",
     )
-    parser.add_argument("--interface", metavar="NAME", help="network interface of NCCL and gloo")
+    parser.add_argument("--interface", metavar="NAME", help="network interface for NCCL and gloo")
     parser.add_argument("--bind-cores", action="store_true", help="bind each rank to its own cores")
     parser.add_argument(
         "--requeue",
         action="store_true",
-        help="with --slurm: when ranks saved and stopped early, put the job back into the queue",
+        help="with --slurm: put the job back into the queue when the ranks saved and stopped early",
     )
     parser.add_argument(
         "--max-restarts",
         type=int,
         default=3,
         metavar="N",
-        help="with --slurm: give up after N restarts without a new checkpoint (3)",
+        help="with --slurm: stop after N restarts in a row without a new checkpoint (default: 3)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the command instead of running it"
@@ -108,7 +115,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "verb",
         nargs=argparse.REMAINDER,
         metavar="-- VERB ...",
-        help=f"after two dashes: {', '.join((*ON_RANKS, *ONE_PROCESS))}, and its arguments",
+        help=f"one of {', '.join((*ON_RANKS, *ONE_PROCESS))} with its arguments, after two dashes",
     )
     return _check(parser, parser.parse_args(argv))
 
@@ -122,18 +129,21 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ar
         parser.error(f"after -- give one of: {', '.join(known)}; not {given}")
     verb = arguments.verb[0]
     if arguments.local is not None and arguments.local < 1:
-        parser.error(f"--local {arguments.local}: there must be at least one rank")
+        parser.error(f"--local {arguments.local}: give at least one rank")
     if verb in ONE_PROCESS:
         if arguments.hostfile is not None or (arguments.local or 1) > 1:
-            parser.error(f"{verb} is one process, which uses the cores and devices by itself")
+            parser.error(
+                f"{verb} is one process, which uses all cores and devices by itself; leave out "
+                "--hostfile and --local"
+            )
         if arguments.mpi is not None and verb not in ALSO_OVER_MPI:
-            parser.error(f"{verb} is one process; over MPI there are: {', '.join(ALSO_OVER_MPI)}")
+            parser.error(f"{verb} is one process; --mpi works with: {', '.join(ALSO_OVER_MPI)}")
     if arguments.launcher in ("pdsh", "openmpi") and arguments.hostfile is None:
         parser.error(f"--launcher {arguments.launcher} needs --hostfile")
     if arguments.launcher == "slurm" and (not _finds_slurm(arguments) or arguments.per == "node"):
-        parser.error("--launcher slurm is for a Slurm job, and starts one task a rank")
+        parser.error("--launcher slurm works in a Slurm job only, and without --per node")
     if arguments.requeue and not _finds_slurm(arguments):
-        parser.error("--requeue is for a Slurm job; use it inside an sbatch file")
+        parser.error("--requeue works in a Slurm job only; use it inside an sbatch file")
     return arguments
 
 
@@ -143,7 +153,7 @@ def _finds_slurm(arguments: argparse.Namespace) -> bool:
 
 
 def _is_rank(user: environment.Variables) -> bool:
-    """Whether mpirun or srun has started this very process as one of several ranks."""
+    """Whether mpirun or srun has started this process as one of several ranks."""
     if any(name in user for name in RANK_OF_MPI):
         return True
     return int(user.get("SLURM_STEP_NUM_TASKS", "1")) > 1
@@ -220,14 +230,14 @@ def _on_hosts(
 def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment.Variables) -> int:
     if "SLURM_JOB_ID" not in user:
         raise LaunchError(
-            "--slurm works inside a job: put this line into an sbatch file (slurm/pretrain.sbatch) "
-            "or get machines first: salloc --nodes=2 --ntasks-per-node=1"
+            "--slurm works inside a Slurm job only: put the command into an sbatch file such as "
+            "slurm/pretrain.sbatch, or get nodes first: salloc --nodes=2 --ntasks-per-node=1"
         )
     nodes = machines.slurm_nodes(user)
     per_node = _ranks_per_node(user, len(nodes))
     identifier = environment.job_id()
     seed = f"{user['SLURM_JOB_ID']}.{user.get('SLURM_RESTART_COUNT', '0')}"
-    # A batch script runs on the first node, where rank 0 will listen.
+    # A batch script runs on the first node, which is where rank 0 will listen.
     is_here = user.get("SLURMD_NODENAME") == nodes[0]
     with (
         processes.job_directory(False, identifier) as folder,
@@ -242,7 +252,7 @@ def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment
 
 
 def _ranks_per_node(user: environment.Variables, num_nodes: int) -> int:
-    """What sbatch was asked for; else one a GPU; else one."""
+    """The number given to sbatch, or else one per GPU, or else one."""
     asked = user.get("SLURM_NTASKS_PER_NODE")
     if asked:
         return int(asked)
@@ -250,15 +260,15 @@ def _ranks_per_node(user: environment.Variables, num_nodes: int) -> int:
         num_tasks = int(user["SLURM_NTASKS"])
         if num_tasks % num_nodes:
             raise LaunchError(
-                f"{num_tasks} tasks can't be divided evenly among {num_nodes} nodes; ask sbatch "
-                "for --nodes and --ntasks-per-node"
+                f"{num_tasks} tasks can't be divided evenly among {num_nodes} nodes; give sbatch "
+                "--nodes and --ntasks-per-node"
             )
         return num_tasks // num_nodes
     return int(user.get("SLURM_GPUS_ON_NODE") or 1)
 
 
 def _requeue(verb: str, user: environment.Variables) -> int:
-    """Put this job back into the queue; an array of pretraining is a chain, and has a next job."""
+    """Put this job back into the queue, except a pretraining array, whose next job continues."""
     if "SLURM_ARRAY_TASK_ID" in user and verb == "pretrain":
         print("clue-ds launch: saved; the next job of the array continues", flush=True)
         return 0
@@ -284,7 +294,7 @@ def _run(
     assignments = [f"{key}={shlex.quote(value)}" for key, value in shown.items()]
     print(" ".join([*assignments, shlex.join(job.command)]))
     if job.env_file is not None:
-        # Names only: whatever stands in .deepspeed_env may be a secret.
+        # Names only, because the values in .deepspeed_env may be secrets.
         print(f"# exported to the hosts: {' '.join(sorted(job.env_file))}")
     return 0
 

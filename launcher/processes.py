@@ -1,12 +1,13 @@
-"""Runs a job to its end: true exit status, signals passed on, nothing left behind on any machine.
+"""Runs a job to its end: correct exit status, signals forwarded, no process left on any machine.
 
-Guarantees: status 0 only when every rank said that it had finished; whatever ends this process,
-INT, TERM or KILL, no rank outlives it by more than seconds; a rank that hangs can't keep the job
-once another rank has said what is wrong, or has finished.
+Guarantees: the status is 0 only when every rank reported that it finished. Whether INT, TERM or
+KILL ends this process, no rank outlives it by more than seconds. A rank that hangs can't keep the
+job alive once another rank has reported a failure or has finished.
 
-DeepSpeed 0.19.8's runner returns 0 when its child dies of a signal, leaves all ranks behind when it
-is killed itself, and waits for ever for a host that is gone. Hence a session of its own for the
-job, a directory in which ranks leave word, and a guard that ends the job when this process is gone.
+DeepSpeed 0.19.8's runner returns 0 when its child is killed by a signal, leaves all ranks running
+when it is killed itself, and waits forever for a host that is gone. Therefore a job gets its own
+session, a directory where ranks leave reports, and a guard process that ends the job when this
+process is gone.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ STATUS_DIED = 71
 STATUS_HANG = 72
 INTERNAL_ERROR = 1
 SECONDS_TO_END = 10.0
-# From a verdict until ranks that didn't leave by themselves are ended.
+# From a verdict until ranks that haven't ended by themselves are killed.
 SECONDS_AFTER_VERDICT = 8.0
-# Ranks end together: one that is still there this long after the first is stuck.
+# Ranks end together: one that still runs this long after the first has ended is stuck.
 SECONDS_AFTER_FIRST_END = 100.0
 POLL_SECONDS = 0.2
 DEADLY = (
     *(signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS),
     *(signal.SIGABRT, signal.SIGILL, signal.SIGFPE),
 )
-# What launchers end with when a rank died of a signal: 128 + n (srun, mpirun) or -n (DeepSpeed).
+# Exit status of launchers when a signal killed a rank: 128 + n (srun, mpirun) or -n (DeepSpeed).
 DEATHS = {status: number for number in DEADLY for status in (128 + number, 256 - number)}
 
 
 @contextlib.contextmanager
 def job_directory(is_local: bool, identifier: str) -> Iterator[Path]:
-    """Where ranks and launcher leave each other files; other machines must see it too."""
+    """A directory in which ranks and launcher exchange files; other machines must see it too."""
     if is_local:
         with tempfile.TemporaryDirectory(prefix="clue-ds-launch-") as name:
             yield Path(name)
@@ -64,30 +65,30 @@ def job_directory(is_local: bool, identifier: str) -> Iterator[Path]:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-        with contextlib.suppress(OSError):  # another job's folder is in there
+        with contextlib.suppress(OSError):  # it may hold another job's folder
             folder.parent.rmdir()
 
 
 def complete(job: Job, user: env.Variables, identifier: str, folder: Path) -> env.Variables:
-    """The whole environment of the job's command."""
+    """The complete environment of the job's command."""
     own = {env.JOB_DIR_VARIABLE: str(folder), JOB_ID_VARIABLE: identifier}
     if job.hosts:
         own[env.HOSTS_VARIABLE] = env.hosts_variable(job.hosts)
     if job.env_file is not None:
-        # DeepSpeed joins this to two directories; an absolute path stays what it is.
+        # DeepSpeed joins this with two directories, which leaves an absolute path unchanged.
         own["DS_ENV_FILE"] = str(folder / "deepspeed_env")
     kept = {k: v for k, v in user.items() if k not in job.removed}
     return {**job.variables, **kept, **_ours_first(job.variables), **own}
 
 
 def _ours_first(variables: env.Variables) -> env.Variables:
-    """Where rank 0 is, is this job's matter: a variable left over from another is no wish."""
+    """Variables of this job that override the user's, whose values are left from another job."""
     ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", env.MAX_RESTARTS_VARIABLE)
     return {k: v for k, v in variables.items() if k in ours}
 
 
 def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
-    """Run the job; returns its true exit status."""
+    """Run the job; returns its exit status."""
     environment = complete(job, user, identifier, folder)
     if job.env_file is not None:
         own = {k: environment[k] for k in (env.JOB_DIR_VARIABLE, JOB_ID_VARIABLE)}
@@ -106,7 +107,7 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
             end_session(process.pid)
             sweep_everywhere(identifier, sweeps)
             status = process.wait() if status is None else status
-    # A process that is still there now lost its parent: nobody else will end it.
+    # Processes that still run have lost their parent, so nobody else would end them.
     end_session(process.pid)
     if hangs and not (folder / VERDICT).exists():
         return _say_who_hangs(folder, job)
@@ -114,7 +115,7 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
-    """The command's status; None when the job is over and the command doesn't end."""
+    """The command's status; None when the job is over but the command doesn't end."""
     deadline = float("inf")
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -129,7 +130,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
 
 
 def _ended(folder: Path) -> set[int]:
-    """Ranks that said that they had finished, or saved and stopped."""
+    """Ranks that reported that they finished, or saved and stopped."""
     paths = (*folder.glob(FINISHED), *folder.glob(STOPPED))
     return {int(path.name.rpartition("-")[2]) for path in paths}
 
@@ -139,15 +140,16 @@ def _say_who_hangs(folder: Path, job: Job) -> int:
     stuck = sorted(set(range(job.num_ranks)) - _ended(folder))
     names = ", ".join(f"rank {r}" + (f" on {hosts[r]}" if hosts else "") for r in stuck)
     print(
-        f"clue-ds launch: error: {names or 'the launcher below'} did not end within "
-        f"{SECONDS_AFTER_FIRST_END:.0f} s after another rank had; what was to be saved is saved",
+        f"clue-ds launch: error: {names or 'the launcher of the ranks'} did not end within "
+        f"{SECONDS_AFTER_FIRST_END:.0f} s after another rank had; everything that had to be saved "
+        "has been saved",
         file=sys.stderr,
     )
     return STATUS_HANG
 
 
 def true_status(status: int, folder: Path, num_ranks: int) -> int:
-    """What to exit with, from the command's status and from what the ranks left in `folder`."""
+    """The exit status of the job, from the command's status and the ranks' files in `folder`."""
     verdict = folder / VERDICT
     if verdict.is_file():
         found = json.loads(verdict.read_text(encoding="utf-8"))
@@ -160,15 +162,14 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
         if len(_ended(folder)) < num_ranks:
             print(
                 "clue-ds launch: error: a rank was killed or has crashed "
-                f"({DEATHS[status].name}; out of memory? `dmesg` on its host tells), and no other "
-                "was left to say which one",
+                f"({DEATHS[status].name}; out of memory? see `dmesg` on its host), and no other "
+                "rank was left to report which one",
                 file=sys.stderr,
             )
             return STATUS_DIED
-        # Threads of gloo, and NCCL, may abort an interpreter that takes itself apart.
+        # gloo's threads and NCCL may abort a Python process while it shuts down.
         print(
-            "clue-ds launch: all ranks had done their work; one then ended by "
-            f"{DEATHS[status].name}",
+            f"clue-ds launch: all ranks had finished; one was then ended by {DEATHS[status].name}",
             file=sys.stderr,
         )
         status = 0
@@ -177,9 +178,9 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
     num_finished = len(_ended(folder))
     if num_finished != num_ranks:
         print(
-            f"clue-ds launch: error: only {num_finished} of {num_ranks} ranks said that they had "
-            "finished, though the launcher below reported success. A rank was killed, or the "
-            "working directory is not on a disk that all hosts share",
+            f"clue-ds launch: error: only {num_finished} of {num_ranks} ranks reported that they "
+            "finished, although the launcher of the ranks returned success. A rank was killed, or "
+            "the working directory is not on a disk that all hosts share",
             file=sys.stderr,
         )
         return INTERNAL_ERROR
@@ -188,7 +189,7 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
 
 @contextlib.contextmanager
 def _guard(session: int, identifier: str, folder: Path, sweeps: list[list[str]]) -> Iterator[None]:
-    """Have a process of its own end the job if this one can't (SIGKILL, out of memory)."""
+    """Start a process that ends the job if this one can't (SIGKILL, out of memory)."""
     arguments = ("--guard", str(session), identifier, str(folder), json.dumps(sweeps))
     guard = subprocess.Popen(
         [sys.executable, "-S", "-E", SWEEP, *arguments],
@@ -208,10 +209,10 @@ def _guard(session: int, identifier: str, folder: Path, sweeps: list[list[str]])
 def _signals(
     session: int, identifier: str, sweeps: list[list[str]], folder: Path
 ) -> Iterator[None]:
-    """INT, TERM and HUP end the job, then this process with the shell's 128 + number.
+    """INT, TERM and HUP end the job, then this process with the shell's status, 128 + number.
 
-    One that whoever started us ignores stays ignored: nohup does so with HUP. USR1 asks the ranks
-    to save and stop.
+    A signal that was ignored at the start stays ignored (nohup ignores HUP). USR1 asks the ranks to
+    save and stop.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -236,9 +237,9 @@ def _signals(
 
 
 def end_session(session: int) -> None:
-    """TERM to every process of the session, KILL after SECONDS_TO_END; returns when none is left.
+    """Send TERM to every process of the session, KILL after SECONDS_TO_END; wait for the last one.
 
-    The leader is a child of ours and is reaped here, or it would count as alive.
+    The session's leader is our child and is reaped here; otherwise it would count as running.
     """
     deadline = time.monotonic() + SECONDS_TO_END
     number: int = signal.SIGTERM
@@ -250,5 +251,5 @@ def end_session(session: int) -> None:
         time.sleep(0.1)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(session, os.WNOHANG)
-        # Asked once, waited for, then forced.
+        # TERM is sent once; 0 only tests for processes, until it is time for KILL.
         number = signal.SIGKILL if time.monotonic() > deadline else 0

@@ -1,7 +1,7 @@
-"""run_module.py MODULE ARGUMENTS...: what `python -m MODULE ARGUMENTS...` does, as a script.
+"""run_module.py MODULE ARGUMENTS...: a script that does what `python -m MODULE ARGUMENTS...` does.
 
-DeepSpeed's slurm launcher starts scripts only. Guarantees: USR1, which a batch system may send
-while Python is still importing, is ignored until the module has a handler for it.
+DeepSpeed's slurm launcher can only start scripts. Guarantees: USR1, which a batch system may send
+while Python is still importing, is ignored until the module has installed a handler.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Ends what is left of a job, on this machine or, as a guard, on all machines of the job.
+"""Ends the leftover processes of a job, on this machine or, as a guard, on all its machines.
 
-    sweep.py JOB_ID                          end every process of ours that belongs to the job
+    sweep.py JOB_ID                          end every process of this user that belongs to the job
     sweep.py --guard SESSION JOB_ID FOLDER COMMANDS
                                              wait until standard input closes, then end the session,
-                                             sweep here, run each of the JSON list of commands, and
-                                             remove the job's folder
+                                             sweep this machine, run each command of the JSON list,
+                                             and remove the job's folder
 
 Guarantees: a process is ended only if it belongs to this user and was started with this job's
-identifier in its environment; nothing is chosen by name. A script of its own, started with -S -E by
-its path, so that it needs no site-packages and starts in 30 ms on a remote machine.
+identifier in its environment; processes are never chosen by name. This is a separate script that is
+started by its path with -S -E, so that it needs no site-packages and starts in 30 ms on a remote
+machine.
 
 Rejected: DeepSpeed's clean-up, `pkill -f`, which ends every DeepSpeed job of that interpreter.
 """
@@ -25,19 +26,19 @@ import sys
 import time
 from pathlib import Path
 
-# Set in the environment of everything that `clue-ds launch` starts.
+# Set in the environment of every process that `clue-ds launch` starts.
 JOB_ID_VARIABLE = "CLUE_DS_JOB_ID"
 SECONDS_BEFORE_KILL = 2.0
-# A machine that doesn't answer must not keep the others from being swept.
+# A machine that doesn't answer must not delay the sweep of the others for longer.
 SECONDS_FOR_A_HOST = 30.0
 
 
 def processes_of(job_id: str) -> list[int]:
-    """Process ids of this job on this machine, without this process."""
+    """Process ids of this job on this machine, except this process."""
     wanted = f"{JOB_ID_VARIABLE}={job_id}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        # Gone in the meantime, or another user's.
+        # The process may have ended meanwhile, or belong to another user.
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid() and int(folder.name) != os.getpid()
             if mine and wanted in (folder / "environ").read_bytes().split(b"\0"):
@@ -46,9 +47,9 @@ def processes_of(job_id: str) -> list[int]:
 
 
 def sweep(job_id: str) -> int:
-    """KILL every process of the job on this machine; returns how many there were.
+    """Send KILL to every process of the job on this machine; returns their number.
 
-    Repeated until none is found, because one of them may just be starting another.
+    Repeats until none is found, because a process may be starting another one at that moment.
     """
     num_ended = 0
     while found := processes_of(job_id):
@@ -63,7 +64,7 @@ def sweep(job_id: str) -> int:
 
 
 def sweep_everywhere(job_id: str, commands: list[list[str]]) -> None:
-    """Sweep here and, at the same time, by each command on another machine."""
+    """Sweep this machine and, at the same time, run the commands that sweep the others."""
     started = [
         subprocess.Popen(
             command,
@@ -85,7 +86,7 @@ def sweep_everywhere(job_id: str, commands: list[list[str]]) -> None:
 
 
 def guard(session: int, job_id: str, folder: str, commands: list[list[str]]) -> None:
-    """Wait for the launcher's end, however it comes, end its job, and tidy up after it."""
+    """Wait until the launcher has ended for any reason, then end its job and clean up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()

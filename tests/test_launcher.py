@@ -286,12 +286,12 @@ def test_two_jobs_never_get_the_same_port() -> None:
 BAD_HOSTFILES = {
     "missing": (None, "does not exist"),
     "empty": ("# nobody\n\n", "names no host"),
-    "twice": ("h1 slots=1\nh2 slots=1\nh1 slots=1\n", "line 3: h1 stands there twice"),
-    "no slots": ("h1\n", "line 1: 'h1' is not understood"),
-    "misspelled": ("h1 slot=2\n", "is not understood"),
+    "twice": ("h1 slots=1\nh2 slots=1\nh1 slots=1\n", "line 3: h1 appears twice"),
+    "no slots": ("h1\n", "line 1: 'h1' is not a valid line"),
+    "misspelled": ("h1 slot=2\n", "is not a valid line"),
     "zero": ("h1 slots=0\n", "has no slots"),
-    "an option": ("-oProxyCommand=x slots=1\n", "is no host name"),
-    "loopback": ("localhost slots=1\nh2 slots=1\n", "another machine on every machine"),
+    "an option": ("-oProxyCommand=x slots=1\n", "is not a host name"),
+    "loopback": ("localhost slots=1\nh2 slots=1\n", "a different machine on every host"),
 }
 
 
