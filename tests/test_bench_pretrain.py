@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, and refuses to time what computes something else."""
+"""The benchmark gives both sides the same task, and refuses to time sides with other losses."""
 
 from __future__ import annotations
 

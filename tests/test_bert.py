@@ -41,7 +41,7 @@ def peer_config(config: ModelConfig, **changes: Any) -> BertConfig:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Weights that let nothing hide: biases and LayerNorms random, so that swaps show."""
+    """Random biases and LayerNorms too, so that swapped parameters are noticed."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         parameter.normal_(0.0, 0.2, generator=generator)
@@ -165,7 +165,7 @@ def test_logits_at_masked_positions_equal_the_full_heads() -> None:
 
 
 def test_loss_of_a_batch_is_the_mean_of_its_parts() -> None:
-    """So gradient accumulation and ranks change nothing, however the labels are spread."""
+    """Accumulation and ranks therefore change nothing, however the labels are distributed."""
     ours, _ = both(SMALL)
     data = batch([17, 17])
     data["masked_labels"][0, :] = IGNORED_LABEL
@@ -244,7 +244,7 @@ def test_dropout_acts_in_training_only_and_follows_torchs_generator(attention: s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_in_half_precision_is_close_and_finite(dtype: torch.dtype) -> None:
-    """The loss is fp32, and differs by the rounding of weights and activations (8 and 11 bits)."""
+    """The loss is fp32; it differs by the rounding of weights and activations (8 and 11 bits)."""
     ours, _ = both(SMALL)
     data = batch(LENGTHS["padded"])
     expected = ours(**data).loss

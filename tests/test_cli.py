@@ -1,4 +1,4 @@
-"""The command line: verbs are found, imported late, and end with a true status."""
+"""The command line: verbs are found, imported only when called, and end with the right status."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_help_of_every_verb(verb: str) -> None:
     "argv", [["--help"], ["bench", "--help"], ["shard", "--help"], ["vocab", "--help"]]
 )
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
-    """Nor does the process of `clue-ds shard` that reads the input: it has the same imports."""
+    """Nor does the process of `clue-ds shard` that reads the input, which has the same imports."""
     code = (
         f"import sys; from clue_ds import cli\ntry: cli.main({argv})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'deepspeed', 'transformers', 'numba', 'datasets', 'pyarrow'}\n"
@@ -60,7 +60,7 @@ def test_every_benchmark_is_found() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    """`clue-ds ... | head -1`: quiet, with the status of a program that a closed pipe has ended."""
+    """`clue-ds ... | head -1` prints no error and ends with the status of SIGPIPE."""
     code = (
         "import sys; from clue_ds import cli; cli.VERBS |= {'many': cli.Verb('many:lines', '', 1)}"
     )
@@ -80,7 +80,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 @pytest.mark.parametrize("shell", ["{} | true", "{} 2>&1 | true"])
 @pytest.mark.parametrize("words", ["--version", "vocab learn --help", "shard none --output none"])
 def test_nobody_reads_what_is_said(words: str, shell: str) -> None:
-    """Versions, a parser's help and errors leave by other ways than a verb's lines."""
+    """Version, help and errors are printed by other code than the lines of a verb."""
     command = shell.format(f"(sleep 0.5; {sys.executable} -m clue_ds.cli {words})")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Models written by us load in transformers without a word; models by others load here."""
+"""Models that we write load in transformers without a warning; models from elsewhere load here."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_file_holds_fp32_and_every_tied_entry_once(
 def test_old_format_holds_the_same_weights_with_tied_keys(
     heads: str, tmp_path: Path, vocab_file: Path, model: BertForPreTraining
 ) -> None:
-    """pytorch_model.bin is for readers down to torch 1.4, which know no zip and tie nothing."""
+    """pytorch_model.bin is for readers down to torch 1.4, which can't read zips or tie weights."""
     state = model.state_dict()
     if heads == "none":
         state = {name: tensor for name, tensor in state.items() if name.startswith("bert.")}
@@ -146,7 +146,7 @@ def test_old_format_holds_the_same_weights_with_tied_keys(
 
 
 def test_files_are_readable_for_whom_the_umask_says(exported: Path) -> None:
-    """safetensors 0.8 makes its file private, which others find out on a shared disk."""
+    """safetensors 0.8 creates its file with mode 0600, which locks out others on a shared disk."""
     modes = {path.name: path.stat().st_mode & 0o777 for path in exported.iterdir()}
     assert set(modes.values()) == {modes["vocab.txt"]}, modes
 
@@ -171,7 +171,7 @@ def test_load_returns_what_was_saved(exported: Path, model: BertForPreTraining) 
 
 
 def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As wrappers and TensorFlow conversions of 2019 named them."""
+    """The names that wrappers and TensorFlow conversions used in 2019."""
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
@@ -180,7 +180,7 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rewrite(directory: Path, layout: str) -> None:
-    """Replace model.safetensors by the same weights in another layout."""
+    """Replace model.safetensors by a file with the same weights in another layout."""
     path = directory / "model.safetensors"
     state = safetensors.torch.load_file(path)
     path.unlink()
@@ -348,7 +348,7 @@ def test_existing_directory_needs_force_and_must_be_a_model(
 
 
 def test_run_is_exported_with_its_vocabulary_and_case(tmp_path: Path, sample_text: str) -> None:
-    """Raw text to a directory that transformers loads, by the commands that a user types."""
+    """From raw text to a directory that transformers loads, with the commands of a user."""
     (tmp_path / "text.txt").write_text(sample_text, encoding="utf-8")
     shape = "--model.hidden_size 24 --model.num_hidden_layers 1 --model.intermediate_size 40"
     steps = "--train.steps 3 --train.warmup_steps 1 --train.global_batch_size 4"

@@ -1,4 +1,4 @@
-"""Models by their hub names: huggingface_hub itself, against a hub of our own on loopback."""
+"""Models named on the hub: the real huggingface_hub against a hub of ours on loopback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def state() -> StateDict:
 
 @pytest.fixture
 def server(tmp_path: Path, state: StateDict) -> Iterator[Hub]:
-    """A hub with one model, published as CLUE's are: its config says roberta."""
+    """A hub with one model like CLUE's: its config says roberta."""
     vocab_file = write_vocab(tmp_path / "vocab.txt", TINY_CONFIG.vocab_size)
     directory = export.save(TINY_CONFIG, state, vocab_file, tmp_path / "published")
     config = json.loads((directory / "config.json").read_text())

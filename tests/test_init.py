@@ -1,4 +1,4 @@
-"""Fresh weights: BERT's distribution, and nothing but (seed, shapes) decides them."""
+"""Initial weights have BERT's distribution and depend only on the seed and the shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clue-ds launch`: real ranks through DeepSpeed's launcher, true exit codes, no orphans.
+"""`clue-ds launch`: real ranks through DeepSpeed's launcher, correct exit codes, no orphans.
 
 Processes are started by the test and found through their parent, never by scanning for a name.
 """
@@ -55,7 +55,7 @@ def wait_for(path: Path, job: subprocess.Popen[str]) -> None:
 
 
 def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks below a launcher that the test started."""
+    """The ranks that belong to a launcher started by the test."""
     below = psutil.Process(job.pid).children(recursive=True)
     return [p for p in below if "clue_ds.pretrain.train" in p.cmdline() and "-u" in p.cmdline()][
         -2:

@@ -1,4 +1,4 @@
-"""There and back is the same bits, in every layout, for 200 networks that nobody would choose."""
+"""Writing and reading back keeps every bit, in every layout, for 200 unusual networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_CONFIGS, GROUPS = 200, 8
 
 
 def random_state(config: ModelConfig, seed: int, draw: random.Random) -> StateDict:
-    """Some have no pooler, no NSP head, no heads at all, or a decoder of their own."""
+    """Some have no pooler, no NSP head, no heads at all, or an untied decoder."""
     state = dict(random_model(config, seed).state_dict())
     if draw.random() < 0.3:
         state = without(state, POOLER)
@@ -82,7 +82,7 @@ def test_logits_after_both_trips_are_the_same(seed: int, tmp_path: Path) -> None
 
 
 def test_google_checkpoint_survives_both_trips(shared_data: Path, tmp_path: Path) -> None:
-    """A real TF1 checkpoint: its optimizer slots go, everything else stays, bit for bit."""
+    """A real TF1 checkpoint: optimizer slots are dropped, everything else is kept bit for bit."""
     fixture = shared_data / "fixtures" / "tf_bert_ckpt"
     source = export.open_model(fixture)
     assert source.config.hidden_act == "gelu_new", "TensorFlow's gelu is the tanh form"

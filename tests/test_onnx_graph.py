@@ -1,4 +1,4 @@
-"""What onnxruntime computes from model.onnx, at every batch and length."""
+"""onnxruntime computes from model.onnx what PyTorch computes, for every batch size and length."""
 
 from __future__ import annotations
 

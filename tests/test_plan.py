@@ -1,4 +1,4 @@
-"""The plan's arithmetic against real networks, real checkpoints, and hand-made numbers."""
+"""The plan's numbers against real networks, real checkpoints, and numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
 
 
 def test_what_a_step_sends() -> None:
-    """Units of 2 bytes a parameter, of which a ring passes on all but one of 8 parts."""
+    """In units of 2 bytes per parameter, of which each GPU of a ring of 8 sends 7/8."""
     million = 10**6
     units = [
         plan.communication_bytes(million, "bf16", stage, 8, num_micro_batches=4)
@@ -86,7 +86,7 @@ def test_bert_base_on_64_gpus_as_worked_out_by_hand_in_docs_scaling() -> None:
 
 
 def test_memory_counts_the_start_and_the_copies(corpus: Path, tmp_path: Path) -> None:
-    """Bytes a parameter in fp32 on two ranks; measured figures are in docs/scaling.md."""
+    """Bytes per parameter in fp32 on two ranks; measured figures are in docs/scaling.md."""
     run = tiny_config(corpus, tmp_path / "run", model={"preset": "bert_base_clue"})
     model = presets.get("bert_base_clue")
     number, activations = plan.count_parameters(model), plan.activation_bytes(run, model)

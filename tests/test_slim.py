@@ -1,4 +1,4 @@
-"""A slimmer model says the same of every word that it kept; the verb packs and counts."""
+"""A smaller model computes the same for every word that it kept; `export` packs it and counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> BertForPreTraining:
 
 @pytest.fixture
 def wide(tmp_path: Path, model: BertForPreTraining) -> Path:
-    """As upstream's large model is: more rows than words."""
+    """Like CLUE's large model: more embedding rows than words."""
     rows = CONFIG.vocab_size + NUM_UNUSED
     long = write_vocab(tmp_path / "long.txt", rows)
     state = pad_vocab_rows(model.state_dict(), rows)

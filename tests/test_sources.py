@@ -1,4 +1,4 @@
-"""Models by others come in, whatever they are wrapped in; what is broken or hostile does not."""
+"""Models from elsewhere are read in all their forms; damaged and hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def same(one: StateDict, other: StateDict) -> bool:
 
 
 def upstream_config(directory: Path) -> None:
-    """Google's own keys only, as upstream's downloads have them."""
+    """Leave only Google's own keys, which is what CLUE's downloads have."""
     path = directory / "bert_config.json"
     ours = {"hidden_act_in_transformers", "layer_norm_eps", "pad_token_id", "do_lower_case"}
     values = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k not in ours}
@@ -118,7 +118,7 @@ def test_config_vocabulary_and_rows_that_disagree(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """More rows than vocab.txt has lines, and a config that says either, or something else."""
+    """More rows than vocab.txt has lines; the config has one of these numbers, or another one."""
     num_rows = CONFIG.vocab_size + BUCKET
     wide = CONFIG.replace(vocab_size=num_rows)
     source = tmp_path / layout
@@ -139,7 +139,7 @@ def test_config_vocabulary_and_rows_that_disagree(
 def test_roberta_with_berts_weights_and_vocabulary_is_a_bert(
     hf_directory: Path, state: StateDict, tmp_path: Path
 ) -> None:
-    """What CLUE's hub models are: model_type roberta, BertModel's weights, vocab.txt."""
+    """CLUE's models on the hub have model_type roberta, BertModel's weights and a vocab.txt."""
     edit(hf_directory / "config.json", model_type="roberta", architectures=["RobertaModel"])
     source = export.open_model(hf_directory)
     assert "roberta" in source.notes[0]
@@ -240,7 +240,7 @@ def test_missing_file_of_tensorflows_five_is_named(
 
 
 class Bomb:
-    """Pickles as a call."""
+    """Pickled as a call."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.call = (function, arguments)
@@ -341,7 +341,7 @@ def test_zip_never_leaves_its_folder(slip: str, tf_directory: Path, tmp_path: Pa
 def test_zip_larger_than_the_disk_is_refused(
     tf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bomb says how large it is; one that lies is cut off at what it said, by zipfile."""
+    """A zip bomb declares its size; if the size is false, zipfile stops at the declared one."""
     archives.pack(tf_directory, tmp_path / "bomb.zip")
     usage = collections.namedtuple("usage", "total used free")(9999, 0, 9999)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

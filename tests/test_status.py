@@ -1,4 +1,4 @@
-"""Where a run stands, read from the files of a real run."""
+"""`clue-ds status` on a real run, and the checks of `clue-ds doctor`."""
 
 from __future__ import annotations
 

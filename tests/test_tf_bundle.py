@@ -1,4 +1,4 @@
-"""TensorFlow's files: its bytes, its kinds, and what is said of those that are broken."""
+"""TensorFlow's checkpoint files: their bytes, the types read, and the errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_kind_of_number_and_shape_comes_back(tmp_path: Path) -> None:
 
 
 def edit_entries(prefix: Path, **changes: object) -> None:
-    """Write the index again with every entry changed."""
+    """Rewrite the index with every entry changed."""
     entries = {n: e._replace(**changes) for n, e in Reader(prefix).entries.items()}
     index_file(prefix).write_bytes(tf_bundle._table(entries))
 
@@ -72,7 +72,7 @@ def test_bfloat16_is_widened(prefix: Path) -> None:
 
 
 def with_header(prefix: Path, header: bytes) -> None:
-    """Write the index again under another BundleHeaderProto."""
+    """Rewrite the index with another BundleHeaderProto."""
     rows = [(n.encode(), tf_bundle._encode(e)) for n, e in Reader(prefix).entries.items()]
     data = tf_bundle._block([(b"", header), *rows])
     out = tf_bundle._seal(data)
