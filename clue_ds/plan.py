@@ -25,7 +25,7 @@ from clue_ds.data import Corpus
 from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
-from clue_ds.presets import CLUE_VOCAB_SIZE, ModelConfig
+from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
 
 GIB = 2**30

@@ -112,7 +112,7 @@ def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
 def test_without_a_corpus_the_vocabulary_is_the_presets(tmp_path: Path) -> None:
     run = tiny_config("no corpus", tmp_path, model={"preset": "bert_base_google"})
     printed = plan.describe(run, plan.Machine(1, 1, 80.0, 989e12, 0.35, 25e9))
-    assert "vocabulary taken as 21,128, as bert_base_google has it" in "\n".join(printed)
+    assert "assuming the 21,128 words of bert_base_google's vocabulary" in "\n".join(printed)
 
 
 def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
