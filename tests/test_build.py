@@ -165,7 +165,7 @@ def test_interrupted_run_goes_on(inputs: Path, tmp_path: Path) -> None:
     expected = digest(build(inputs, tmp_path / "whole"))
     output = tmp_path / "c"
     code = (
-        "import sys; from clue_ds.data import build\n"
+        "import sys; from clue_ds.data.build import command as build\n"
         "import time; put = build.Staging.put\n"
         "def slow(self, index, record):\n"
         "    put(self, index, record); print(index, flush=True); time.sleep(0.2)\n"

@@ -25,7 +25,7 @@ from clue_ds.data.build.options import DUPLICATE, KEPT, MAX_SIMILARITY, NEAR_DUP
 from clue_ds.data.build.report import write_report
 from clue_ds.data.corpus import ShardArrays
 from clue_ds.data.text.decode import Tally
-from clue_ds.data.text.vocab import LEADING_TOKENS
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.errors import UserError
 
 
@@ -178,18 +178,20 @@ def test_duplicates_are_dropped_across_shards(
     assert not (tmp_path / "c" / "corpus" / ".building").exists()
 
 
-def test_duplicates_do_not_depend_on_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_do_not_depend_on_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     files = []
     for i in range(4):
         keys = rng.integers(0, 60, (3, 25), dtype=np.uint64) << np.uint64(33)
         np.save(tmp_path / f"{i}.npy", keys)
         files.append(tmp_path / f"{i}.npy")
-    np.save(tmp_path / "none.npy", np.empty((1, 0), np.uint64))  # a piece without documents
+    np.save(tmp_path / "none.npy", np.empty((1, 0), np.uint64))  # a chunk without documents
     files.insert(0, tmp_path / "none.npy")
     keys = np.concatenate([np.load(file) for file in files[1:]], axis=1)
-    for part_keys in (dedup.PART_KEYS, 7):
-        monkeypatch.setattr(dedup, "PART_KEYS", part_keys)
+    for keys_per_pass in (dedup.KEYS_PER_PASS, 7):
+        monkeypatch.setattr(dedup, "KEYS_PER_PASS", keys_per_pass)
         dedup.find_duplicates(files, Cleaning(duplicates=True, near_duplicates=0.8))
         reasons = np.concatenate([dedup.reasons_beside(file) for file in files])
         for document, reason in enumerate(reasons):

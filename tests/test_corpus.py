@@ -17,7 +17,8 @@ from clue_ds import files
 from clue_ds.data import Corpus
 from clue_ds.data.build.command import shard
 from clue_ds.data.corpus import MAGIC, ShardArrays, fingerprint, write_shard
-from clue_ds.data.text.vocab import LEADING_TOKENS, learn
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
+from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shard-format.md"

@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_ds.data.text import inputs as corpus_module
+from clue_ds.data.text import inputs as inputs_module
 from clue_ds.data.text.choices import OnError
 from clue_ds.data.text.decode import Tally, read_lines, text_blocks
-from clue_ds.data.text.inputs import Source, _cut, read_chunks, read_segments, resolve
+from clue_ds.data.text.inputs import TextSource, _cut, read_chunks, read_segments, resolve
 from clue_ds.errors import UserError
 
 DOCUMENTS = [["第一句。", "第二句。"], ["another document"], ["三", "四", "五"]]
@@ -191,8 +191,8 @@ def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path, kind
 def test_reading_stops_at_a_record_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(corpus_module, "READ_BYTES", 100)
+    monkeypatch.setattr(inputs_module, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(inputs_module, "READ_BYTES", 100)
     with pytest.raises(UserError, match=r"a\.jsonl has a record of more than .* after byte 0"):
         read_all(b"x" * 5000, "a.jsonl", tmp_path, "refuse")
 
@@ -234,8 +234,8 @@ def test_reader_resumes_its_search(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = cut_all(data, 50, 400, 10**6)
     (tmp_path / "a.txt").write_bytes(data)
     for read_bytes in (1, 3, 64):
-        monkeypatch.setattr(corpus_module, "READ_BYTES", read_bytes)
-        source = Source(str(tmp_path / "a.txt"), "text", len(data))
+        monkeypatch.setattr(inputs_module, "READ_BYTES", read_bytes)
+        source = TextSource(str(tmp_path / "a.txt"), "text", len(data))
         segments = list(read_segments(source, 50, 400, "text"))
         assert [s.data for s in segments] == expected
         assert [s.offset for s in segments] == [

@@ -20,8 +20,8 @@ from transformers import BertTokenizer
 
 import clue_ds
 from clue_ds.data import Tokenizer
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.data.text.tokenizer import continues_bit, token_dtype
-from clue_ds.data.text.vocab import LEADING_TOKENS
 from clue_ds.errors import UserError
 
 Reference = Callable[[list[str]], list[list[int]]]

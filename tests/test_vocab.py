@@ -11,7 +11,8 @@ from clue_ds import files
 from clue_ds.cli import main
 from clue_ds.data import Tokenizer
 from clue_ds.data.text.clue_vocab import slim_vocab
-from clue_ds.data.text.vocab import LEADING_TOKENS, clue, learn, read_vocab
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
+from clue_ds.data.text.vocab import clue, learn, read_vocab
 from clue_ds.errors import UserError
 
 

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from clue_ds.data import Corpus
-from clue_ds.data.build.progress import Progress
+from clue_ds.data.build.progress import ShardProgress
 from clue_ds.data.build.workers import mpi_size
 from clue_ds.data.text.vocab import learn
 
@@ -191,11 +191,11 @@ def test_killed_at_any_moment(
 
 def test_progress_says_rate_and_time_left_from_the_first_shard_on() -> None:
     """What an earlier run had finished is no part of the rate."""
-    progress = Progress(1000_000_000, None, now=0.0)
+    progress = ShardProgress(1000_000_000, None, now=0.0)
     progress.advance(500_000_000, found=True, now=0.1)
     assert progress.state(0.1) == "0.50 of 1.00 GB"
     progress.advance(100_000_000, now=40.0)
     assert progress.state(40.0) == "0.60 of 1.00 GB, 2.5 MB/s, 0:02:40 left"
-    unknown = Progress(None, None, now=0.0)
+    unknown = ShardProgress(None, None, now=0.0)
     unknown.advance(100_000_000, now=20.0)
     assert unknown.state(20.0) == "0.10 GB, 5.0 MB/s"

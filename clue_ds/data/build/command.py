@@ -1,6 +1,6 @@
 """`clue-ds shard`: raw text in, a corpus directory out, by any number of processes.
 
-One reader cuts the input into chunks (corpus.py), workers turn chunk i into shard i (pieces.py)
+One reader cuts the input into chunks (corpus.py), workers turn chunk i into shard i (worker.py)
 and, where duplicates are dropped, go over them once more (dedup.py); corpus.json is written when
 all is there. Guarantees: the directory's bytes depend on the text and the options only, not on
 --workers or MPI ranks; an interrupted run goes on at the first unfinished shard (the text is read
@@ -21,28 +21,28 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
 from clue_ds import files
 from clue_ds.data.build.corpus_manifest import finish, format_counts, text_sha256
 from clue_ds.data.build.options import Cleaning, ConvertOptions
-from clue_ds.data.build.progress import Progress, open_progress
+from clue_ds.data.build.progress import ShardProgress, open_progress
 from clue_ds.data.build.report import check_report, write_report
 from clue_ds.data.build.staging import COMPARED, Staging, compare_requests
 from clue_ds.data.build.workers import Workers, open_workers
 from clue_ds.data.corpus import HELD_OUT, MANIFEST, STATE_DIRECTORY, Corpus
-from clue_ds.data.text.choices import InputFormat, OnError, Words
+from clue_ds.data.text.choices import InputFormat, OnError, WordFinder, Words
 from clue_ds.data.text.decode import BLOCK_BYTES
-from clue_ds.data.text.inputs import Chunk, Source, chunk_hash, read_chunks, resolve
+from clue_ds.data.text.inputs import Chunk, TextSource, chunk_hash, read_chunks, resolve
 from clue_ds.errors import UserError, existing_file
 
 # Chinese text takes 3 bytes a character in UTF-8 and 2 a token here, plus 4 a sentence.
 OUTPUT_SHARE = 0.8
 # Gzip and zstandard pack Chinese text to about 0.3 of its size.
 UNPACKED_SHARE = 3.5
-_PIECES = "clue_ds.data.build.worker"
+_WORKER = "clue_ds.data.build.worker"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,7 +53,7 @@ def shard(
     output: Path,
     vocab: Path | None = None,
     lower_case: bool = True,
-    words: Literal["rjieba", "none"] = "rjieba",
+    words: WordFinder = "rjieba",
     segmented: bool = False,
     t2s: bool = False,
     format: InputFormat = "auto",
@@ -158,7 +158,7 @@ def _verify(output: Path) -> None:
 class Build(NamedTuple):
     """One run of the verb."""
 
-    sources: list[Source]
+    sources: list[TextSource]
     output: Path
     vocab_file: Path
     options: ConvertOptions
@@ -191,7 +191,7 @@ def _is_complete(build: Build) -> bool:
     if not (build.output / MANIFEST).is_file():
         return False
     Corpus(build.output)  # which compares the sizes and headers of all shards
-    manifest = json.loads((build.output / MANIFEST).read_text(encoding="utf-8"))
+    manifest = files.read_json(build.output / MANIFEST)
     if manifest["counts"].get("documents_held_out"):
         Corpus(build.output / HELD_OUT)
     differences = compare_requests(manifest, build.request)
@@ -218,7 +218,7 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     """Do all that is left to do; raise a UserError that says how to go on when something fails."""
     _check_inputs(build)
     _check_room(build)
-    list(workers.run(f"{_PIECES}:prepare", [(None, (str(build.vocab_file), build.options))]))
+    list(workers.run(f"{_WORKER}:prepare", [(None, (str(build.vocab_file), build.options))]))
     try:
         with Staging(build.output, build.request, overwrite) as staging:
             _convert_all(build, staging, workers)
@@ -246,8 +246,8 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
 
 def _check_inputs(build: Build) -> None:
     """Refuse at once what would stop the run at its last file."""
-    files = [source.name for source in build.sources if source.num_bytes is not None]
-    closed = [name for name in files if not os.access(name, os.R_OK)]
+    names = [source.name for source in build.sources if source.num_bytes is not None]
+    closed = [name for name in names if not os.access(name, os.R_OK)]
     if closed:
         raise UserError(
             f"{len(closed)} input(s) may not be read by this user: {', '.join(closed[:5])}; change "
@@ -289,13 +289,13 @@ def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
             ((index, _num_source_bytes(chunk)), (*_common(build), index, chunk))
             for index, chunk in _unfinished(build, staging, progress)
         )
-        for (index, num_bytes), record in workers.run(f"{_PIECES}:write_piece", tasks):
+        for (index, num_bytes), record in workers.run(f"{_WORKER}:convert_chunk", tasks):
             staging.put(index, record)
             progress.advance(num_bytes)
 
 
 def _common(build: Build) -> tuple[Path, str, ConvertOptions]:
-    """The arguments that all functions of pieces.py begin with."""
+    """The arguments that all functions of worker.py begin with."""
     return build.output, str(build.vocab_file), build.options
 
 
@@ -308,7 +308,9 @@ def _chunks(build: Build) -> Iterator[Chunk]:
     return read_chunks(build.sources, build.shard_bytes, segment_bytes, build.options.text_field)
 
 
-def _unfinished(build: Build, staging: Staging, progress: Progress) -> Iterator[tuple[int, Chunk]]:
+def _unfinished(
+    build: Build, staging: Staging, progress: ShardProgress
+) -> Iterator[tuple[int, Chunk]]:
     for index, chunk in enumerate(_chunks(build)):
         finished = staging.get(index)
         if finished is None:
@@ -326,11 +328,11 @@ def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
     """Find the documents that occur twice, and give every shard its place without them."""
     sides = [record["sides"] for record in staging.records()]
     task = (build.output, len(sides), build.options.clean)
-    list(workers.run(f"{_PIECES}:find_duplicates", [(None, task)]))
+    list(workers.run(f"{_WORKER}:find_duplicates", [(None, task)]))
     tasks = (
-        (index, (*_common(build), index, of_piece))
-        for index, of_piece in enumerate(sides)
+        (index, (*_common(build), index, of_chunk))
+        for index, of_chunk in enumerate(sides)
         if staging.get(index, COMPARED) is None
     )
-    for index, record in workers.run(f"{_PIECES}:drop_from_piece", tasks):
+    for index, record in workers.run(f"{_WORKER}:drop_duplicates", tasks):
         staging.put(index, record, COMPARED)

@@ -41,7 +41,7 @@ _DROPPED = (
     "characters_removed",
     "entities_replaced",
 )
-MAX_UNKNOWN = 100
+MAX_UNKNOWN_LISTED = 100
 
 
 def finish(
@@ -73,7 +73,7 @@ def finish(
     names = sorted({name for name, number in tally.counts.items() if number} | {*_ALWAYS})
     unknown = sorted(tally.unknown.items(), key=lambda item: (-item[1], item[0]))
     manifest["counts"] = {name: tally.counts[name] for name in names}
-    manifest["statistics"]["unknown"] = dict(unknown[:MAX_UNKNOWN])
+    manifest["statistics"]["unknown"] = dict(unknown[:MAX_UNKNOWN_LISTED])
     manifest["samples"] = {rule: tally.samples[rule] for rule in sorted(tally.samples)}
     manifest["rejected_examples"] = tally.examples
     manifest["shard_bytes"] = staging.request["shard_bytes"]

@@ -7,7 +7,7 @@ marked ones are written again without them. So the answer is the same for any nu
 standard input is read once, and an interrupted run goes on.
 
 Memory doesn't grow with the number of documents: keys and marks lie in files, and a part of the
-keys (PART_KEYS) is compared at a time. Two different documents among a hundred million share a
+keys (KEYS_PER_PASS) is compared at a time. Two different documents among a hundred million share a
 64-bit hash with a chance of 1 in 3,700.
 Rejected: a set of hashes in one process (100 bytes a document, and the pool would wait for it) and
 datasketch's MinHashLSH as the index (all signatures in memory, some kilobytes a document).
@@ -31,7 +31,7 @@ SHINGLE_TOKENS = 5
 BATCH_SHINGLES = 1 << 12
 # Keys that are compared at a time, in a table of 128 MiB. More documents take more passes over the
 # files: a hundred million take 12, of a second or two each, and ten times that for near duplicates.
-PART_KEYS = 1 << 23
+KEYS_PER_PASS = 1 << 23
 
 
 def similarity_bands(similarity: float) -> tuple[int, int]:
@@ -99,16 +99,18 @@ def find_duplicates(files: list[Path], cleaning: Cleaning) -> None:
     for file, (_, num_documents) in zip(files, shapes, strict=True):
         np.save(_reasons_file(file), np.zeros(num_documents, dtype=np.uint8))
     total = sum(num_documents for _, num_documents in shapes)
-    num_parts = max(1, -(-total // PART_KEYS))
-    # At least half of it stays free: a part has PART_KEYS keys, give or take some thousands.
-    seen = np.empty(1 << max(10, (2 * min(total, PART_KEYS) - 1).bit_length()), dtype=np.uint64)
+    num_passes = max(1, -(-total // KEYS_PER_PASS))
+    # At least half of it stays free: a pass has KEYS_PER_PASS keys, give or take some thousands.
+    seen = np.empty(1 << max(10, (2 * min(total, KEYS_PER_PASS) - 1).bit_length()), dtype=np.uint64)
     for row in range(0 if cleaning.duplicates else 1, max(shapes, default=(0, 0))[0]):
-        for part in range(num_parts):
+        for pass_index in range(num_passes):
             seen[:] = 0
             for file in (file for file, (_, num) in zip(files, shapes, strict=True) if num):
                 reasons = reasons_beside(file)
                 code = NEAR_DUPLICATE if row else DUPLICATE
-                if _mark_repeats(np.array(_rows(file)[row]), part, num_parts, code, seen, reasons):
+                if _mark_repeats(
+                    np.array(_rows(file)[row]), pass_index, num_passes, code, seen, reasons
+                ):
                     np.save(_reasons_file(file), reasons)
 
 
@@ -128,18 +130,23 @@ def _rows(file: Path) -> Any:
 
 @compiled
 def _mark_repeats(
-    keys: np.ndarray, part: int, num_parts: int, code: int, seen: np.ndarray, reasons: np.ndarray
+    keys: np.ndarray,
+    pass_index: int,
+    num_passes: int,
+    code: int,
+    seen: np.ndarray,
+    reasons: np.ndarray,
 ) -> bool:
     """Give documents whose key is in `seen` the reason `code`; whether there were any.
 
-    keys: of consecutive documents, of which those of the part count; seen: a hash table, as long as
+    keys: of consecutive documents, of which those of the pass count; seen: a hash table, as long as
     a power of two, to which they are added; 0 is an empty place.
     """
     found = False
     last = np.uint64(len(seen) - 1)
     for document in range(len(keys)):
         key = keys[document]
-        if (key >> np.uint64(32)) % np.uint64(num_parts) != np.uint64(part):
+        if (key >> np.uint64(32)) % np.uint64(num_passes) != np.uint64(pass_index):
             continue
         key = max(key, np.uint64(1))
         place = key & last

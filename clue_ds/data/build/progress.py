@@ -15,7 +15,7 @@ from typing import Any
 LOG_SECONDS = 30.0
 
 
-class Progress:
+class ShardProgress:
     """Bytes done of `total` (None: unknown), written to standard error."""
 
     def __init__(self, total: int | None, bar: Any, now: float | None = None) -> None:
@@ -52,15 +52,15 @@ class Progress:
 
 
 @contextlib.contextmanager
-def open_progress(total: int | None) -> Iterator[Progress]:
+def open_progress(total: int | None) -> Iterator[ShardProgress]:
     """A bar where standard error is a terminal, lines where it is not."""
     from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Progress(total, None)
+        yield ShardProgress(total, None)
         return
     columns = ("{task.description}", progress.BarColumn(), "{task.fields[state]}")
     with progress.Progress(*columns, console=console) as bar:
-        yield Progress(total, bar)
+        yield ShardProgress(total, bar)

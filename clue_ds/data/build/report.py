@@ -7,7 +7,6 @@ is checked while it is made: what was accepted and what was dropped add up to wh
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,14 @@ def check_report() -> None:
 
 def write_report(directory: Path) -> Path:
     """Write report.json, report.md and report.png for a corpus; return the page."""
-    manifest = json.loads(Corpus(directory).manifest_file.read_text(encoding="utf-8"))
+    manifest = files.read_json(Corpus(directory).manifest_file)
     target = directory / REPORT
     target.mkdir(exist_ok=True)
     report = summarise(manifest)
     files.write_json(target / "report.json", report)
     _draw(report, target / "report.png")
     page = target / "report.md"
-    page.write_text(_page(report), encoding="utf-8")
+    files.write_text(page, _page(report))
     return page
 
 

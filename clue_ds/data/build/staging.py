@@ -8,7 +8,6 @@ the same corpus, where the disk has locks; the system drops the lock when a proc
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +65,7 @@ class Staging:
         if finished or (self._overwrite and plan_file.is_file()):
             self._clear()
         if any(self.records()):  # a run that failed before its first shard has nothing to lose
-            begun = json.loads(plan_file.read_text(encoding="utf-8"))
+            begun = files.read_json(plan_file)
             differences = compare_requests(begun, self.request)
             if differences:
                 raise UserError(
@@ -95,7 +94,7 @@ class Staging:
     def get(self, index: int, stage: str = CONVERTED) -> dict[str, Any] | None:
         """The record of piece `index` if that stage of it is finished."""
         path = self._record_file(index, stage)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return files.read_json(path) if path.is_file() else None
 
     def put(self, index: int, record: dict[str, Any], stage: str = CONVERTED) -> None:
         """Say that a stage of piece `index` is finished."""
@@ -104,7 +103,7 @@ class Staging:
     def records(self, stage: str = CONVERTED) -> Iterator[dict[str, Any]]:
         """The records of all pieces, in order; read one by one, as there may be thousands."""
         for path in sorted(self.directory.glob(f"{stage}-*.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            yield files.read_json(path)
 
     def remove(self) -> None:
         """Remove the staging area: the corpus is complete."""

@@ -57,7 +57,7 @@ def _keys_file(output: Path, index: int) -> Path:
     return output / STATE_DIRECTORY / f"keys-{index:06d}.npy"
 
 
-def write_piece(
+def convert_chunk(
     output: Path, vocab_file: str, options: ConvertOptions, index: int, chunk: list[Segment]
 ) -> dict[str, Any]:
     """Convert chunk `index`, which is empty then, write its shards, return their record."""
@@ -106,12 +106,12 @@ def _histogram(ends: np.ndarray) -> dict[str, int]:
     return {str(1 << power): n for power, n in enumerate(np.bincount(powers).tolist()) if n}
 
 
-def find_duplicates(output: Path, num_pieces: int, cleaning: Cleaning) -> None:
+def find_duplicates(output: Path, num_chunks: int, cleaning: Cleaning) -> None:
     """Find out, and keep in files, which documents of all pieces are to be dropped."""
-    dedup.find_duplicates([_keys_file(output, i) for i in range(num_pieces)], cleaning)
+    dedup.find_duplicates([_keys_file(output, i) for i in range(num_chunks)], cleaning)
 
 
-def drop_from_piece(
+def drop_duplicates(
     output: Path,
     vocab_file: str,
     options: ConvertOptions,

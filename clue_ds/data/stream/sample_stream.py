@@ -17,7 +17,6 @@ would depend on their number).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
@@ -32,6 +31,7 @@ from clue_ds.data.stream.masking import MaskTable, mask_rows, ngram_draws
 from clue_ds.data.stream.mixture import Mixture, corpora_of, shares_of
 from clue_ds.data.stream.order import BLOCK_BYTES, CYCLE, order_table, places, samples_taken
 from clue_ds.data.stream.samples import Samples
+from clue_ds.data.text.special_tokens import is_special
 from clue_ds.data.text.vocab import read_vocab
 from clue_ds.errors import UserError
 from clue_ds.vocab_file import SPECIAL_TOKENS
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NGRAM = 8
-# Tokens that no text contains: they never replace another one.
-_NEVER_IN_TEXT = re.compile(r"\[unused\d+\]|<S>|<T>")
 _ORDER, _MASKS, _PAIRS = np.uint64(0), np.uint64(1), np.uint64(2)  # counters under the seed
 ORDERS: tuple[str, ...] = get_args(Order)
 LANES_FROM_BYTES = 8 << 30  # a machine with 16 GiB keeps less in its page cache
@@ -127,11 +125,7 @@ class SampleStream:
     def _mask_table(self, whole_word: bool, mask_prob: float, max_ngram: int) -> MaskTable:
         vocab = read_vocab(self.corpus.vocab_file)
         pad, unk, cls, sep, mask = (vocab.index(token) for token in SPECIAL_TOKENS)
-        ordinary = [
-            token_id
-            for token_id, token in enumerate(vocab)
-            if token not in SPECIAL_TOKENS and not _NEVER_IN_TEXT.fullmatch(token)
-        ]
+        ordinary = [token_id for token_id, token in enumerate(vocab) if not is_special(token)]
         if not ordinary:
             raise UserError(f"{self.corpus.vocab_file} holds special tokens only")
         goals = [

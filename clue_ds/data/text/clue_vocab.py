@@ -17,8 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>")
-UNUSED = re.compile(r"\[unused\d+\]")
+from clue_ds.data.text.special_tokens import is_special
 
 # Conversion to simplified changes these in OpenCC 1.4 but not in the recipe's converter.
 KEPT_HAN = frozenset(
@@ -89,7 +88,7 @@ _KEPT_KINDS = ("special", "simplified Han", "English", "digits", "other")
 
 def _verdict(token: str, to_simplified: Callable[[str], str]) -> str:
     """The kind of a token that stays (_KEPT_KINDS), or the reason for which it goes."""
-    if token in SPECIAL or UNUSED.fullmatch(token):
+    if is_special(token):
         return "special"
     if not token:
         return "white space"

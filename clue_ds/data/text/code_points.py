@@ -64,25 +64,25 @@ class CodePoints:
                 page = [self._probe(c) for c in range(begin, begin + PAGE)]
                 self.entries[begin : begin + PAGE] = page
 
-    def _pieces(self, text: str) -> list[str]:
+    def _split(self, text: str) -> list[str]:
         normalized = self.normalizer.normalize_str(text)
-        return [piece for piece, _ in self.pre_tokenizer.pre_tokenize_str(normalized)]
+        return [token for token, _ in self.pre_tokenizer.pre_tokenize_str(normalized)]
 
     def _probe(self, code_point: int) -> int:
         if 0xD800 <= code_point < 0xE000:  # surrogates: not in UTF-8
             return SLOW << KIND_SHIFT
         character = chr(code_point)
-        pieces = self._pieces(f"a{character}a")
-        if pieces == ["aa"]:
+        words = self._split(f"a{character}a")
+        if words == ["aa"]:
             return DROPPED << KIND_SHIFT
-        if pieces == ["a", "a"]:
+        if words == ["a", "a"]:
             return SPACE << KIND_SHIFT
         if self.decompose is not None and self._moves(character):
             return SLOW << KIND_SHIFT
-        if len(pieces) == 3 and len(pieces[1]) == 1 and pieces[0] == pieces[2] == "a":
-            return ISOLATED << KIND_SHIFT | self._ids.get(pieces[1], self._unk_id)
-        if len(pieces) == 1:
-            return self._ordinary(character, pieces[0][1:-1])
+        if len(words) == 3 and len(words[1]) == 1 and words[0] == words[2] == "a":
+            return ISOLATED << KIND_SHIFT | self._ids.get(words[1], self._unk_id)
+        if len(words) == 1:
+            return self._ordinary(character, words[0][1:-1])
         return SLOW << KIND_SHIFT
 
     def _ordinary(self, character: str, normalized: str) -> int:
@@ -101,4 +101,4 @@ class CodePoints:
         assert self.decompose is not None
         ordered = self.decompose.normalize_str(f"a{character}{_LOWEST_MARK}a")
         overtaken = ordered[ordered.index(_LOWEST_MARK) + 1 : -1]
-        return any(self._pieces(f"a{mark}a") != ["aa"] for mark in overtaken)
+        return any(self._split(f"a{mark}a") != ["aa"] for mark in overtaken)

@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clue_ds.data.text.choices import OnError
-from clue_ds.data.text.inputs import MAX_LINE_BYTES, Segment, Source, character_start, read_segments
+from clue_ds.data.text.inputs import (
+    MAX_LINE_BYTES,
+    Segment,
+    TextSource,
+    character_start,
+    read_segments,
+)
 from clue_ds.errors import UserError
 
 # Text is handled in blocks of about this size: they stay in a processor's cache.
@@ -27,7 +33,7 @@ _MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_EXAMPLES = 20
 # Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
 MAX_SAMPLES = 5
-MAX_UNKNOWN = 2000
+MAX_UNKNOWN_PER_SHARD = 2000
 
 
 @dataclass
@@ -65,8 +71,10 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.counts.update(other.counts)
         self.unknown.update(other.unknown)
-        if len(self.unknown) > 50 * MAX_UNKNOWN:  # rare ones of thousands of shards: 100 bytes each
-            self.unknown = Counter(dict(self.unknown.most_common(MAX_UNKNOWN)))
+        if (
+            len(self.unknown) > 50 * MAX_UNKNOWN_PER_SHARD
+        ):  # rare ones of thousands of shards: 100 bytes each
+            self.unknown = Counter(dict(self.unknown.most_common(MAX_UNKNOWN_PER_SHARD)))
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
         for rule, texts in other.samples.items():
             for text in texts:
@@ -79,7 +87,7 @@ class Tally:
             "counts": dict(self.counts),
             "examples": self.examples,
             "samples": self.samples,
-            "unknown": dict(by_number[:MAX_UNKNOWN]),
+            "unknown": dict(by_number[:MAX_UNKNOWN_PER_SHARD]),
         }
 
     @classmethod
@@ -227,7 +235,7 @@ def _values(
         yield where, record.get(text_field) if isinstance(record, dict) else record
 
 
-def read_lines(sources: list[Source], text_field: str) -> Iterator[str]:
+def read_lines(sources: list[TextSource], text_field: str) -> Iterator[str]:
     """All lines of the sources, blank ones included; UserError for a bad one."""
     tally = Tally()
     for source in sources:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from clue_ds.data.text.choices import InputFormat
+from clue_ds.data.text.choices import FileFormat, InputFormat
 from clue_ds.data.text.zstd import ZstdReader
 from clue_ds.errors import UserError
 
@@ -41,11 +41,11 @@ _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _MAGIC_GZIP, _MAGIC_ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
-class Source(NamedTuple):
+class TextSource(NamedTuple):
     """One input: a file, standard input ("-"), or a Hugging Face data set (hf: or a directory)."""
 
     name: str
-    format: Literal["text", "jsonl", "parquet", "datasets"]
+    format: FileFormat | Literal["datasets"]
     num_bytes: int | None  # on disk; None when unknown
 
     @property
@@ -82,16 +82,16 @@ class Chunk(list[Segment]):
         return Chunk, (segments,)
 
 
-def resolve(inputs: tuple[str, ...], format: InputFormat = "auto") -> list[Source]:
+def resolve(inputs: tuple[str, ...], format: InputFormat = "auto") -> list[TextSource]:
     """The sources that `inputs` name, in that order, globs sorted; UserError for a missing one."""
     if not inputs:
         raise UserError("no input given; give files, globs, hf:NAME or - for standard input")
-    sources: list[Source] = []
+    sources: list[TextSource] = []
     for pattern in inputs:
         if pattern == "-" or pattern.startswith("hf:"):
             table = pattern != "-"
             kind = "datasets" if table else "text" if format == "auto" else format
-            sources.append(Source(pattern, kind, None))  # type: ignore[arg-type]
+            sources.append(TextSource(pattern, kind, None))  # type: ignore[arg-type]
             continue
         names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not names:
@@ -105,24 +105,24 @@ def _wanted(name: str, pattern: str) -> bool:
     return name == pattern or Path(name).is_file()
 
 
-def _file_source(path: Path, format: InputFormat) -> Source:
+def _file_source(path: Path, format: InputFormat) -> TextSource:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return Source(str(path), "datasets", None)
+            return TextSource(str(path), "datasets", None)
         raise UserError(
             f"input {path} is a directory; give its files by a glob such as '{path}/*.txt' "
             "(a directory written by datasets' save_to_disk is fine as it is)"
         )
     if format != "auto":
-        return Source(str(path), format, path.stat().st_size)
+        return TextSource(str(path), format, path.stat().st_size)
     suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".zstd")]
     kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
     kind = kinds.get(suffixes[-1], "text") if suffixes else "text"
-    return Source(str(path), kind, path.stat().st_size)  # type: ignore[arg-type]
+    return TextSource(str(path), kind, path.stat().st_size)  # type: ignore[arg-type]
 
 
 def read_segments(
-    source: Source, segment_bytes: int, max_bytes: int, text_field: str
+    source: TextSource, segment_bytes: int, max_bytes: int, text_field: str
 ) -> Iterator[Segment]:
     """Segments of at least `segment_bytes` (but for the last) and at most some `max_bytes`."""
     if source.format == "datasets":
@@ -168,7 +168,7 @@ def _position(raw: IO[bytes]) -> int:
 
 
 def _byte_segments(
-    source: Source, raw: IO[bytes], segment_bytes: int, max_bytes: int
+    source: TextSource, raw: IO[bytes], segment_bytes: int, max_bytes: int
 ) -> Iterator[Segment]:
     stream = _unpacked(raw)
     format: Literal["text", "jsonl"] = "text" if source.format == "text" else "jsonl"
@@ -230,7 +230,7 @@ def character_start(data: bytes | bytearray, at: int) -> int:
 
 
 def _parquet_batches(
-    raw: IO[bytes], source: Source, text_field: str
+    raw: IO[bytes], source: TextSource, text_field: str
 ) -> Iterator[tuple[list[Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -259,7 +259,7 @@ def _parquet_batches(
         yield batch.column(0).to_pylist(), num_bytes
 
 
-def _dataset_batches(source: Source, text_field: str) -> Iterator[tuple[list[Any], int]]:
+def _dataset_batches(source: TextSource, text_field: str) -> Iterator[tuple[list[Any], int]]:
     """Rows of hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or of a save_to_disk directory."""
     import datasets
 
@@ -285,7 +285,7 @@ def _dataset_batches(source: Source, text_field: str) -> Iterator[tuple[list[Any
 
 
 def _table_segments(
-    source: Source, batches: Iterator[tuple[list[Any], int]], segment_bytes: int
+    source: TextSource, batches: Iterator[tuple[list[Any], int]], segment_bytes: int
 ) -> Iterator[Segment]:
     rows: list[Any] = []
     first_row = size = num_source_bytes = 0
@@ -302,7 +302,7 @@ def _table_segments(
 
 
 def read_chunks(
-    sources: list[Source], chunk_bytes: int, segment_bytes: int, text_field: str
+    sources: list[TextSource], chunk_bytes: int, segment_bytes: int, text_field: str
 ) -> Iterator[Chunk]:
     """The input in chunks of at most `chunk_bytes`, or of one segment: chunk i becomes shard i.
 

@@ -19,18 +19,9 @@ from clue_ds.data.text.choices import InputFormat
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.decode import read_lines
 from clue_ds.data.text.inputs import resolve
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.errors import UserError
 from clue_ds.vocab_file import check_special_tokens, vocab_lines
-
-NUM_UNUSED = 99
-LEADING_TOKENS = (
-    "[PAD]",
-    *(f"[unused{i}]" for i in range(1, NUM_UNUSED + 1)),
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-)
 
 
 def read_vocab(path: str | Path) -> list[str]:

@@ -17,8 +17,8 @@ from clue_ds.data.jit import compiled
 from clue_ds.data.text.choices import Words
 
 # Rjieba returns a list of strings, 100 bytes a word: text is cut where no word can go on.
-_PIECE_CHARS = 1 << 14
-_PIECE_ENDS = re.compile("[\n。！？，；]")
+_SPAN_CHARS = 1 << 14
+_SPAN_ENDS = re.compile("[\n。！？，；]")
 # Tab, line feed, carriage return, space, no-break space, ideographic space.
 _SPACES = np.array([0x09, 0x0A, 0x0D, 0x20, 0xA0, 0x3000], dtype=np.uint32)
 
@@ -44,15 +44,15 @@ def _between_spaces(text: str) -> np.ndarray:
 def _by_rjieba(text: str) -> np.ndarray:
     import rjieba
 
-    pieces = [np.empty(0, np.int32)]
+    spans = [np.empty(0, np.int32)]
     begin = 0
     while begin < len(text):
-        boundary = _PIECE_ENDS.search(text, begin + _PIECE_CHARS)
+        boundary = _SPAN_ENDS.search(text, begin + _SPAN_CHARS)
         end = boundary.end() if boundary else len(text)
         words = rjieba.cut(text[begin:end])
-        pieces.append(np.fromiter(map(len, words), dtype=np.int32, count=len(words)))
+        spans.append(np.fromiter(map(len, words), dtype=np.int32, count=len(words)))
         begin = end
-    lengths = np.concatenate(pieces)
+    lengths = np.concatenate(spans)
     assert lengths.sum() == len(text), "rjieba lost characters"
     return lengths
 

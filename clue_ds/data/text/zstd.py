@@ -24,26 +24,26 @@ class ZstdReader:
 
     def read(self, num_bytes: int) -> bytes:
         """The next `num_bytes` of text or some more; fewer, and b"" after that, at the end."""
-        parts: list[bytes] = []
+        texts: list[bytes] = []
         while num_bytes > 0:
             block = self._raw.read(PACKED_BYTES)
             if not block:
                 if self._frame_begun:
                     raise EOFError("the last zstandard frame is cut off")
                 break
-            parts.append(self._unpack(block))
-            num_bytes -= len(parts[-1])
-        return b"".join(parts)
+            texts.append(self._unpack(block))
+            num_bytes -= len(texts[-1])
+        return b"".join(texts)
 
     def _unpack(self, block: bytes) -> bytes:
-        parts = []
+        texts = []
         while block:
             try:
-                parts.append(self._frame.decompress(block))
+                texts.append(self._frame.decompress(block))
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
             self._frame_begun = not self._frame.eof
             block = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-        return b"".join(parts)
+        return b"".join(texts)
