@@ -1,12 +1,14 @@
-"""`clue-ds bench shard`: the whole verb, text to corpus, against `datasets.map` and tokenizers.
+"""`clue-ds bench shard`: the whole verb, text to corpus, against `datasets.map` and `tokenizers`.
 
-The peer is what the usual script does: a data set of lines, `map` in batches through the fast
-tokenizer of BertTokenizer, `save_to_disk`; it finds no words. All contenders take turns in this
-process, one worker, on files cut from the same text, and processor time is what counts: reading,
-writing and checksums included. The limits are `bytes.decode()` and a copy of the bytes.
+The peer does what usual scripts do: it makes a data set of lines, tokenises them in batches by
+`map` with the fast tokenizer of BertTokenizer, and calls `save_to_disk`. It finds no words. All
+contenders take turns in this process, with one worker, on files cut from the same text. They are
+compared by processor time, including reading, writing and checksums. `bytes.decode()` and a copy of
+the bytes show the upper limits.
 
-Memory is measured apart: `clue-ds shard` with two workers on a file of --memory-megabytes, by
-default and with every cleaning rule, the memory of each of its processes sampled while it runs.
+Memory is measured separately: `clue-ds shard` runs with two workers on a file of
+--memory-megabytes, with the default rules and with every cleaning rule, and the memory of its
+processes is sampled meanwhile.
 """
 
 from __future__ import annotations
@@ -48,16 +50,16 @@ def shard(
     rounds: int = 5,
     memory_megabytes: float = 0.0,
 ) -> None:
-    """Compare `clue-ds shard`, with and without word marks, with datasets.map and tokenizers.
+    """Compare `clue-ds shard`, with and without finding words, with datasets.map and tokenizers.
 
     Args:
-        text: a text file, one sentence a line, perhaps .gz
+        text: a text file with one sentence per line, also as .gz
         vocab: vocab.txt of a BERT model
         output: JSON file for the figures, with device, versions and command
-        megabytes: text that our verb gets in each round
-        peer_megabytes: text that the peer gets in each round; it is two orders slower
-        rounds: turns of each contender
-        memory_megabytes: also measure the memory of the verb on a file of this size; 0: don't
+        megabytes: megabytes of text for `clue-ds shard` in each round
+        peer_megabytes: megabytes of text for the peer in each round; it is much slower
+        rounds: how often each contender runs
+        memory_megabytes: also measure the memory of `clue-ds shard` on a file of this size; 0: off
     """
     existing_file(vocab, "vocabulary")
     data = existing_file(text, "text").read_bytes()
@@ -74,12 +76,12 @@ def shard(
 
 
 def _write(path: Path, data: bytes, megabytes: float) -> Path:
-    """The text again and again, until it has `megabytes`, in whole lines."""
+    """Write a file of about `megabytes`, in whole lines; a text that is shorter is repeated."""
     left = int(megabytes * 1e6)
     with open(path, "wb") as file:
         while left > 0:
-            part = data if len(data) <= left else data[: data.find(b"\n", left) + 1 or len(data)]
-            left -= file.write(part)
+            whole = len(data) <= left
+            left -= file.write(data if whole else data[: data.find(b"\n", left) + 1 or len(data)])
     return path
 
 
@@ -125,7 +127,7 @@ def _measure(
         "memcpy": (lambda text, _: bytearray(text.read_bytes()), ours),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-1, rounds):  # one round to warm up
+    for number in range(-1, rounds):  # round -1 warms up and isn't counted
         for name, (run, text) in contenders.items():
             target = directory / f"out{number}"
             begin = time.process_time()
@@ -148,7 +150,7 @@ def _measure(
 
 
 def _memory(data: bytes, vocab: Path, directory: Path, megabytes: float) -> dict[str, Any]:
-    """Largest memory of `clue-ds shard --workers 2` without and with every rule, in MiB."""
+    """Peak memory of `clue-ds shard --workers 2` with default rules and with every rule, in MiB."""
     text = _write(directory / "large.txt", data, megabytes)
     words = [sys.executable, "-m", "clue_ds.cli", "shard", str(text), "--vocab", str(vocab)]
     words += ["--workers", "2", "--overwrite", "--output", str(directory / "large")]
@@ -161,10 +163,10 @@ def _memory(data: bytes, vocab: Path, directory: Path, megabytes: float) -> dict
 
 
 def _largest(words: list[str]) -> dict[str, int]:
-    """Largest memory of a command while it runs, sampled 20 times a second, in MiB.
+    """Peak memory of a command, sampled 20 times per second, in MiB.
 
-    Resident memory of the largest process, that of all processes added up (pages of libraries that
-    they share counted in each), and the same with each shared page counted once (PSS).
+    Three numbers: the resident memory of the largest process, the sum over all processes (pages of
+    shared libraries count in each), and the sum with each shared page counted once (PSS).
     """
     import psutil
 
@@ -182,7 +184,7 @@ def _largest(words: list[str]) -> dict[str, int]:
             sizes = np.maximum(sizes, now)
             time.sleep(0.05)
     if process.returncode:
-        raise UserError(f"`{shlex.join(words[2:])}` failed; try it by hand")
+        raise UserError(f"`{shlex.join(words[2:])}` failed; run it by hand to see why")
     names = ("largest_process", "all_processes", "all_processes_shared_pages_once")
     return {name: round(size / 2**20) for name, size in zip(names, sizes, strict=True)}
 
@@ -191,7 +193,7 @@ def _print(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("contender", "MB/s of a core", title="text file to corpus on disk")
+    table = Table("contender", "MB/s per core", title="text file to corpus on disk")
     for name, rate in figures["megabytes_per_second_per_core"].items():
         table.add_row(name, f"{rate:,.1f}")
     console = Console()

@@ -1,9 +1,10 @@
-"""Corpora of any size for benchmarks, in the real format and without any text.
+"""Synthetic corpora of any size for benchmarks, in the real format.
 
-Tokens are hashed ordinary ids, two of five of which continue a word; sentences of 1 to 160 tokens
-(40 on average) and documents of 1 to 60 sentences follow each other in cycles. What is left out is
-a hole in the file, takes no disk and reads as zeros. Everything is arithmetic, the same bytes on
-any machine. Only `Corpus.verify` can tell: the checksums in corpus.json are not of the shards.
+Tokens are ordinary ids made by hashing; two of five continue a word. Sentences of 1 to 160 tokens
+(40 on average) and documents of 1 to 60 sentences repeat in cycles. Sections of a shard that are
+not written are holes of the file, which take no disk space and read as zeros. The bytes are the
+same on any machine. Only `Corpus.verify` sees a difference from a real corpus: the checksums in
+corpus.json are not those of the shards.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Holes = Literal["nothing", "tokens", "everything"]
 
 
 def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes) -> None:
-    """A corpus of num_tokens tokens of 2 bytes in num_shards shards, with holes for some of it."""
+    """Write a corpus of num_tokens tokens of 2 bytes in num_shards shards, with the given holes."""
     directory.mkdir(parents=True)
     ordinary = (f"token{i}" for i in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
     vocab = directory / VOCAB_FILE
@@ -75,7 +76,7 @@ def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> Shard
         file.truncate(size)
         if holes != "everything":
             document_ends = _ends(DOCUMENTS, num_documents, num_sentences)
-            # The tables are what stands at the end of the file, each at a multiple of ALIGNMENT.
+            # The two tables are at the end of the file, each at a multiple of ALIGNMENT.
             at = size - document_ends.nbytes
             file.seek(at)
             file.write(document_ends.data)
@@ -86,7 +87,7 @@ def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> Shard
 
 
 def _num_groups(num: int, cycle: np.ndarray) -> int:
-    """Into how many groups of the cycle's sizes `num` things fall, the last one cut short."""
+    """Number of groups with the sizes of `cycle` that hold `num` items; the last may be partial."""
     rest = num % cycle.sum()
     return int(
         num // cycle.sum() * len(cycle) + np.searchsorted(np.cumsum(cycle), rest) + (rest > 0)
@@ -94,13 +95,13 @@ def _num_groups(num: int, cycle: np.ndarray) -> int:
 
 
 def _ends(cycle: np.ndarray, num_groups: int, num: int) -> np.ndarray:
-    """Where the groups end, uint32 [num_groups]."""
+    """uint32 [num_groups]: where each group ends."""
     sizes = np.resize(cycle, num_groups)
     return np.minimum(np.cumsum(sizes), num).astype("<u4")
 
 
 def _tokens(shard: int, begin: int, end: int) -> np.ndarray:
-    """Tokens begin .. end - 1 of a shard, uint16: hashes of their places."""
+    """uint16 [end - begin]: tokens begin .. end - 1 of a shard, made by hashing their positions."""
     places = np.arange(begin, end, dtype=np.uint64)
     hashes = (places + np.uint64(shard << 40)) * np.uint64(0x9E3779B97F4A7C15)
     hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)

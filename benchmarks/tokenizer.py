@@ -1,4 +1,4 @@
-"""`clue-ds bench tokenizer`: MB/s of one core against Hugging Face `tokenizers`, on the same lines.
+"""`clue-ds bench tokenizer`: MB/s per core against Hugging Face `tokenizers`, on the same lines.
 
 The peer is `encode_batch_fast` of the very tokenizer that BertTokenizer wraps, with its own threads
 switched off. Both sides are measured in processor time, in turns. A turn reads the whole text once,
@@ -41,10 +41,10 @@ def tokenizer(
     part_megabytes: float = 1.0,
     repeats: int = 5,
 ) -> None:
-    """Compare our tokenizer with tokenizers' encode_batch_fast on each of some texts.
+    """Compare our tokenizer with encode_batch_fast of `tokenizers` on one or more texts.
 
     Args:
-        texts: text files, one sentence a line, perhaps .gz; each is a figure of its own
+        texts: text files with one sentence per line, also as .gz; each is measured by itself
         vocab: vocab.txt of a BERT model
         output: JSON file for the figures, with device, versions and command
         megabytes: how much of each text is read, from its beginning; all of a shorter text
@@ -60,7 +60,10 @@ def tokenizer(
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         data = data[: data.rfind(b"\n", 0, int(megabytes * 1e6)) + 1]
         if not data:
-            raise UserError(f"text {path} has no whole line in its first {megabytes} MB")
+            raise UserError(
+                f"text {path} has no complete line in its first {megabytes} MB; give another text, "
+                "or a larger --megabytes"
+            )
         figures.append({"text": path.name, **_measure(data, vocab, part_megabytes, repeats)})
     _print(figures)
     if output is not None:
@@ -70,7 +73,7 @@ def tokenizer(
 
 
 def _parts(data: bytes, part_bytes: int) -> list[bytes]:
-    """Whole lines, of some `part_bytes` together."""
+    """The text in parts of whole lines and about `part_bytes`."""
     parts = []
     begin = 0
     while begin < len(data):
@@ -89,7 +92,7 @@ def _reference(vocab: Path) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(vocab, Path(directory) / "vocab.txt")
         reference = BertTokenizer.from_pretrained(directory, do_lower_case=True).backend_tokenizer
-    reference.encode_special_tokens = True  # a [MASK] that is spelled out is text
+    reference.encode_special_tokens = True  # a [MASK] in the text is text
     return reference
 
 
@@ -150,7 +153,7 @@ def _print(figures: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     names = list(figures[0]["megabytes_per_second_per_core"])
-    table = Table("text", "Latin", *names, "ratio", title="MB/s of one core; no line differs")
+    table = Table("text", "Latin", *names, "ratio", title="MB/s per core; no line differs")
     for row in figures:
         rates = row["megabytes_per_second_per_core"]
         table.add_row(

@@ -287,7 +287,7 @@ def test_finished_corpus_is_kept_unless_told(inputs: Path, tmp_path: Path) -> No
     output = build(inputs, tmp_path / "c")
     before = digest(output)
     with pytest.raises(
-        UserError, match=r"finished corpus of something else \(inputs.number: 3 then"
+        UserError, match=r"finished corpus of other inputs or options \(inputs.number: 3 then"
     ):
         build(inputs, output, "a.txt")
     for options, message in (
@@ -316,8 +316,8 @@ def test_finished_corpus_of_the_same_request_is_a_success(
     build(tmp_path, output, "a.txt", held_out=0.1, vocab=inputs / "vocab.txt", workers=2)
     said = capsys.readouterr().out
     assert said == (
-        f"{output}: complete already, with these settings and inputs of these names and sizes; "
-        "nothing to do\n"
+        f"{output}: already complete, with the same options and inputs of the same names and "
+        "sizes; nothing to do\n"
     )
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     build(inputs, output, "a.txt", held_out=0.1, verify=True)
@@ -334,7 +334,7 @@ def test_finished_corpus_from_standard_input_is_compared_by_its_text(
     arguments = ["-", "--vocab", str(inputs / "vocab.txt"), "--output", str(tmp_path / "c")]
     for name, status, message in (
         ("a.txt", 0, " documents, 1 shards"),
-        ("a.txt", 0, "complete already, with these settings and inputs of this text"),
+        ("a.txt", 0, "already complete, with the same options and inputs of the same text"),
         ("c.jsonl", 2, "(the text of the inputs)"),
     ):
         with open(inputs / name, "rb") as file:
@@ -389,7 +389,7 @@ def test_files_that_may_not_be_used(inputs: Path, tmp_path: Path) -> None:
     command = [setpriv, *rights, sys.executable, "-c", f"WORDS = {words!r}; {code}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
-    assert f"1 input(s) may not be read by this user: {closed};" in result.stderr
+    assert f"this user has no permission to read 1 input(s): {closed};" in result.stderr
     assert f"this user may not read or write {tmp_path / 'locked' / 'c'};" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "c").exists()

@@ -285,10 +285,11 @@ def test_nothing_held_out_is_said(
     ("options", "message"),
     [
         ({"min_chars": 5, "max_chars": 4}, "no line would be left"),
-        ({"min_chars": -1}, "count characters"),
-        ({"min_han": 1.5}, "shares from 0 to 1"),
-        ({"near_duplicates": 0.99}, "goes up to 0.98; for documents that are the same"),
-        ({"held_out": 1.0}, "--held-out is a share"),
+        ({"min_chars": -1}, "must be 0 .off. or more"),
+        ({"min_han": 1.5}, "must be from 0 to 1"),
+        ({"near_duplicates": 0.99}, "must be from 0 to 0.98; use --clean.duplicates"),
+        ({"near_duplicates": -0.1}, "must be from 0 to 0.98"),
+        ({"held_out": 1.0}, "--held-out must be"),
     ],
 )
 def test_values_that_mean_nothing(

@@ -115,7 +115,7 @@ def test_inputs_that_name_nothing(tmp_path: Path, inputs: tuple[str, ...], messa
 def test_cut_off_compressed_file(tmp_path: Path, packer: str) -> None:
     path = tmp_path / f"text.txt{packer}"
     path.write_bytes(PACKERS[packer](TEXT.encode() * 50)[:-6])
-    with pytest.raises(UserError, match=r"text\.txt\..* not a whole compressed file"):
+    with pytest.raises(UserError, match=r"text\.txt\..* not a complete compressed file"):
         documents(path)
 
 

@@ -244,13 +244,13 @@ print(clue_ds.data.text.wordpiece.__file__, Tokenizer(sys.argv[1]).encode("ab"))
 def test_processes_that_start_together(vocab_file: Path, tmp_path: Path, writable: str) -> None:
     """Two at once, with an empty compile cache in the package, in the home, or with none at all.
 
-    A file in the place of a directory can't be written into by anybody, root included.
+    A file where a directory should be keeps everybody, root included, from writing into it.
     """
     package = Path(clue_ds.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     copy = shutil.copytree(package, tmp_path / "clue_ds", ignore=ignored) / "data"
     if writable != "package":
-        (copy / "__pycache__").touch()
+        (copy / "text" / "__pycache__").touch()
     home = tmp_path / "home"
     home.touch() if writable == "nothing" else home.mkdir()
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home)}

@@ -1,8 +1,12 @@
-"""Raw text to training batches, in data order.
+"""Raw text to training batches, in the order in which data flows.
 
-corpus > parsing > vocab > tokenizer > words > convert > shards (THE format) > build (the verb);
-then sampler > masking > loader. The public names are imported when they are first used: workers of
-`clue-ds shard` read this package and have no use for torch.
+text/    bytes to token ids: inputs, decoding, vocabularies, the tokenizer, words
+build/   text to a corpus: what `clue-ds shard` does
+corpus   the corpus on disk, written by build/ and read by stream/
+stream/  corpus to batches: sample order, masking, the loader
+
+The public names are imported when they are first used, so that the workers of `clue-ds shard`,
+which import this package, don't import torch.
 """
 
 from __future__ import annotations

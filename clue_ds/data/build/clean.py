@@ -1,14 +1,14 @@
-"""What is taken out of the text before it is a corpus: a rule a line, each of which can be off.
+"""The cleaning rules: which characters, lines and documents don't get into the corpus.
 
-Rules that edit (controls, html) work on the text; rules that drop work on arrays after it was
-tokenised: a compiled pass says of every line how long it is, how many Han characters it has, and
-its hash, and a line or document is dropped by comparing numbers. Everything here depends on one
-document alone, so any number of processes takes out the same; duplicates, which depend on all
-documents, are found in `dedup.py`.
+Rules that edit (controls, html) change the text. Rules that drop work on arrays after tokenisation:
+a compiled pass computes a hash, the length and the number of Han characters of every line, and
+lines or documents are dropped by comparing these numbers. All rules here look at one document at a
+time, so the result doesn't depend on the number of processes. Duplicates depend on all documents
+and are found in `dedup.py`.
 
-Guarantees: each line and each document has one reason at most for which it is dropped (the first in
-the order of REASONS), so that counts add up. Rejected: a language model's perplexity as a rule (it
-keeps what its own training text was like) and lists of bad words (they drop medicine and law).
+Guarantee: each line and each document is dropped for one reason at most, the first in the order of
+REASONS, so that counts add up. Rejected: the perplexity of a language model as a rule (it prefers
+text like its own training text) and lists of bad words (they drop medicine and law).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from clue_ds.data.counter_rng import derive, mix
 from clue_ds.data.jit import compiled
 from clue_ds.data.text.decode import Tally
 
-# What BERT's tokenizer drops silently: C0, C1 (without tab and line ends), soft hyphen, zero-width
-# and direction marks, byte order mark, replacement character. Taken out here before words are cut.
+# What BERT's tokenizer drops silently: C0 and C1 except tab and line ends, soft hyphen, zero-width
+# and direction marks, byte order mark, replacement character. Removed before words are found.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]+"
 )
@@ -35,7 +35,7 @@ _SAMPLE_CHARS = 40
 
 
 def edit(text: str, data: bytes, cleaning: Cleaning, tally: Tally) -> str:
-    """`text`, whose UTF-8 is `data`, after the rules that edit; it keeps its number of lines."""
+    """`text`, whose UTF-8 is `data`, after the rules that edit; its number of lines is the same."""
     if cleaning.controls and has_controls(np.frombuffer(data, np.uint8)):
         _sample(_CONTROLS, text, "controls", tally)
         edited = _CONTROLS.sub("", text)
@@ -49,11 +49,12 @@ def edit(text: str, data: bytes, cleaning: Cleaning, tally: Tally) -> str:
 
 
 def _unescape(entity: str) -> str:
-    """One line stays one line, and an entity for a control character is taken out with it."""
+    """What `entity` stands for: a line end becomes a space, a control character nothing."""
     return _CONTROLS.sub("", _LINE_ENDS.sub(" ", html.unescape(entity)))
 
 
 def _sample(pattern: re.Pattern[str], text: str, rule: str, tally: Tally) -> None:
+    """Keep matches of `pattern`, with some characters around them, as samples of `rule`."""
     for match in pattern.finditer(text):
         if not tally.wants_sample(rule):
             return
@@ -65,12 +66,14 @@ def _sample(pattern: re.Pattern[str], text: str, rule: str, tally: Tally) -> Non
 
 @compiled
 def has_controls(data: np.ndarray) -> bool:
-    """Whether UTF-8 bytes may hold what `_CONTROLS` matches; a quick look before the slow one."""
+    """Whether UTF-8 bytes may hold what `_CONTROLS` matches: a fast check before the slow one."""
     at = -1
+    # One turn looks at one character. Only its first byte is compared where that is enough; the
+    # bytes that continue a character (0x80 to 0xBF) match no branch and are turns that do nothing.
     while at + 1 < len(data):
         at += 1
         byte = data[at]
-        if 0xE3 <= byte < 0xEF:  # nothing between U+3000 and U+EFFF, where Han is: a step of three
+        if 0xE3 <= byte < 0xEF:  # U+3000 to U+EFFF, most Han among them: none; skip the character
             at += 2
         elif byte < 0x20:
             if byte != 9 and byte != 10 and byte != 13:
@@ -97,13 +100,14 @@ def has_controls(data: np.ndarray) -> bool:
 
 @compiled
 def line_facts(data: np.ndarray, hashes: np.ndarray, chars: np.ndarray, han: np.ndarray) -> None:
-    """Of each line of valid UTF-8 (uint8 [bytes]): a hash, its characters, the Han among them.
+    """Fill in, for each line of valid UTF-8 (uint8 [bytes]), its hash and its counts of characters.
 
-    hashes uint64 [lines], chars and han int64 [lines]. White space (ASCII, U+00A0, U+3000) counts
-    for nothing, so a line is the same line whatever its indentation.
+    hashes: uint64 [lines]; chars: uint64 [lines], all characters; han: uint64 [lines], those that
+    are Han. White space (ASCII, U+00A0, U+3000) is ignored, so indentation changes none of them.
     """
     line = at = num_chars = num_han = 0
     key = np.uint64(0)
+    # One turn decodes one character; a line feed stores the numbers of the line and resets them.
     while at < len(data):
         lead = np.int64(data[at])
         if lead == 10:
@@ -134,6 +138,7 @@ def line_facts(data: np.ndarray, hashes: np.ndarray, chars: np.ndarray, han: np.
             or 0xF900 <= code_point <= 0xFAFF
             or 0x20000 <= code_point <= 0x323AF
         )
+    # The last line may have no line feed.
     if line < len(hashes):
         hashes[line], chars[line], han[line] = mix(key), num_chars, num_han
 
@@ -142,7 +147,7 @@ def line_facts(data: np.ndarray, hashes: np.ndarray, chars: np.ndarray, han: np.
 def document_hashes(
     hashes: np.ndarray, reasons: np.ndarray, document_ends: np.ndarray
 ) -> np.ndarray:
-    """uint64 [documents]: hash of the sentences of each document that are kept, in their order."""
+    """uint64 [documents]: hash of the kept sentences of each document, in their order."""
     result = np.zeros(len(document_ends), dtype=np.uint64)
     begin = 0
     for document in range(len(document_ends)):
@@ -162,9 +167,10 @@ def select(
     han: np.ndarray,
     document_ends: np.ndarray,
 ) -> np.ndarray:
-    """uint8 [sentences]: why each sentence is dropped, KEPT if it is not.
+    """uint8 [sentences]: the code of the reason why each sentence is dropped, KEPT if it is not.
 
-    hashes, chars, han: of each sentence; document_ends: sentences before the end of each document.
+    hashes, chars, han: `line_facts` of each sentence; document_ends: number of sentences before the
+    end of each document.
     """
     reasons = np.zeros(len(hashes), dtype=np.uint8)
     if cleaning.min_chars:
@@ -187,7 +193,7 @@ def select(
 
 
 def take(arrays: ShardArrays, keep: np.ndarray) -> ShardArrays:
-    """The sentences for which bool [sentences] `keep` is true; documents that have any."""
+    """The sentences for which `keep`, bool [sentences], is true; documents without any are gone."""
     if keep.all():
         return arrays
     lengths = np.diff(arrays.sentence_ends, prepend=0)

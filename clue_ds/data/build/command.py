@@ -1,14 +1,16 @@
-"""`clue-ds shard`: raw text in, a corpus directory out, by any number of processes.
+"""`clue-ds shard`: converts raw text to a corpus directory, with any number of processes.
 
-One reader cuts the input into chunks (corpus.py), workers turn chunk i into shard i (worker.py)
-and, where duplicates are dropped, go over them once more (dedup.py); corpus.json is written when
-all is there. Guarantees: the directory's bytes depend on the text and the options only, not on
---workers or MPI ranks; an interrupted run goes on at the first unfinished shard (the text is read
-again, and each finished shard's text is compared by its hash); at most one chunk a worker and one
+One reader cuts the input into chunks (inputs.py), and workers convert chunk i to shard i
+(worker.py). Where duplicates are dropped, they then write the shards a second time (dedup.py).
+corpus.json is written last.
+
+Guarantees: the bytes of the directory depend only on the text and the options, not on --workers or
+the number of MPI ranks. An interrupted run resumes at the first unfinished shard; it reads the text
+again and compares the hashes of the chunks that were finished. At most one chunk per worker and one
 more are in memory.
 
-Rejected: appending to shards (a crash leaves a half-written one that looks whole) and resuming by
-file position (compressed input can't seek, and a changed input would go unnoticed).
+Rejected: appending to shards (a crash leaves a half-written one that looks complete) and resuming
+by file position (compressed input can't seek, and a changed input would not be noticed).
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from clue_ds.data.text.decode import BLOCK_BYTES
 from clue_ds.data.text.inputs import Chunk, TextSource, chunk_hash, read_chunks, resolve
 from clue_ds.errors import UserError, existing_file
 
-# Chinese text takes 3 bytes a character in UTF-8 and 2 a token here, plus 4 a sentence.
+# Bytes of a corpus per byte of text: a Chinese character of 3 bytes in UTF-8 becomes a token of 2
+# bytes, and every sentence takes 4 more.
 OUTPUT_SHARE = 0.8
-# Gzip and zstandard pack Chinese text to about 0.3 of its size.
+# Bytes of text per byte of compressed input: gzip and zstandard pack Chinese text to about 0.3.
 UNPACKED_SHARE = 3.5
 _WORKER = "clue_ds.data.build.worker"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,13 +70,15 @@ def shard(
     verify: bool = False,
     report: bool = False,
 ) -> None:
-    """Turn raw text into a corpus: a directory of shards that training maps and never loads.
+    """Convert raw text to a corpus, a directory of shards that training memory-maps.
 
-    Inputs, several at once: UTF-8 text (one sentence a line, a blank line between documents), jsonl
-    or parquet (one document a record), each also as .gz or .zst; globs in quotes; hf:NAME:SPLIT or
-    hf:NAME:CONFIG:SPLIT for a Hugging Face data set, or a directory of its save_to_disk; - for
-    standard input. The result is the same bytes for any number of workers. When a run is
-    interrupted, give the same command again and it goes on where it stopped.
+    Inputs are files, globs in quotes, - for standard input, and Hugging Face data sets: hf:NAME,
+    hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a directory that save_to_disk wrote. Files are UTF-8
+    text (one sentence per line, a blank line between documents), jsonl or parquet (one document
+    per record), each also as .gz or .zst.
+
+    The corpus has the same bytes for any number of workers. If a run is interrupted, repeat the
+    command to resume it.
 
     clue-ds shard 'text/*.txt.gz' --vocab vocab.txt --output corpus --t2s
 
@@ -86,22 +91,21 @@ def shard(
     Args:
         inputs: files, globs, hf:NAME:SPLIT or -
         output: the corpus directory to write
-        vocab: vocab.txt of the model; copied into the corpus
+        vocab: vocab.txt of the model to be trained; it is copied into the corpus
         lower_case: lower-case the text and remove accents, as BERT does
-        words: what finds the words that whole-word masking masks; none: only ## pieces are marked
-        segmented: the text is segmented already: its spaces are the words
-        t2s: convert traditional characters to simplified ones first (OpenCC)
-        format: what the inputs are; auto goes by the file name
-        text_field: the column or key that holds the text, for jsonl, parquet and hf:
-        on_error: refuse stops at bad bytes or records, naming them; skip drops and counts them
-        clean: rules that clean the text, see docs/corpus.md
-        held_out: share of the documents, by their hash, that become a corpus in OUTPUT/held_out
-        workers: processes; as many as there are cores by default, and under mpirun its ranks
-        shard_megabytes: text that goes into one shard; processes hold some of these in memory
-        overwrite: replace the corpus, or the unfinished run, that is in the output directory
-        verify: compare the checksums of the finished corpus (without inputs: only that)
-        report: write counts, lengths, unknown characters and samples of what was dropped, with a
-            picture, to OUTPUT/report (without inputs: of the finished corpus)
+        words: how words are found for whole-word masking; with none, only ## pieces are marked
+        segmented: the text is already segmented, so take its spaces as word boundaries
+        t2s: first convert traditional characters to simplified ones (with OpenCC)
+        format: format of the inputs; auto decides by the file name
+        text_field: name of the column or key that holds the text, in jsonl, parquet and hf: inputs
+        on_error: refuse stops at a bad byte or record and names it; skip drops and counts it
+        clean: cleaning rules, described in docs/corpus.md
+        held_out: share of the documents, chosen by hash, for a separate corpus, OUTPUT/held_out
+        workers: number of processes; by default one per core, and under mpirun its ranks
+        shard_megabytes: megabytes of text per shard; each process keeps the text of a few shards
+        overwrite: replace the corpus or the unfinished run that is in the output directory
+        verify: check the checksums of the finished corpus; needs no inputs
+        report: write counts, lengths and samples of dropped text to OUTPUT/report; needs no inputs
     """
     with open_workers(workers if inputs else 1) as opened:
         if opened is None:  # an MPI rank whose work is done
@@ -130,13 +134,13 @@ def _plan(
     format: InputFormat,
     shard_megabytes: float,
 ) -> Build:
-    """What is to be done; UserError for what can't be."""
+    """The build that the arguments ask for; UserError for arguments that make no sense."""
     if vocab is None:
         raise UserError("--vocab is missing: give the vocab.txt of the model to be trained")
     if shard_megabytes <= 0:
         raise UserError("--shard-megabytes must be positive")
     if not 0 <= options.held_out < 1:
-        raise UserError("--held-out is a share of the documents, from 0 to below 1")
+        raise UserError("--held-out must be from 0 to below 1: it is a share of the documents")
     options.clean.check()
     return Build(
         sources=resolve(inputs, format),
@@ -156,7 +160,7 @@ def _verify(output: Path) -> None:
 
 
 class Build(NamedTuple):
-    """One run of the verb."""
+    """What one run of the verb is to build, from what."""
 
     sources: list[TextSource]
     output: Path
@@ -166,9 +170,9 @@ class Build(NamedTuple):
 
     @property
     def request(self) -> dict[str, Any]:
-        """What must be equal for an unfinished run to go on; corpus.json says the same later.
+        """What must be equal to resume an unfinished run; corpus.json has the same keys later.
 
-        Of an input the size and the last part of its name: it may have moved.
+        Inputs count by their size and file name without directories, because they may have moved.
         """
         seen = [[source.path.name, source.num_bytes] for source in self.sources]
         return {
@@ -184,13 +188,14 @@ class Build(NamedTuple):
 
 
 def _is_complete(build: Build) -> bool:
-    """Whether the corpus is there already; UserError where it was made of something else.
+    """Whether this corpus is finished already; UserError if another one is.
 
-    Files are compared by name and size; text of unknown size (standard input, a data set) is read.
+    Files are compared by name and size. Inputs of unknown size (standard input, data sets) are read
+    and compared by their text.
     """
     if not (build.output / MANIFEST).is_file():
         return False
-    Corpus(build.output)  # which compares the sizes and headers of all shards
+    Corpus(build.output)  # checks the sizes and headers of all shards
     manifest = files.read_json(build.output / MANIFEST)
     if manifest["counts"].get("documents_held_out"):
         Corpus(build.output / HELD_OUT)
@@ -202,20 +207,20 @@ def _is_complete(build: Build) -> bool:
             differences = ["the text of the inputs"]
     if differences:
         raise UserError(
-            f"{build.output} already holds a finished corpus of something else "
+            f"{build.output} already holds a finished corpus of other inputs or options "
             f"({'; '.join(differences)}); choose another --output, or replace it with --overwrite"
         )
-    # A run that was killed when it had written corpus.json leaves it.
+    # A run that was killed just after it had written corpus.json leaves this directory.
     shutil.rmtree(build.output / STATE_DIRECTORY, ignore_errors=True)
     print(
-        f"{build.output}: complete already, with these settings and inputs of "
-        f"{'this text' if is_read else 'these names and sizes'}; nothing to do"
+        f"{build.output}: already complete, with the same options and inputs of the same "
+        f"{'text' if is_read else 'names and sizes'}; nothing to do"
     )
     return True
 
 
 def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
-    """Do all that is left to do; raise a UserError that says how to go on when something fails."""
+    """Do what is left to do; if that fails, raise a UserError that tells how to resume."""
     _check_inputs(build)
     _check_room(build)
     list(workers.run(f"{_WORKER}:prepare", [(None, (str(build.vocab_file), build.options))]))
@@ -229,40 +234,40 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise UserError(
-                f"no room left for {build.output} ({error.strerror}); free some space and give the "
-                "same command again: finished shards are kept"
+                f"no room left for {build.output} ({error.strerror}); free some space and repeat "
+                "the command: finished shards are kept"
             ) from None
         raise
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, most likely because memory ran out; give the same command again "
-            "with fewer --workers or another output with a smaller --shard-megabytes"
+            "a worker was killed, most likely because memory ran out; repeat the command with "
+            "fewer --workers, or start over with a smaller --shard-megabytes and another --output"
         ) from None
     print(format_counts(build.output, manifest))
     for_words, in_all = (sum(column) for column in zip(*seconds, strict=True))
     line = f"  {in_all:,.1f} s of processor time in the workers"
-    print(line + (f", {for_words:,.1f} s of it to find words" if for_words else ""))
+    print(line + (f", {for_words:,.1f} s of it for finding words" if for_words else ""))
 
 
 def _check_inputs(build: Build) -> None:
-    """Refuse at once what would stop the run at its last file."""
+    """Refuse files that can't be used before any work is done, not when their turn comes."""
     names = [source.name for source in build.sources if source.num_bytes is not None]
     closed = [name for name in names if not os.access(name, os.R_OK)]
     if closed:
         raise UserError(
-            f"{len(closed)} input(s) may not be read by this user: {', '.join(closed[:5])}; change "
-            "their permissions, or leave them out"
+            f"this user has no permission to read {len(closed)} input(s): {', '.join(closed[:5])}; "
+            "change their permissions, or leave them out"
         )
     empty = [source.name for source in build.sources if source.num_bytes == 0]
     if empty and (build.options.on_error == "refuse" or len(empty) == len(build.sources)):
         raise UserError(
             f"{len(empty)} input(s) are empty: {', '.join(empty[:5])}; leave them out"
-            + (", or pass over them with --on-error skip" if len(build.sources) > 1 else "")
+            + (", or ignore them with --on-error skip" if len(build.sources) > 1 else "")
         )
 
 
 def _check_room(build: Build) -> None:
-    """Refuse to begin what can't end; sizes that are not known are taken for nothing."""
+    """Refuse a run that would fill the disk; inputs of unknown size count as empty."""
     packed = (".gz", ".zst", ".zstd", ".parquet")
     needed = sum(
         (source.num_bytes or 0)
@@ -275,13 +280,13 @@ def _check_room(build: Build) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{build.output} would need about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} "
-            "GiB are free there; free some space or choose another --output"
+            f"{build.output} would need about {needed / 2**30:,.1f} GiB, but only "
+            f"{free / 2**30:,.1f} GiB are free there; free some space or choose another --output"
         )
 
 
 def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
-    """Convert every chunk that is not done; progress goes by bytes of the sources."""
+    """Convert every chunk that is not finished; progress is counted in bytes of the sources."""
     sizes = [source.num_bytes for source in build.sources]
     total = None if None in sizes else sum(size for size in sizes if size)
     with open_progress(total) as progress:
@@ -295,7 +300,7 @@ def _convert_all(build: Build, staging: Staging, workers: Workers) -> None:
 
 
 def _common(build: Build) -> tuple[Path, str, ConvertOptions]:
-    """The arguments that all functions of worker.py begin with."""
+    """The first arguments of `convert_chunk` and `drop_duplicates` in worker.py."""
     return build.output, str(build.vocab_file), build.options
 
 
@@ -319,13 +324,13 @@ def _unfinished(
         if finished["input_sha256"] != chunk_hash(chunk):
             raise UserError(
                 f"the input changed since {build.output} was begun (first at {chunk[0].source}, "
-                f"after byte or row {chunk[0].offset}); begin anew with --overwrite"
+                f"after byte or row {chunk[0].offset}); start over with --overwrite"
             )
         progress.advance(_num_source_bytes(chunk), found=True)
 
 
 def _drop_duplicates(build: Build, staging: Staging, workers: Workers) -> None:
-    """Find the documents that occur twice, and give every shard its place without them."""
+    """Find duplicate documents, and put every shard into the corpus without them."""
     sides = [record["sides"] for record in staging.records()]
     task = (build.output, len(sides), build.options.clean)
     list(workers.run(f"{_WORKER}:find_duplicates", [(None, task)]))

@@ -1,9 +1,8 @@
-"""From a chunk of raw input to the arrays of one shard: the work of one process.
+"""From a chunk of raw input to the arrays of one shard: what one worker computes.
 
-The order is the order in which data flows: decode, edit, convert to simplified characters,
-tokenise, mark words, find documents, drop, set aside what is held out. Everything is done a block
-of some megabytes at a time on whole arrays; the only loops over lines in Python are over those that
-hold no token.
+The steps, in order: decode, edit, convert to simplified characters, tokenise, mark words, find
+documents, drop, set held-out documents aside. Each step works on whole arrays of a block of text
+(about a megabyte); the only Python loops over lines are over lines without tokens.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ _LATIN_WORD = re.compile("[A-Za-z0-9]{1,12}")
 
 
 class Converted(NamedTuple):
-    """What a chunk became."""
+    """The result of converting a chunk."""
 
     training: ShardArrays
     held_out: ShardArrays
-    hashes: np.ndarray  # uint64 [documents] of both, in the order of the input; empty if not needed
-    keys: np.ndarray  # uint64 [bands, documents]: near_keys of the same
+    hashes: np.ndarray  # uint64 [documents of both], in the order of the input; empty if not needed
+    keys: np.ndarray  # uint64 [bands, documents of both]: their near_keys; empty if not needed
     tally: Tally
-    seconds: tuple[float, float]  # of this process: finding words, all
+    seconds: tuple[float, float]  # processor time: for finding words, for everything
 
 
 class Converter:
-    """Turns chunks into shards; made once in each process."""
+    """Converts chunks; each process makes one of these and keeps it."""
 
     def __init__(self, vocab_file: str, options: ConvertOptions) -> None:
         self.options = options
@@ -51,9 +50,9 @@ class Converter:
             self._simplify = opencc.OpenCC("t2s").convert
 
     def convert(self, chunk: list[Segment]) -> Converted:
-        """The arrays of one shard (perhaps with no tokens at all), and what was dropped.
+        """The arrays of one shard, which may have no tokens at all, and the tally of its input.
 
-        Takes the segments out of `chunk` one by one, so that their text is held no longer.
+        Removes the segments from `chunk` one by one, so that memory is freed as text is converted.
         """
         begin, self._seconds_for_words = time.process_time(), 0.0
         tally = Tally()
@@ -64,7 +63,7 @@ class Converter:
         return Converted(training, held_out, hashes, keys, tally, seconds)
 
     def _tokenise(self, chunk: list[Segment], tally: Tally) -> tuple[ShardArrays, np.ndarray]:
-        """All sentences of the chunk, and their facts, uint64 [3, sentences] (`line_facts`)."""
+        """All sentences of the chunk, and their `line_facts`, uint64 [3, sentences]."""
         tokens: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         facts: list[np.ndarray] = []
@@ -93,7 +92,8 @@ class Converter:
     def _convert_block(
         self, original: str, tally: Tally
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Marked tokens, tokens and facts a sentence, sentence counts at which documents end."""
+        """Arrays of a block: marked tokens [tokens], tokens per sentence [sentences], `line_facts`
+        [3, sentences], and the numbers of sentences after which documents end [documents]."""
         options = self.options
         data = original.encode()
         text = clean.edit(original, data, options.clean, tally)
@@ -112,7 +112,7 @@ class Converter:
         is_blank = np.zeros(len(line_lengths), dtype=bool)
         empty_lines = np.flatnonzero(~is_sentence)
         if len(empty_lines):
-            # A line that only cleaning has emptied is no boundary between documents.
+            # A line that cleaning emptied doesn't end a document; a line that was blank does.
             lines = original.split("\n")
             is_blank[empty_lines] = [not lines[i] or lines[i].isspace() for i in empty_lines]
         num_blank = int(is_blank.sum())
@@ -123,7 +123,7 @@ class Converter:
         if options.reads_lines:
             clean.line_facts(np.frombuffer(data, np.uint8), *facts)
         return (
-            tokens.copy(),  # of a buffer several times as large
+            tokens.copy(),  # it is a view of a buffer several times as large
             line_lengths[is_sentence],
             facts[:, is_sentence],
             np.cumsum(is_sentence)[is_blank],
@@ -132,7 +132,7 @@ class Converter:
     def _count_unknown(
         self, text: str, tokens: np.ndarray, starts: np.ndarray, tally: Tally
     ) -> None:
-        """Count what became [UNK], by its character, or by its word where that is of Latin ones."""
+        """Count what became [UNK]: Latin words as words, everything else by its first character."""
         for start in starts[tokens == self.tokenizer.unk_id].tolist():
             word = _LATIN_WORD.match(text, start)
             tally.unknown[word[0] if word else text[start]] += 1
@@ -140,7 +140,7 @@ class Converter:
     def _select(
         self, arrays: ShardArrays, facts: np.ndarray, tally: Tally
     ) -> tuple[ShardArrays, ShardArrays, np.ndarray, np.ndarray]:
-        """Training and held-out arrays, hashes and keys of their documents."""
+        """(training arrays, held-out arrays, hashes, keys): `Converted` has them with its names."""
         empty = np.empty(0, np.uint64)
         nothing = clean.take(arrays, np.zeros(len(arrays.sentence_ends), dtype=bool))
         options = self.options
@@ -165,11 +165,11 @@ class Converter:
         return clean.take(arrays, ~aside), clean.take(arrays, aside), hashes, keys
 
     def _account(self, arrays: ShardArrays, reasons: np.ndarray, tally: Tally) -> None:
-        """Count the sentences and documents that are dropped, and keep samples of them."""
+        """Count the dropped sentences and documents, and keep samples of them."""
         for code, reason in enumerate(REASONS[1:], start=1):
             dropped = np.flatnonzero(reasons == code)
             if code >= FOREIGN:
-                # One sentence for each document.
+                # These reasons drop whole documents; the sample of one is its first sentence.
                 document = np.searchsorted(arrays.document_ends, dropped, side="right")
                 dropped_documents, first = np.unique(document, return_index=True)
                 tally.counts[f"documents_{reason}"] += len(dropped_documents)
@@ -186,8 +186,8 @@ class Converter:
 def add_samples(
     tokenizer: Tokenizer, arrays: ShardArrays, sentences: np.ndarray, rule: str, tally: Tally
 ) -> None:
-    """Keep the first few of `sentences` (their numbers) as examples of what `rule` dropped."""
-    for sentence in sentences[: 20 * MAX_SAMPLES]:  # some are the same text
+    """Keep the first few of `sentences` (their indices) as samples of what `rule` dropped."""
+    for sentence in sentences[: 20 * MAX_SAMPLES]:  # more than MAX_SAMPLES: some texts are equal
         begin = arrays.sentence_ends[sentence - 1] if sentence else 0
         ids = arrays.tokens[begin : arrays.sentence_ends[sentence]] & (tokenizer.continues - 1)
         text = tokenizer.text(ids[:100])
@@ -195,7 +195,7 @@ def add_samples(
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """bool [documents]: whether each document is set aside, by its hash alone."""
+    """bool [documents]: whether each document is held out, which its hash alone decides."""
     if share <= 0:
         return np.zeros(len(hashes), dtype=bool)
     return hashes < np.uint64(share * 2.0**64)

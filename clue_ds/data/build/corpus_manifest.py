@@ -1,8 +1,8 @@
-"""corpus.json: what a finished corpus says about itself, written last.
+"""corpus.json: the manifest of a finished corpus, which is written last.
 
-The account of the input adds up: every line, record and document that was read is in the corpus or
-counted under one reason why not (parsing.Tally). Nothing in it depends on where, when or by how
-many processes it was made.
+Guarantees: its counts add up, that is, every line, record and document that was read is either in
+the corpus or counted under one reason why it is not (decode.Tally). Nothing in it depends on where,
+when or by how many processes the corpus was made.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _DROPPED = (
     "characters_removed",
     "entities_replaced",
 )
+# Unknown characters that corpus.json lists, the most frequent ones.
 MAX_UNKNOWN_LISTED = 100
 
 
@@ -61,7 +62,8 @@ def finish(
         dropped = {name: number for name, number in tally.counts.items() if number}
         staging.remove()
         raise UserError(
-            f"there is no text in the input, so {output} would be empty; what was read: "
+            "there is no text in the input, or the cleaning rules drop all of it, so "
+            f"{output} would be empty; give other inputs or change the rules. What was read: "
             f"{dropped or 'nothing'}"
         )
     if held_out:
@@ -85,7 +87,7 @@ def finish(
 
 
 def text_sha256(chunk_hashes: Iterable[str]) -> str:
-    """SHA-256 of the whole input, by those of its chunks in order."""
+    """SHA-256 of the whole input, made from the hashes of its chunks in order."""
     digest = hashlib.sha256()
     for chunk in chunk_hashes:
         digest.update(chunk.encode())
@@ -95,7 +97,7 @@ def text_sha256(chunk_hashes: Iterable[str]) -> str:
 def _count_kept(
     tally: Tally, training: Iterable[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> None:
-    """`sentences`, and what is held out: known only when all else has been dropped."""
+    """Add the counts of what is kept and what is held out, which only the finished shards have."""
     tally.counts["sentences"] = sum(side["shard"]["num_sentences"] for side in training)
     for name, key in (("lines", "num_sentences"), ("documents", "num_documents")):
         tally.counts[f"{name}_held_out"] = sum(side["shard"][key] for side in held_out)
@@ -137,7 +139,7 @@ def _write(directory: Path, vocab_file: Path, manifest: dict[str, Any]) -> None:
 
 
 def _tools(options: ConvertOptions) -> dict[str, str]:
-    """Versions of what decided on tokens, words and near duplicates."""
+    """Versions of the libraries that decided on tokens, words and near duplicates."""
     names = {
         "tokenizers": True,
         "rjieba": options.words == "rjieba",
@@ -152,7 +154,7 @@ def _tools(options: ConvertOptions) -> dict[str, str]:
 
 
 def format_counts(output: Path, manifest: dict[str, Any]) -> str:
-    """The summary that the verb prints."""
+    """The summary that `clue-ds shard` prints at the end."""
     counts = manifest["counts"]
     num_bytes = sum(shard["num_bytes"] for shard in manifest["shards"])
     lines = [
@@ -161,7 +163,7 @@ def format_counts(output: Path, manifest: dict[str, Any]) -> str:
         f"{num_bytes / 2**20:,.1f} MiB"
     ]
     if manifest["options"]["held_out"] and not counts.get("documents_held_out"):
-        lines.append(f"  held out: none of the {counts['documents']:,} documents; they are few")
+        lines.append(f"  held out: none of the {counts['documents']:,} documents: too few")
     for title, names in (("dropped", _REJECTED), ("by rule", _DROPPED)):
         found = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name)]
         if found:

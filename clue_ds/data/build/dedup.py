@@ -1,16 +1,16 @@
-"""Documents that occur twice: exactly (by hash) or nearly (MinHash), the first one is kept.
+"""Duplicate documents, exact (by hash) or near (by MinHash); the first of them is kept.
 
-Every worker writes 64-bit keys of its documents beside its shard: a hash of the text, and for near
-duplicates one key a band of the MinHash signature (datasketch makes it). When all shards are
-written, a document with a key that an earlier document had is marked, and the shards that hold
-marked ones are written again without them. So the answer is the same for any number of processes,
-standard input is read once, and an interrupted run goes on.
+For each shard a worker writes a file with 64-bit keys of its documents: a hash of the text, and for
+near duplicates one key per band of the MinHash signature, which datasketch computes. When all
+shards are written, every document that shares a key with an earlier document is marked, and shards
+with marked documents are written again without them. So the result doesn't depend on the number of
+processes, standard input is read only once, and an interrupted run can be resumed.
 
-Memory doesn't grow with the number of documents: keys and marks lie in files, and a part of the
-keys (KEYS_PER_PASS) is compared at a time. Two different documents among a hundred million share a
-64-bit hash with a chance of 1 in 3,700.
-Rejected: a set of hashes in one process (100 bytes a document, and the pool would wait for it) and
-datasketch's MinHashLSH as the index (all signatures in memory, some kilobytes a document).
+Memory doesn't grow with the number of documents: keys and marks are in files, and one pass over the
+files compares about KEYS_PER_PASS of the keys. The chance that any two different documents among a
+hundred million share a 64-bit hash is 1 in 3,700.
+Rejected: a set of hashes in one process (100 bytes per document, and the other workers would wait)
+and datasketch's MinHashLSH as the index (all signatures in memory, some kilobytes per document).
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from clue_ds.data.jit import compiled
 
 NUM_HASHES = 128
 SHINGLE_TOKENS = 5
-# Datasketch takes 512 bytes a shingle of a batch, and a document may have ten million.
+# Shingles that are hashed at a time: datasketch needs 512 bytes for each, and a document may have
+# ten million.
 BATCH_SHINGLES = 1 << 12
-# Keys that are compared at a time, in a table of 128 MiB. More documents take more passes over the
-# files: a hundred million take 12, of a second or two each, and ten times that for near duplicates.
+# Keys that one pass compares, in a table of 128 MiB. A hundred million documents take 12 passes
+# over the files, of a second or two each, and ten times as many for near duplicates.
 KEYS_PER_PASS = 1 << 23
 
 
 def similarity_bands(similarity: float) -> tuple[int, int]:
-    """Bands, and hashes a band, for which documents so similar are as likely found as not."""
+    """(bands, hashes per band) with which documents of this similarity are found half the time."""
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=similarity, num_perm=NUM_HASHES)
@@ -43,9 +44,10 @@ def similarity_bands(similarity: float) -> tuple[int, int]:
 
 
 def near_keys(arrays: ShardArrays, continues: int, similarity: float) -> np.ndarray:
-    """uint64 [bands, documents]: documents that share one are probably `similarity` alike.
+    """uint64 [bands, documents]: documents that share a key are probably at least this similar.
 
-    Alike means the Jaccard similarity of their sets of SHINGLE_TOKENS consecutive token ids.
+    Similarity is the Jaccard similarity of their sets of shingles, which are runs of SHINGLE_TOKENS
+    token ids.
     """
     from datasketch import MinHash
 
@@ -57,7 +59,8 @@ def near_keys(arrays: ShardArrays, continues: int, similarity: float) -> np.ndar
     begin = 0
     for document, end in enumerate(ends):
         signature = empty.copy()
-        last = max(begin + 1, end - SHINGLE_TOKENS + 1)  # behind the first token of a shingle
+        # First tokens of shingles are begin .. last - 1; a shorter document has one shingle.
+        last = max(begin + 1, end - SHINGLE_TOKENS + 1)
         for first in range(begin, last, BATCH_SHINGLES):
             until = min(first + BATCH_SHINGLES + SHINGLE_TOKENS - 1, end)
             signature.update_batch(_shingles(ids[first:until]).tolist())
@@ -69,7 +72,7 @@ def near_keys(arrays: ShardArrays, continues: int, similarity: float) -> np.ndar
 
 @compiled
 def _shingles(ids: np.ndarray) -> np.ndarray:
-    """Hashes below 2^32 of all runs of SHINGLE_TOKENS ids; of the whole where it is shorter."""
+    """uint64 [shingles]: hashes below 2^32 of all shingles of `ids`, or of all ids if too few."""
     length = min(SHINGLE_TOKENS, len(ids))
     result = np.empty(len(ids) - length + 1, dtype=np.uint64)
     for begin in range(len(result)):
@@ -82,6 +85,7 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
 
 @compiled
 def _fold(rows: np.ndarray) -> np.ndarray:
+    """uint64 [rows]: one key for the values of each row."""
     result = np.zeros(len(rows), dtype=np.uint64)
     for row in range(len(rows)):
         for value in rows[row]:
@@ -90,20 +94,21 @@ def _fold(rows: np.ndarray) -> np.ndarray:
 
 
 def find_duplicates(files: list[Path], cleaning: Cleaning) -> None:
-    """Write beside each of `files` why its documents are dropped, for `reasons_beside`.
+    """Write a file beside each of `files` with the reasons why its documents are dropped.
 
-    files: in the order of the input, as np.save wrote them: uint64 [1 + bands, documents], a hash
-    of the text, then near_keys.
+    files: in the order of the input, each written by np.save: uint64 [1 + bands, documents], the
+    hashes of the texts, then near_keys. `reasons_beside` reads the result.
     """
     shapes = [_rows(file).shape for file in files]
     for file, (_, num_documents) in zip(files, shapes, strict=True):
         np.save(_reasons_file(file), np.zeros(num_documents, dtype=np.uint8))
     total = sum(num_documents for _, num_documents in shapes)
     num_passes = max(1, -(-total // KEYS_PER_PASS))
-    # At least half of it stays free: a pass has KEYS_PER_PASS keys, give or take some thousands.
+    # At least about half of it stays free: a pass has KEYS_PER_PASS keys, plus or minus thousands.
     seen = np.empty(1 << max(10, (2 * min(total, KEYS_PER_PASS) - 1).bit_length()), dtype=np.uint64)
     for row in range(0 if cleaning.duplicates else 1, max(shapes, default=(0, 0))[0]):
         for pass_index in range(num_passes):
+            # One pass: this row of every file, in the order of the input, for one class of keys.
             seen[:] = 0
             for file in (file for file, (_, num) in zip(files, shapes, strict=True) if num):
                 reasons = reasons_beside(file)
@@ -115,7 +120,7 @@ def find_duplicates(files: list[Path], cleaning: Cleaning) -> None:
 
 
 def reasons_beside(file: Path) -> np.ndarray:
-    """Why each document of one of `find_duplicates`' files is dropped, uint8 [documents]."""
+    """uint8 [documents]: why each document of a file given to `find_duplicates` is dropped."""
     reasons: np.ndarray = np.load(_reasons_file(file))
     return reasons
 
@@ -137,10 +142,10 @@ def _mark_repeats(
     seen: np.ndarray,
     reasons: np.ndarray,
 ) -> bool:
-    """Give documents whose key is in `seen` the reason `code`; whether there were any.
+    """Give documents whose key is in `seen` the reason `code`; return whether there were any.
 
-    keys: of consecutive documents, of which those of the pass count; seen: a hash table, as long as
-    a power of two, to which they are added; 0 is an empty place.
+    keys: uint64 [documents], of which only those that belong to the pass are compared and added to
+    seen: uint64 [a power of two], a hash table in which 0 is an empty place.
     """
     found = False
     last = np.uint64(len(seen) - 1)
@@ -150,6 +155,7 @@ def _mark_repeats(
             continue
         key = max(key, np.uint64(1))
         place = key & last
+        # Linear probing, from the last place on to the first.
         while seen[place] != 0 and seen[place] != key:
             place = (place + np.uint64(1)) & last
         if seen[place] == 0:

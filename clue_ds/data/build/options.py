@@ -1,6 +1,6 @@
-"""What decides which tokens a text becomes, as it is recorded in corpus.json.
+"""The options that decide which tokens a text becomes; corpus.json records them.
 
-Nothing here imports compiled code: the process that reads the input needs the options only.
+This module imports no compiled code, because the process that reads the input doesn't need any.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from typing import Any
 from clue_ds.data.text.choices import OnError, Words
 from clue_ds.errors import UserError
 
-# Why a sentence is dropped; the place in this tuple is its code. Corpus.json counts lines_REASON
-# for each, and documents_REASON for those from FOREIGN on, which drop whole documents.
+# Why a sentence is dropped; the index of a reason is its code. corpus.json counts lines_REASON for
+# each, and documents_REASON for those from FOREIGN on, which drop whole documents.
 REASONS = ("kept", "too_short", "too_long", "repeated", "foreign", "duplicate", "near_duplicate")
 KEPT, TOO_SHORT, TOO_LONG, REPEATED, FOREIGN, DUPLICATE, NEAR_DUPLICATE = range(len(REASONS))
 
-# With the 128 hashes of dedup.py no bands tell more similar documents apart.
+# The 128 hashes of dedup.py can't be divided into bands for a higher similarity.
 MAX_SIMILARITY = 0.98
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """The rules. By default nothing is dropped, and no token is other than it was.
+    """The cleaning rules. With the defaults nothing is dropped and the tokens are BERT's.
 
     Args:
-        controls: take out NUL, byte order marks, control and zero-width characters
-        html: replace left-over HTML entities (&nbsp; &amp; &#8220;) by what they stand for
-        min_chars: drop lines of fewer characters (0: off); spaces don't count
-        max_chars: drop lines of more characters (0: off)
-        min_han: drop documents of which a smaller share of the characters is Han (0: off)
+        controls: remove NUL, byte order marks, control characters and zero-width characters
+        html: replace HTML entities in the text (&nbsp; &amp; &#8220;) by their characters
+        min_chars: drop lines with fewer characters than this, not counting spaces (0: off)
+        max_chars: drop lines with more characters than this, not counting spaces (0: off)
+        min_han: drop documents in which the share of Han characters is smaller than this (0: off)
         repeated_lines: drop lines that occurred before in the same document
         duplicates: drop documents that occurred before
-        near_duplicates: drop documents at least so similar to an earlier one (0: off; 0.8 is usual)
+        near_duplicates: drop documents at least about this similar to an earlier one (0: off; 0.8
+            is usual)
     """
 
     controls: bool = True
@@ -46,17 +47,17 @@ class Cleaning:
     near_duplicates: float = 0.0
 
     def check(self) -> None:
-        """Raise a UserError that names the flag of a value that means nothing."""
+        """Raise a UserError that names the flag if a value makes no sense."""
         if self.min_chars < 0 or self.max_chars < 0:
-            raise UserError("--clean.min-chars and --clean.max-chars count characters; 0 is off")
+            raise UserError("--clean.min-chars and --clean.max-chars must be 0 (off) or more")
         if 0 < self.max_chars < self.min_chars:
             raise UserError("--clean.max-chars is below --clean.min-chars: no line would be left")
-        if not (0 <= self.min_han <= 1 and 0 <= self.near_duplicates <= 1):
-            raise UserError("--clean.min-han and --clean.near-duplicates are shares from 0 to 1")
-        if self.near_duplicates > MAX_SIMILARITY:
+        if not 0 <= self.min_han <= 1:
+            raise UserError("--clean.min-han must be from 0 to 1")
+        if not 0 <= self.near_duplicates <= MAX_SIMILARITY:
             raise UserError(
-                f"--clean.near-duplicates goes up to {MAX_SIMILARITY}; for documents that are the "
-                "same there is --clean.duplicates"
+                f"--clean.near-duplicates must be from 0 to {MAX_SIMILARITY}; use "
+                "--clean.duplicates for documents that are equal"
             )
         if self.near_duplicates and importlib.util.find_spec("datasketch") is None:
             raise UserError(
@@ -66,7 +67,7 @@ class Cleaning:
 
     @property
     def compares_documents(self) -> bool:
-        """Whether a document's fate depends on other documents."""
+        """Whether a rule drops documents because of other documents."""
         return self.duplicates or self.near_duplicates > 0
 
     @property
@@ -78,7 +79,7 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What decides which tokens a text becomes; recorded in corpus.json."""
+    """All options that decide which tokens a text becomes."""
 
     lower_case: bool = True
     words: Words = "rjieba"

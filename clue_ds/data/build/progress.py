@@ -1,7 +1,8 @@
-"""How far a long run is: a bar with rate and time left on a terminal, a line now and then in a log.
+"""Progress of `clue-ds shard`: a bar on a terminal, a line every 30 seconds in a log.
 
-The rate is the mean since the run began, without what an earlier run had finished: shards take
-seconds each and several end at once, so a rate over the last few seconds is often unknown.
+Both show the rate and the time left. The rate is the mean since the run began, without what an
+earlier run had finished. Rejected: the rate of the last few seconds, which is often unknown,
+because a shard takes seconds and several are finished at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class ShardProgress:
         self._done = self._found = 0
 
     def advance(self, num_bytes: int, found: bool = False, now: float | None = None) -> None:
-        """Say that `num_bytes` more are done; `found`: by an earlier run."""
+        """Count `num_bytes` more as done; `found` says that an earlier run did them."""
         now = time.monotonic() if now is None else now
         self._done += num_bytes
         self._found += num_bytes * found
@@ -37,7 +38,7 @@ class ShardProgress:
             print(f"sharding: {self.state(now)}", file=sys.stderr, flush=True)
 
     def state(self, now: float) -> str:
-        """Such as "1.2 of 3.4 GB, 95 MB/s, 0:00:23 left"."""
+        """The progress as text, such as "1.20 of 3.40 GB, 95.0 MB/s, 0:00:23 left"."""
         worked, seconds = self._done - self._found, now - self._start
         size = f"{self._done / 1e9:.2f}"
         size += " GB" if self._total is None else f" of {self._total / 1e9:.2f} GB"
@@ -53,7 +54,7 @@ class ShardProgress:
 
 @contextlib.contextmanager
 def open_progress(total: int | None) -> Iterator[ShardProgress]:
-    """A bar where standard error is a terminal, lines where it is not."""
+    """A bar if standard error is a terminal, else lines."""
     from rich import progress
     from rich.console import Console
 

@@ -1,7 +1,7 @@
-"""`clue-ds shard --report`: what a corpus holds and what was left out: JSON, a page, a picture.
+"""`clue-ds shard --report`: what a corpus holds and what was dropped, as JSON, page and picture.
 
-All of it comes from corpus.json, so it can be made again at any time, and the account on the page
-is checked while it is made: what was accepted and what was dropped add up to what was read.
+The report is made from corpus.json alone, so it can be made again at any time. While it is made,
+its counts are checked: what was accepted and what was dropped must add up to what was read.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _RECORDS = ("records_not_utf8", "records_not_json", "records_without_text")
 
 
 def check_report() -> None:
-    """Raise a UserError if a report can't be made here: before the corpus is, not after."""
+    """Raise a UserError if the report can't be made here; called before the corpus is made."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
-            "the report's picture needs matplotlib; install it with `pip install 'clue_ds[plots]'`"
+            "the picture of --report needs matplotlib; install it with "
+            "`pip install 'clue_ds[plots]'`"
         )
 
 
@@ -52,7 +53,7 @@ def write_report(directory: Path) -> Path:
 
 
 def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The account, unit by unit, and the statistics."""
+    """The content of report.json: accounts of lines, documents and records, and statistics."""
     counts, statistics = manifest["counts"], manifest["statistics"]
     accounts = {
         "lines": _account(counts, "lines", manifest["num_sentences"], _LINES),
@@ -81,12 +82,13 @@ def _account(
 ) -> dict[str, int]:
     account = {"read": counts.get(unit, 0), "accepted": accepted}
     account |= {name: counts[name] for name in dropped if counts.get(name)}
+    # "read" itself is among the values.
     assert account["read"] == sum(account.values()) - account["read"], f"{unit} don't add up"
     return account
 
 
 def _page(report: dict[str, Any]) -> str:
-    lines = ["# What this corpus holds, and what was left out", "", "![](report.png)", ""]
+    lines = ["# What this corpus holds, and what was dropped", "", "![](report.png)", ""]
     for unit, account in report["accounts"].items():
         lines += [f"## {unit.capitalize()}", "", f"| {unit} | number | share |", "|---|---|---|"]
         for name, number in account.items():
@@ -96,7 +98,7 @@ def _page(report: dict[str, Any]) -> str:
     lines += ["## Changed, not dropped", ""]
     lines += [f"- {number:,} {name.replace('_', ' ')}" for name, number in report["edits"].items()]
     share = f"{report['unknown_share']:.3%} of {report['tokens']:,} tokens are [UNK]."
-    lines += ["", "## What the vocabulary doesn't know", "", share]
+    lines += ["", "## What the vocabulary lacks", "", share]
     if report["unknown"]:
         lines += ["The most frequent ones in the text, before anything was dropped:", ""]
         top = list(report["unknown"].items())[:40]
@@ -111,7 +113,7 @@ def _page(report: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as it is, whatever Markdown it would be."""
+    """`text` as a code span, so that Markdown shows it unchanged."""
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
@@ -119,7 +121,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # No font that comes with matplotlib has Han characters, so the picture has numbers only.
+    # The fonts that come with matplotlib have no Han characters, so the picture has no samples.
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False}):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         axes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
@@ -129,7 +131,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         axes[0].bar_label(bars, labels=[f" {number:,}" for number in account.values()])
         axes[0].margins(x=0.25)
         axes[0].invert_yaxis()
-        axes[0].set_title("what became of the lines read")
+        axes[0].set_title("lines that were read")
         axes[0].spines["right"].set_visible(False)
         axes[0].xaxis.set_visible(False)
         axes[0].spines["bottom"].set_visible(False)
@@ -137,8 +139,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
             axes[1:], ("sentence_tokens", "document_tokens"), ("sentence", "document"), strict=True
         ):
             axis.bar(list(report[key]), list(report[key].values()), color="#4477aa")
-            axis.set_title(f"tokens a {unit}")
-            axis.set_xlabel("at most, and more than half of")
+            axis.set_title(f"tokens per {unit}")
+            axis.set_xlabel("at most this, more than half of it")
             axis.tick_params(axis="x", rotation=60)
             axis.spines["right"].set_visible(False)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

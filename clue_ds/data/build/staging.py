@@ -1,9 +1,10 @@
-"""The state of an unfinished corpus: which shards are done, and what the run was asked for.
+"""The state of an unfinished corpus: which shards are finished, and what the run was asked for.
 
-It lies in OUTPUT/.building: plan.json and one small JSON a finished piece, written after its shards
-were synced and renamed; where duplicates are dropped there is a second one, from when that was
-done. The directory goes when corpus.json is there. A lock on it keeps a second run from writing to
-the same corpus, where the disk has locks; the system drops the lock when a process dies.
+OUTPUT/.building holds plan.json and one small JSON record per finished chunk, written after the
+shards of the chunk were synced and renamed. Where duplicates are dropped, a second record is
+written when that is done. The directory is removed once corpus.json is written. On a file system
+with locks, a lock keeps a second run from writing to the same corpus; the system drops it when a
+process ends.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from clue_ds.errors import UserError
 
 PLAN = "plan.json"
 LOCK = "lock"
-# The stages of a piece.
+# The stages of a chunk: its shards are written; its duplicates are dropped.
 CONVERTED, COMPARED = "converted", "compared"
 
 
 class Staging:
-    """The staging area of `output`, locked while entered.
+    """The staging area of `output`, locked inside its `with` block.
 
-    request: what the run was asked for (build.Build). Raises a UserError when `output` holds a
-    finished corpus, an unfinished one of another request, or files that are none of ours, unless
-    `overwrite` says to replace the first two.
+    request: what the run was asked for (`Build.request`). Raises a UserError when `output` holds a
+    finished corpus or an unfinished one of another request, unless `overwrite` replaces it, and
+    always when it holds other files.
     """
 
     def __init__(self, output: Path, request: dict[str, Any], overwrite: bool) -> None:
@@ -44,7 +45,10 @@ class Staging:
             raise UserError(f"output {self.output} is a file; give a directory")
         finished = (self.output / MANIFEST).is_file()
         if finished and not self._overwrite:
-            raise UserError(f"another `clue-ds shard` has just finished {self.output}")
+            raise UserError(
+                f"another `clue-ds shard` has just finished {self.output}; use it, or replace it "
+                "with --overwrite"
+            )
         if not finished and not self.directory.is_dir() and _has_files(self.output):
             raise UserError(
                 f"output {self.output} is not empty and holds no corpus; choose another directory"
@@ -53,7 +57,10 @@ class Staging:
         self._lock = open(self.directory / LOCK, "wb")
         if not files.lock(self._lock, wait=False):
             self._lock.close()
-            raise UserError(f"another `clue-ds shard` is writing to {self.output}")
+            raise UserError(
+                f"another `clue-ds shard` is writing to {self.output}; wait for it, or choose "
+                "another --output"
+            )
         self._prepare(finished)
         return self
 
@@ -64,19 +71,19 @@ class Staging:
         plan_file = self.directory / PLAN
         if finished or (self._overwrite and plan_file.is_file()):
             self._clear()
-        if any(self.records()):  # a run that failed before its first shard has nothing to lose
+        if any(self.records()):  # else the run failed before its first shard: nothing would be lost
             begun = files.read_json(plan_file)
             differences = compare_requests(begun, self.request)
             if differences:
                 raise UserError(
-                    f"{self.output} holds an unfinished run that was asked for something else "
-                    f"({'; '.join(differences)}); give the same command as then, or begin anew "
+                    f"{self.output} holds an unfinished run of other inputs or options "
+                    f"({'; '.join(differences)}); repeat that command to finish it, or start over "
                     "with --overwrite"
                 )
         files.write_json(plan_file, self.request)
 
     def _clear(self) -> None:
-        """Remove the corpus that was here: corpus.json first, so that it is never half a corpus."""
+        """Remove the old corpus: corpus.json first, so that half a corpus never looks finished."""
         (self.output / MANIFEST).unlink(missing_ok=True)
         for name in (HELD_OUT, REPORT):
             shutil.rmtree(self.output / name, ignore_errors=True)
@@ -92,22 +99,22 @@ class Staging:
         return self.directory / f"{stage}-{index:06d}.json"
 
     def get(self, index: int, stage: str = CONVERTED) -> dict[str, Any] | None:
-        """The record of piece `index` if that stage of it is finished."""
+        """The record of chunk `index` if this stage of it is finished, else None."""
         path = self._record_file(index, stage)
         return files.read_json(path) if path.is_file() else None
 
     def put(self, index: int, record: dict[str, Any], stage: str = CONVERTED) -> None:
-        """Say that a stage of piece `index` is finished."""
+        """Record that a stage of chunk `index` is finished."""
         files.write_json(self._record_file(index, stage), record)
 
     def records(self, stage: str = CONVERTED) -> Iterator[dict[str, Any]]:
-        """The records of all pieces, in order; read one by one, as there may be thousands."""
+        """The records of all chunks in order, read one by one because there may be thousands."""
         for path in sorted(self.directory.glob(f"{stage}-*.json")):
             yield files.read_json(path)
 
     def remove(self) -> None:
-        """Remove the staging area: the corpus is complete."""
-        # NFS keeps a file that is open, under another name, and with it the directory.
+        """Remove the staging area; called when the corpus is complete."""
+        # NFS keeps a file that is still open under another name, and so the directory wouldn't go.
         self._lock.close()
         shutil.rmtree(self.directory)
 
@@ -117,7 +124,7 @@ def _has_files(directory: Path) -> bool:
 
 
 def compare_requests(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, such as "clean.html: False then, True now"; more keys in `then` don't count."""
+    """The differences, such as "clean.html: False then, True now"; only keys of `now` count."""
     before = dict(flatten(then))
     return [
         f"{key.removeprefix('options.')}: {before.get(key)} then, {value} now"

@@ -1,8 +1,8 @@
-"""What a worker does: a chunk becomes shards on disk, and shards lose their duplicates.
+"""What a worker does: it converts a chunk to shards on disk, and drops duplicates from shards.
 
-A piece of the corpus is one chunk's share of it: a shard for training, and where documents are held
-out, one for those. Functions here take all they need as arguments, so that any process can run
-them; each returns the JSON that the staging area keeps as proof that the piece is done.
+A chunk has two sides: a shard for training, and a shard of held-out documents if there are any.
+The functions here get everything as arguments, so any process can run them. What `convert_chunk`
+and `drop_duplicates` return is the JSON record that the staging area keeps of a finished chunk.
 """
 
 from __future__ import annotations
@@ -37,30 +37,34 @@ from clue_ds.data.corpus import (
 from clue_ds.data.text.decode import Tally
 from clue_ds.data.text.inputs import Segment, chunk_hash
 
-# Converted shards wait here until it is known which documents occur twice.
+# Converted shards are kept here until it is known which documents are duplicates.
 WAITING = Path(STATE_DIRECTORY) / "waiting"
 
 
 @functools.lru_cache(maxsize=1)
 def converter(vocab_file: str, options: ConvertOptions) -> Converter:
-    """The converter of this process."""
+    """The converter of this process, made on first use."""
     return Converter(vocab_file, options)
 
 
 def prepare(vocab_file: str, options: ConvertOptions) -> None:
-    """Convert a line: a bad vocabulary is one error, and compiled code is there for all."""
+    """Convert one line before any chunk is converted.
+
+    A bad vocabulary is then one error, not one per worker, and compiled code is in the disk cache
+    when the workers need it.
+    """
     converter(vocab_file, options).convert([Segment("text", "", 0, "暖身\n".encode())])
 
 
 def _keys_file(output: Path, index: int) -> Path:
-    """Where the hashes and keys of piece `index`'s documents are until duplicates are known."""
+    """The file that keeps the hashes and keys of chunk `index` until duplicates are dropped."""
     return output / STATE_DIRECTORY / f"keys-{index:06d}.npy"
 
 
 def convert_chunk(
     output: Path, vocab_file: str, options: ConvertOptions, index: int, chunk: list[Segment]
 ) -> dict[str, Any]:
-    """Convert chunk `index`, which is empty then, write its shards, return their record."""
+    """Convert chunk `index`, which empties it, write its shards, and return its record."""
     worker = converter(vocab_file, options)
     input_sha256 = chunk_hash(chunk)
     converted = worker.convert(chunk)
@@ -83,7 +87,7 @@ def convert_chunk(
 def _write_side(
     directory: Path, index: int, arrays: ShardArrays, worker: Converter
 ) -> dict[str, Any] | None:
-    """Write one shard and say what is in it; None when it holds no token."""
+    """Write one shard and return its record; None, and no file, if it would hold no token."""
     if not len(arrays.tokens):
         return None
     directory.mkdir(exist_ok=True)
@@ -100,14 +104,14 @@ def _write_side(
 
 
 def _histogram(ends: np.ndarray) -> dict[str, int]:
-    """How many lengths are at most 1, 2, 4, 8, ... and more than half of that."""
+    """Numbers of lengths by the power of two (1, 2, 4, ...) that they are at most."""
     lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=0)
     powers = np.ceil(np.log2(lengths)).astype(np.int64)
     return {str(1 << power): n for power, n in enumerate(np.bincount(powers).tolist()) if n}
 
 
 def find_duplicates(output: Path, num_chunks: int, cleaning: Cleaning) -> None:
-    """Find out, and keep in files, which documents of all pieces are to be dropped."""
+    """Write files that say which documents of which chunk are duplicates."""
     dedup.find_duplicates([_keys_file(output, i) for i in range(num_chunks)], cleaning)
 
 
@@ -118,10 +122,10 @@ def drop_duplicates(
     index: int,
     sides: list[dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """Give the shards of a piece their place, without the documents that have a reason to go.
+    """Put the shards of chunk `index` into the corpus without its duplicates; return its record.
 
-    May be called again after it was killed: what waits is removed last, when its record is there
-    (`Staging.remove`).
+    After a kill it can simply be called again: a waiting shard is either moved into the corpus or
+    stays until the staging area is removed.
     """
     worker = converter(vocab_file, options)
     reasons = dedup.reasons_beside(_keys_file(output, index))

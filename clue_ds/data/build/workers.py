@@ -1,10 +1,10 @@
-"""Who does the work: this process, a pool of processes, or the ranks of an MPI job.
+"""Where tasks run: in this process, in a pool of processes, or on the ranks of an MPI job.
 
-All three are an Executor that runs functions with arguments, so nothing else knows which it is.
-Functions are named ("module:function") and imported where they run: the process that reads the
-input is spared the compiled code and the dictionaries, 150 MiB of memory.
-Under `mpirun -n N` rank 0 reads and keeps the account, and the other N - 1 ranks convert
-(mpi4py.futures); every rank calls the same verb with the same arguments.
+`Workers` hides which of the three it is. A task names its function ("module:function"), which is
+imported where it runs, so the process that reads the input doesn't load the compiled code and the
+dictionaries, 150 MiB of memory.
+Under `mpirun -n N` rank 0 reads the input and keeps the records, and the other N - 1 ranks convert
+(mpi4py.futures). Every rank calls the same verb with the same arguments.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from typing import Any, TypeVar
 from clue_ds.errors import UserError
 
 Label = TypeVar("Label")
-# How launchers tell a process the size of its job: Open MPI; MPICH, Intel MPI and srun --mpi=pmi2.
+# Environment variables that hold the size of the job: those of Open MPI, of MPICH, Intel MPI and
+# srun --mpi=pmi2, and of MVAPICH2.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def mpi_size() -> int:
-    """Processes of the MPI job that this one belongs to; 1 when it was started without MPI."""
+    """Number of processes of this MPI job; 1 when this process was started without MPI."""
     if "PMIX_RANK" in os.environ and "SLURM_NTASKS" in os.environ:
         return int(os.environ["SLURM_NTASKS"])
     return next((int(os.environ[name]) for name in _SIZES if name in os.environ), 1)
 
 
 class Workers:
-    """Runs tasks; without an executor, in this process."""
+    """Runs tasks in an executor, or in this process if there is none."""
 
     def __init__(self, executor: Executor | None, num_workers: int) -> None:
         self._executor = executor
@@ -45,9 +46,9 @@ class Workers:
     def run(
         self, function: str, tasks: Iterable[tuple[Label, tuple[Any, ...]]]
     ) -> Iterator[tuple[Label, Any]]:
-        """(label, function(*arguments)) of each (label, arguments), as they are done.
+        """Run `function` for each (label, arguments); yield (label, result) as tasks finish.
 
-        Of the tasks, num_workers + 1 are taken at most before one is done.
+        At most num_workers + 1 tasks are taken from `tasks` before one of them is finished.
         """
         if self._executor is None:
             for label, arguments in tasks:
@@ -80,10 +81,13 @@ def _take_done(pending: dict[Future[Any], Label]) -> Iterator[tuple[Label, Any]]
 
 @contextlib.contextmanager
 def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
-    """The workers; None on an MPI rank that has served as one, and has nothing left to do."""
+    """The workers; None on an MPI rank that was a worker and whose work is done."""
     if mpi_size() > 1:
         if num_workers is not None:
-            raise UserError("--workers is for one machine; under MPI, mpirun -n says how many")
+            raise UserError(
+                "--workers is for one machine; under MPI, leave it out and set the number of "
+                "processes with mpirun -n"
+            )
         with _mpi_ranks() as workers:
             yield workers
         return
@@ -102,10 +106,10 @@ def open_workers(num_workers: int | None) -> Iterator[Workers | None]:
 def spawned(
     num_processes: int, prepare: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, each of which calls `prepare` first; none outlives this one.
+    """A pool of processes, each of which first calls `prepare`; none of them outlives this process.
 
-    Ctrl-C ends them at once and without a word. They are spawned: forking a process that has run
-    threads (torch, tokenizers, numba) can hang.
+    Ctrl-C ends them at once and without a traceback. They are spawned, because a process that was
+    forked from one with threads (torch, tokenizers, numba) can hang.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_processes, context, _begin, (prepare, arguments))
@@ -120,7 +124,7 @@ def spawned(
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches every process of a terminal; the pool's owner hears it and tells the others.
+    # A terminal sends Ctrl-C to all its processes. The pool's owner handles it and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_owner, daemon=True).start()
@@ -133,7 +137,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_owner() -> None:
-    """An idle process of a pool would wait for ever for one that was killed."""
+    """End this process when the pool's owner ends, because a killed owner can't stop its pool."""
     owner = multiprocessing.parent_process()
     assert owner is not None
     multiprocessing.connection.wait([owner.sentinel])
@@ -147,14 +151,15 @@ def _mpi_ranks() -> Iterator[Workers | None]:
         from mpi4py.futures import MPICommExecutor
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"this is one of {mpi_size()} processes of an MPI job, and mpi4py can't be loaded "
-            f"({error}); install it with `pip install 'clue_ds[mpi]'`, for the MPI of this mpirun"
+            f"this is one of {mpi_size()} processes of an MPI job, but mpi4py can't be imported "
+            f"({error}); install it for the MPI library of this mpirun with "
+            "`pip install 'clue_ds[mpi]'`"
         ) from None
     if MPI.COMM_WORLD.Get_size() != mpi_size():
         raise UserError(
-            f"mpirun started {mpi_size()} processes, and mpi4py sees "
-            f"{MPI.COMM_WORLD.Get_size()}: it was loaded with another MPI library than mpirun's; "
-            "use the mpirun of that library, or install mpi4py for this one"
+            f"mpirun started {mpi_size()} processes, but mpi4py sees "
+            f"{MPI.COMM_WORLD.Get_size()}, because it uses another MPI library than mpirun; use "
+            "the mpirun of that library, or install mpi4py for this one"
         )
     executor: Any  # an Executor on rank 0, None on the others
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:

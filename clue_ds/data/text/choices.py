@@ -1,15 +1,15 @@
-"""What a user chooses about text, as the values of flags. Nothing here imports compiled code."""
+"""The values that flags about text can have. This module imports no compiled code."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 FileFormat = Literal["text", "jsonl", "parquet"]
-# How an input file is read; "auto" goes by the ending of its name.
+# How an input file is read; "auto" decides by the extension of its name.
 InputFormat = Literal["auto", FileFormat]
-# What happens to bytes or records that can't be read.
+# What happens to bytes or records that can't be read: an error, or they are dropped and counted.
 OnError = Literal["refuse", "skip"]
-# What finds words in text without spaces: rjieba, or nothing.
+# How words are found in text that has no spaces between them: by rjieba, or not at all.
 WordFinder = Literal["rjieba", "none"]
-# What marks words: a finder, or the spaces of text that is segmented already.
+# How words are marked; "segmented" takes the spaces of text that is already segmented.
 Words = Literal[WordFinder, "segmented"]

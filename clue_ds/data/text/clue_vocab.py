@@ -1,13 +1,15 @@
-"""The rule that makes CLUE's vocabulary of 8,021 tokens from Google's of 21,128, as code.
+"""CLUE's rule that reduces Google's Chinese vocabulary of 21,128 tokens to 8,021, as code.
 
-Simplified characters, English as letters and `##` pieces, digits and a few numbers stay;
-traditional characters, `##Han` pieces (which can never match: Han is split), kana, Hangul,
-zhuyin, emoji, English words and other numbers go. On Google's list the result equals the published
-recipe's, line for line (tests/test_vocab.py). The recipe converts with another tool than OpenCC:
-the 103 characters on which the two differ are listed here. So are the tokens that were dropped by
-hand, as far as no general rule drops them anyway (90 of 132).
+Kept: simplified characters, English letters and `##` pieces, digits, and a few numbers.
+Dropped: traditional characters, `##` pieces of Han characters (they can never match, because every
+Han character is a word by itself), kana, Hangul, zhuyin, emoji, English words, and other numbers.
 
-Order is kept, except that quotation marks and frequent numbers are put where the recipe puts them.
+Guarantee: for Google's vocabulary the result equals CLUE's published one, line by line
+(tests/test_vocab.py). CLUE converted with another tool than OpenCC, so the 103 characters on which
+the two tools differ are listed here. Of the 132 tokens that CLUE dropped by hand, the 90 that no
+general rule drops are listed too.
+
+Tokens keep their order; quotation marks and frequent numbers are inserted where CLUE has them.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from typing import NamedTuple
 
 from clue_ds.data.text.special_tokens import is_special
 
-# Conversion to simplified changes these in OpenCC 1.4 but not in the recipe's converter.
+# OpenCC 1.4 converts these to other simplified characters; the tool that CLUE used doesn't.
 KEPT_HAN = frozenset(
     "佔侷俬倖僱剷勳唸喫嗰嚐囉夥孃峯崑崙巖弔彫彿悽慾拚捱捲擡敎昇暐査槓樑樫歎殭氾汎洩湧溼滙燻"
     "牴璿甕痠癒癡眞祕稜箇篠籤紮絃綑羣羨脣脩舖菸蒐蓆蔘薑薹蝨蠍蠔証諡譁讚豔蹟遶醃醣釦鍊鎌鑑閒"
     "闇闢陞霑頫餵鵰麴"
 )
-# And these the other way round.
+# The tool that CLUE used converts these; OpenCC doesn't.
 DROPPED_HAN = frozenset("余垵幺瞭著藉衹覆阪")
 
 DROPPED_BY_HAND = frozenset(
@@ -39,7 +41,7 @@ DROPPED_BY_HAND = frozenset(
     ).split()
 )
 
-# What the recipe inserts, and after which token.
+# After which token CLUE inserts which tokens.
 INSERTED: dict[str, tuple[str, ...]] = {
     '"': ("“", "‘"),
     "9": (*map(str, range(10, 101)), *map(str, range(2016, 2023))),
@@ -58,12 +60,12 @@ _FULL_WIDTH_LETTERS = re.compile("[ａ-ｚ]")
 
 class SlimVocab(NamedTuple):
     tokens: list[str]
-    kept: Counter[str]  # tokens by kind
-    dropped: Counter[str]  # tokens by reason
+    kept: Counter[str]  # number of tokens by kind
+    dropped: Counter[str]  # number of tokens by reason
 
 
 def slim_vocab(tokens: list[str]) -> SlimVocab:
-    """Apply the rule to a BERT vocabulary for Chinese."""
+    """Apply CLUE's rule to the tokens of a Chinese BERT vocabulary."""
     import opencc
 
     to_simplified = opencc.OpenCC("t2s").convert
@@ -87,7 +89,7 @@ _KEPT_KINDS = ("special", "simplified Han", "English", "digits", "other")
 
 
 def _verdict(token: str, to_simplified: Callable[[str], str]) -> str:
-    """The kind of a token that stays (_KEPT_KINDS), or the reason for which it goes."""
+    """The kind of a token that is kept (one of _KEPT_KINDS), or the reason why it is dropped."""
     if is_special(token):
         return "special"
     if not token:

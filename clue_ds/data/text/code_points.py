@@ -1,14 +1,16 @@
 """What BERT's normaliser and pre-tokenizer do to each code point, as a table.
 
-The table is not written from the rules: each entry is what the `tokenizers` library did with that
-code point between two letters, so it is exact for the version that is installed, whatever Unicode
-version that one was built with. Probing all 1.1 million code points takes seconds and text uses few
-of them, so entries are probed in pages of 256 when a text first needs them (1 ms a page, some 150
-pages for Chinese corpora); a cache file would need keys, locks and a writable directory for less.
+The table is not written from the rules. Each entry records what the `tokenizers` library did with
+that code point between two letters, so the table is exact for the installed version of the library
+and for the Unicode version that it was built with. Probing all 1.1 million code points takes
+seconds, and text uses few of them, so entries are probed in pages of 256 when a text first needs
+them (1 ms per page; Chinese corpora need about 150 pages). Rejected: a cache file, which would need
+keys, locks and a writable directory, and would save less than a second.
 
-Two things that context could change are kept out of the table: combining marks that survive
-normalisation and may trade places with their neighbours (`SLOW`: such a line goes through the
-library), and code points that become several (`EXPANDED`: Hangul, which decomposes into letters).
+Two kinds of code points need more than one entry can hold. Combining marks that survive
+normalisation may trade places with their neighbours (`SLOW`: the library encodes such a line). Code
+points that normalisation turns into several have their result in a second table (`EXPANDED`: Hangul
+syllables, which decompose into letters).
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ UNPROBED, DROPPED, SPACE, ISOLATED, ORDINARY, EXPANDED, SLOW = range(7)
 KIND_SHIFT = 24
 PAYLOAD_MASK = (1 << KIND_SHIFT) - 1
 
-# Has the lowest combining class above zero (1) and is itself removed with the accents: any mark
-# that it overtakes in canonical order is a mark that can be reordered.
+# This mark has combining class 1, the lowest above zero, and is itself removed with the accents.
+# Whatever mark it overtakes in canonical order is one that can be reordered.
 _LOWEST_MARK = "\u0334"
 
 
 class CodePoints:
-    """`entries` uint32 [NUM_CODE_POINTS]: kind << 24 | payload; 0 where not probed yet.
+    """The table, `entries` uint32 [NUM_CODE_POINTS]: kind << 24 | payload; 0 where not probed yet.
 
-    The payload of ISOLATED (a token by itself: CJK, punctuation) is the id of its token, so that
-    most of a Chinese text is one look-up a character; that of ORDINARY (part of a word) is the
-    normalised code point; that of EXPANDED is an index into `expansions`, where the number of
-    code points is followed by the code points.
+    The payload depends on the kind. ISOLATED (a word of one character: Han, punctuation): the id
+    of its token, so that most characters of a Chinese text take one look-up. ORDINARY (a character
+    of a longer word): the normalised code point. EXPANDED: an index into `expansions`, where the
+    number of code points is followed by the code points.
     """
 
     def __init__(self, lower_case: bool, ids: dict[str, int], unk_id: int) -> None:
@@ -51,13 +53,13 @@ class CodePoints:
         self.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self.decompose = normalizers.NFD() if lower_case else None
         self.entries = np.zeros(NUM_CODE_POINTS, dtype=np.uint32)
-        # Never moved: another thread's compiled pass may be reading while a page is added.
+        # Never reallocated: compiled code of another thread may be reading while a page is added.
         self.expansions = np.zeros(MAX_EXPANSIONS, dtype=np.int32)
         self._num_expansions = 0
         self._lock = threading.Lock()
 
     def probe_page(self, code_point: int) -> None:
-        """Fill the entries of the 256 code points around `code_point`."""
+        """Fill the entries of the page of 256 code points that holds `code_point`."""
         begin = code_point // PAGE * PAGE
         with self._lock:
             if not self.entries[begin]:
@@ -65,8 +67,9 @@ class CodePoints:
                 self.entries[begin : begin + PAGE] = page
 
     def _split(self, text: str) -> list[str]:
+        """The words of `text` after normalisation."""
         normalized = self.normalizer.normalize_str(text)
-        return [token for token, _ in self.pre_tokenizer.pre_tokenize_str(normalized)]
+        return [word for word, _ in self.pre_tokenizer.pre_tokenize_str(normalized)]
 
     def _probe(self, code_point: int) -> int:
         if 0xD800 <= code_point < 0xE000:  # surrogates: not in UTF-8
@@ -88,7 +91,7 @@ class CodePoints:
     def _ordinary(self, character: str, normalized: str) -> int:
         if len(normalized) == 1:
             return ORDINARY << KIND_SHIFT | ord(normalized)
-        # Output buffers hold one token a byte, so a longer expansion is left to the library.
+        # Output buffers hold one token per input byte; a longer expansion is left to the library.
         if len(normalized) > len(character.encode()):
             return SLOW << KIND_SHIFT
         index = self._num_expansions
@@ -97,7 +100,7 @@ class CodePoints:
         return EXPANDED << KIND_SHIFT | index
 
     def _moves(self, character: str) -> bool:
-        """Whether a mark that stays in the text can change places with a neighbouring one."""
+        """Whether normalisation keeps a mark of `character` that can trade places with another."""
         assert self.decompose is not None
         ordered = self.decompose.normalize_str(f"a{character}{_LOWEST_MARK}a")
         overtaken = ordered[ordered.index(_LOWEST_MARK) + 1 : -1]

@@ -1,9 +1,9 @@
-"""From segments to text: decoding, records, and an account of everything that is not taken.
+"""From segments to text: decoding, reading records, and counting what is dropped.
 
-Guarantees: every line and every record of the input is counted once, as accepted or under one
-reason for which it was dropped, and a bad one is named by its file and its byte or row. With
-on_error "refuse" the first bad one is an error; "skip" drops it alone (a line of text, a record of
-a table) and goes on. Rejected: decoding with errors="replace", which would teach the model U+FFFD.
+Guarantees: every line and every record of the input is counted exactly once, as accepted or under
+the reason why it was dropped, and messages name a bad one by its file and its byte or row. With
+on_error "refuse" the first bad one is an error; with "skip" only that line or record is dropped.
+Rejected: decoding with errors="replace", which would teach the model U+FFFD.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from clue_ds.data.text.inputs import (
 )
 from clue_ds.errors import UserError
 
-# Text is handled in blocks of about this size: they stay in a processor's cache.
+# Text is handled in blocks of about this size, which fits into a processor's cache.
 BLOCK_BYTES = 1 << 20
 _MAX_LINE_CHARS = MAX_LINE_BYTES // 3
 _MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_EXAMPLES = 20
-# Samples a rule of what it dropped or changed, and unknown characters a shard that are counted.
+# Samples that are kept of what one rule dropped or changed.
 MAX_SAMPLES = 5
+# Different unknown characters whose counts a shard's record keeps, the most frequent ones.
 MAX_UNKNOWN_PER_SHARD = 2000
 
 
 @dataclass
 class Tally:
-    """What became of the input, and the first few things that were wrong with it.
+    """How many lines, records and documents were accepted or dropped, and why, with examples.
 
+    These sums hold:
     lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
     lines_REASON for each reason of `options.REASONS`;
     records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
@@ -48,27 +50,30 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
-    # What each rule dropped or changed, and which text became [UNK].
+    # Samples of what each rule dropped or changed; how often each unknown text became [UNK].
     samples: dict[str, list[str]] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
 
     def reject(self, reason: str, message: str, on_error: OnError) -> None:
-        """Count one rejected line or record; UserError if it is to be refused."""
+        """Count a rejected line or record; with on_error "refuse", raise UserError(message)."""
         if on_error == "refuse":
             raise UserError(message)
         self.counts[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
+            # Not the advice after the semicolon. These texts get into corpus.json, so a change of
+            # their wording changes its bytes.
             self.examples.append(message.partition(";")[0])
 
     def wants_sample(self, rule: str) -> bool:
         return len(self.samples.get(rule, ())) < MAX_SAMPLES
 
     def sample(self, rule: str, text: str) -> None:
-        """Keep `text` as an example of what `rule` did, if there are not enough yet."""
+        """Keep `text` as a sample of what `rule` did, unless there are MAX_SAMPLES already."""
         if self.wants_sample(rule) and text not in self.samples.get(rule, ()):
             self.samples.setdefault(rule, []).append(text)
 
     def add(self, other: Tally) -> None:
+        """Add the counts, examples and samples of another tally."""
         self.counts.update(other.counts)
         self.unknown.update(other.unknown)
         if (
@@ -81,7 +86,7 @@ class Tally:
                 self.sample(rule, text)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; of the unknown the most frequent."""
+        """The tally as JSON values, with the most frequent unknown characters only."""
         by_number = sorted(self.unknown.items(), key=lambda item: (-item[1], item[0]))
         return {
             "counts": dict(self.counts),
@@ -99,7 +104,7 @@ class Tally:
 def text_blocks(
     segment: Segment, text_field: str, on_error: OnError, tally: Tally
 ) -> Iterator[str]:
-    """The text of a segment, in blocks of whole lines; blank lines are document boundaries."""
+    """The text of a segment in blocks of whole lines; a blank line ends a document."""
     if segment.format == "text":
         assert isinstance(segment.data, bytes)
         yield from _decoded_blocks(segment, segment.data, on_error, tally)
@@ -110,7 +115,7 @@ def text_blocks(
         all_lines = text.split("\n")
         kept = [line for line in all_lines if line and not line.isspace()]
         num_blank = len(all_lines) - len(kept)
-        # The boundary that is put behind the record is no line of the input.
+        # The blank line that is added after the record is not a line of the input.
         tally.counts["lines"] += num_blank - 1
         tally.counts["blank_lines"] += num_blank - 1
         for line in [*kept, ""]:
@@ -160,8 +165,8 @@ def _is_utf8(line: bytes, offset: int, source: str, on_error: OnError, tally: Ta
         encoding = "UTF-16" if not offset and line.startswith(_MARKS_OF_UTF16) else "GB18030"
         message = (
             f"{source}: byte {offset + error.start} is not UTF-8 ({error.reason}); convert the "
-            f"file (such as by iconv -f {encoding} -t UTF-8), or drop such lines with --on-error "
-            "skip"
+            f"file (for example with iconv -f {encoding} -t UTF-8), or drop such lines with "
+            "--on-error skip"
         )
         tally.reject("lines_not_utf8", message, on_error)
         tally.counts["lines"] += 1
@@ -184,7 +189,7 @@ def _records(segment: Segment, text_field: str, on_error: OnError, tally: Tally)
         elif not _encodes(value):
             message = (
                 f"{segment.source}: {where}: half of a surrogate pair, which no UTF-8 text can "
-                "hold; drop such records with --on-error skip"
+                "hold; correct it, or drop such records with --on-error skip"
             )
             tally.reject("records_not_utf8", message, on_error)
         else:
@@ -203,7 +208,7 @@ def _encodes(text: str) -> bool:
 def _values(
     segment: Segment, text_field: str, on_error: OnError, tally: Tally
 ) -> Iterator[tuple[str, Any]]:
-    """(where, value of the text field) of each record that can be read at all."""
+    """(where it is, value of its text field) of each record that can be parsed."""
     if segment.format == "rows":
         for row, value in enumerate(segment.data, start=segment.offset):
             tally.counts["records"] += 1
@@ -211,7 +216,7 @@ def _values(
         return
     assert isinstance(segment.data, bytes)
     next_offset = segment.offset
-    for line in io.BytesIO(segment.data):  # one at a time: a record may be tens of megabytes
+    for line in io.BytesIO(segment.data):  # not split: a record may have tens of megabytes
         offset, next_offset = next_offset, next_offset + len(line)
         if not line.strip():
             continue
@@ -221,7 +226,8 @@ def _values(
             record = json.loads(line)
         except UnicodeDecodeError as error:
             message = (
-                f"{segment.source}: byte {offset + error.start} is not UTF-8; convert the file"
+                f"{segment.source}: byte {offset + error.start} is not UTF-8; convert the file, or "
+                "drop such records with --on-error skip"
             )
             tally.reject("records_not_utf8", message, on_error)
             continue
@@ -236,7 +242,7 @@ def _values(
 
 
 def read_lines(sources: list[TextSource], text_field: str) -> Iterator[str]:
-    """All lines of the sources, blank ones included; UserError for a bad one."""
+    """All lines of the sources, including blank ones; UserError for a bad line or record."""
     tally = Tally()
     for source in sources:
         for segment in read_segments(source, BLOCK_BYTES, BLOCK_BYTES, text_field):

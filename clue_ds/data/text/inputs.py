@@ -1,12 +1,13 @@
-"""Raw text from wherever it lies: files, globs, standard input, Hugging Face data sets.
+"""Reading raw text: files, globs, standard input, Hugging Face data sets.
 
-What is read becomes a sequence of `Segment`s: raw bytes cut at document (text) or record (jsonl)
-boundaries, or rows of a table. Cutting is all that the reader does, so one reader feeds many
-workers; parsing and decoding are theirs (convert.py). Where segments are cut depends on the input
-and the sizes asked for and on nothing else, so any number of workers makes the same corpus.
-Memory is bounded by the size of a segment and of the largest record: nothing here holds a whole
-file. Parquet can't be read forwards, so a compressed one, or one that comes through a pipe, is put
-into a temporary file first.
+The reader turns its input into a sequence of `Segment`s: raw bytes cut at document boundaries
+(text) or record boundaries (jsonl), or rows of a table. It does nothing but cut, so that one reader
+can feed many workers, which decode and parse (decode.py).
+
+Guarantees: where segments are cut depends only on the input and the requested sizes, so any number
+of workers makes the same corpus. Memory is bounded by the size of a segment and of the largest
+record; no file is ever held whole. A parquet file can't be read from front to back, so one that is
+compressed or comes through a pipe is copied to a temporary file first.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from clue_ds.data.text.zstd import ZstdReader
 from clue_ds.errors import UserError
 
 READ_BYTES = 1 << 20
-# A line of text that goes on behind this is no sentence; it is cut, so as not to fill the memory.
+# A longer line of text is no sentence; it is cut to bound the memory that it takes.
 MAX_LINE_BYTES = 1 << 22
-# A record can't be cut; this is a novel of eleven million characters.
+# A record can't be cut, so a longer one is an error; this is a novel of eleven million characters.
 MAX_RECORD_BYTES = 1 << 25
-# Rows of a table that are taken at a time: documents may be large.
+# Rows of a table that are read at a time; few, because documents may be large.
 _BATCH_ROWS = 100
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
@@ -54,14 +55,14 @@ class TextSource(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Consecutive whole documents (or records) of one source, not decoded yet."""
+    """Consecutive whole documents or records of one source, not decoded yet."""
 
     format: Literal["text", "jsonl", "rows"]
     source: str
     offset: int  # of the first byte in the unpacked text; of the first row in a table
     data: bytes | list[Any]
-    splits_document: bool = False  # the document goes on in the next segment: it was too long
-    num_source_bytes: int = 0  # bytes of the source read since the last segment, for progress
+    splits_document: bool = False  # its last document was too long and goes on in the next segment
+    num_source_bytes: int = 0  # bytes of the source read since the segment before, for progress
 
     @property
     def size(self) -> int:
@@ -71,9 +72,10 @@ class Segment(NamedTuple):
 
 
 class Chunk(list[Segment]):
-    """The segments that become one shard. Sent to another process it is empty in this one.
+    """The segments that become one shard. Pickling a chunk for another process empties it here.
 
-    An executor keeps its arguments until there is a result, and so would each generator here.
+    An executor keeps the arguments of a task until its result arrives, and the generators between
+    reader and executor keep the last chunk too: without this the reader would hold their text.
     """
 
     def __reduce__(self) -> Any:
@@ -83,7 +85,10 @@ class Chunk(list[Segment]):
 
 
 def resolve(inputs: tuple[str, ...], format: InputFormat = "auto") -> list[TextSource]:
-    """The sources that `inputs` name, in that order, globs sorted; UserError for a missing one."""
+    """The sources that `inputs` name, in order; matches of a glob are sorted.
+
+    UserError for an input that doesn't exist.
+    """
     if not inputs:
         raise UserError("no input given; give files, globs, hf:NAME or - for standard input")
     sources: list[TextSource] = []
@@ -101,7 +106,7 @@ def resolve(inputs: tuple[str, ...], format: InputFormat = "auto") -> list[TextS
 
 
 def _wanted(name: str, pattern: str) -> bool:
-    """A glob like corpus/** also matches directories, which are passed over."""
+    """A glob such as corpus/** also matches directories, which are ignored."""
     return name == pattern or Path(name).is_file()
 
 
@@ -110,8 +115,8 @@ def _file_source(path: Path, format: InputFormat) -> TextSource:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return TextSource(str(path), "datasets", None)
         raise UserError(
-            f"input {path} is a directory; give its files by a glob such as '{path}/*.txt' "
-            "(a directory written by datasets' save_to_disk is fine as it is)"
+            f"input {path} is a directory; give its files by a glob such as '{path}/*.txt' (only a "
+            "directory that was written by save_to_disk of Hugging Face datasets is read as it is)"
         )
     if format != "auto":
         return TextSource(str(path), format, path.stat().st_size)
@@ -124,7 +129,7 @@ def _file_source(path: Path, format: InputFormat) -> TextSource:
 def read_segments(
     source: TextSource, segment_bytes: int, max_bytes: int, text_field: str
 ) -> Iterator[Segment]:
-    """Segments of at least `segment_bytes` (but for the last) and at most some `max_bytes`."""
+    """Segments of at least `segment_bytes` (except the last) and at most about `max_bytes`."""
     if source.format == "datasets":
         yield from _table_segments(source, _dataset_batches(source, text_field), segment_bytes)
         return
@@ -141,12 +146,13 @@ def read_segments(
                 yield from _byte_segments(source, raw, segment_bytes, max_bytes)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(
-                f"input {source.name} is not a whole compressed file ({error}); fetch it again"
+                f"input {source.name} is not a complete compressed file ({error}); download or "
+                "copy it again"
             ) from None
 
 
 def _unpacked(raw: IO[bytes]) -> Any:
-    """`raw` itself, or what it holds compressed, by its first bytes."""
+    """The unpacked stream if the first bytes of `raw` are gzip's or zstandard's, else `raw`."""
     head = raw.peek(4)[:4] if hasattr(raw, "peek") else b""
     if head.startswith(_MAGIC_GZIP):
         return gzip.GzipFile(fileobj=raw)
@@ -154,6 +160,7 @@ def _unpacked(raw: IO[bytes]) -> Any:
 
 
 def _seekable(raw: IO[bytes]) -> IO[bytes]:
+    """`raw`, or a temporary file with its unpacked content."""
     stream = _unpacked(raw)
     if stream is raw and raw.seekable():
         return raw
@@ -178,7 +185,9 @@ def _byte_segments(
     while not at_end or buffer:
         cut = _cut(buffer, max(searched, segment_bytes - 1), max_bytes, format, at_end)
         if cut is None:
-            last = buffer.rfind(b"\n", searched)  # a blank line may begin here, but no earlier
+            # The next search may start here: a blank line that is not complete yet begins at the
+            # last line feed or later.
+            last = buffer.rfind(b"\n", searched)
             searched = last if last >= 0 else len(buffer)
             block = stream.read(READ_BYTES)
             at_end = not block
@@ -186,7 +195,7 @@ def _byte_segments(
             if format == "jsonl" and len(buffer) > segment_bytes + MAX_RECORD_BYTES:
                 raise UserError(
                     f"input {source.name} has a record of more than {MAX_RECORD_BYTES >> 20} MiB "
-                    f"after byte {offset}; make several of it"
+                    f"after byte {offset}; split it into several records"
                 )
             continue
         end, splits_document = cut
@@ -200,10 +209,10 @@ def _byte_segments(
 def _cut(
     buffer: bytearray, begin: int, max_bytes: int, format: str, at_end: bool
 ) -> tuple[int, bool] | None:
-    """Where the next segment ends and whether that splits a document; None: read more first.
+    """(end of the next segment, whether that splits a document); None when more must be read.
 
-    It ends at the first boundary that starts at `begin` or later: the answer is the same however
-    much of what follows has been read.
+    A segment ends at the first boundary that starts at `begin` or later, so the result doesn't
+    depend on how much of the input is in `buffer`.
     """
     everything = (len(buffer), False) if at_end else None
     if len(buffer) <= begin:
@@ -218,14 +227,14 @@ def _cut(
         return everything
     limit = max_bytes + MAX_LINE_BYTES
     end = buffer.find(b"\n", max_bytes - 1, limit)
-    # A line feed that is the last byte read may end the text: only more of it can tell.
+    # A line feed at the end of the buffer may be the end of the text: then no document is split.
     if 0 <= end < len(buffer) - 1:
         return end + 1, True
     return (character_start(buffer, limit), True) if len(buffer) > limit else everything
 
 
 def character_start(data: bytes | bytearray, at: int) -> int:
-    """Where the UTF-8 character begins to which byte `at` belongs."""
+    """The offset at which the UTF-8 character that byte `at` belongs to begins."""
     return next((i for i in (at, at - 1, at - 2, at - 3) if data[i] & 0xC0 != 0x80), at)
 
 
@@ -235,17 +244,17 @@ def _parquet_batches(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Arrow's own allocators keep what was freed, 70 MiB after a few shards. So does glibc's with
-    # blocks below a threshold that it raises to the largest freed yet, unless one is set.
+    # Arrow's own allocators keep freed memory, 70 MiB after a few shards. So does glibc's for
+    # blocks below a threshold, which it raises to the largest freed block unless it is set.
     pa.set_memory_pool(pa.system_memory_pool())
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, READ_BYTES)
     try:
-        # As it comes by default, a whole column of a row group is read at once.
+        # With pyarrow's defaults a whole column of a row group is read at once.
         table = pq.ParquetFile(_seekable(raw), buffer_size=READ_BYTES, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"input {source.name} is not a parquet file ({error}); fetch it again, or say what it "
-            "is with --format"
+            f"input {source.name} is not a parquet file ({error}); download or copy it again, or "
+            "give its format with --format"
         ) from None
     if text_field not in table.schema_arrow.names:
         raise UserError(
@@ -304,9 +313,9 @@ def _table_segments(
 def read_chunks(
     sources: list[TextSource], chunk_bytes: int, segment_bytes: int, text_field: str
 ) -> Iterator[Chunk]:
-    """The input in chunks of at most `chunk_bytes`, or of one segment: chunk i becomes shard i.
+    """The input in chunks of at most `chunk_bytes`, or of one segment; chunk i becomes shard i.
 
-    A document that is longer than a chunk is cut, so a segment is never much more than a chunk.
+    A document that is longer than a chunk is cut, so a segment is never much larger than a chunk.
     """
     chunk, size = Chunk(), 0
     max_bytes = segment_bytes + chunk_bytes
@@ -322,7 +331,7 @@ def read_chunks(
 
 
 def chunk_hash(chunk: list[Segment]) -> str:
-    """SHA-256 of a chunk: equal chunks become equal shards."""
+    """SHA-256 of all that a chunk holds: chunks with equal hashes become equal shards."""
     digest = hashlib.sha256()
     for segment in chunk:
         digest.update(f"{segment.format}:{segment.offset}:".encode())

@@ -6,11 +6,9 @@ import re
 
 from clue_ds.vocab_file import SPECIAL_TOKENS
 
-# What BERT needs; a vocab.txt without one of them is refused.
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_UNUSED = 99
-# The first lines of every vocabulary that is learned here, as in Google's Chinese list: [PAD] is 0,
-# and [UNK], [CLS], [SEP] and [MASK] are 100 to 103.
+# The first lines of every vocabulary that `clue-ds vocab learn` writes, as in Google's Chinese
+# vocabulary: [PAD] has id 0, and [UNK], [CLS], [SEP] and [MASK] have ids 100 to 103.
 LEADING_TOKENS = (
     "[PAD]",
     *(f"[unused{i}]" for i in range(1, NUM_UNUSED + 1)),
@@ -19,10 +17,10 @@ LEADING_TOKENS = (
     "[SEP]",
     "[MASK]",
 )
-# Placeholders: Google's and CLUE's lists have [unused1] and up, and <S> and <T> behind [MASK].
+# Placeholders in the vocabularies of Google and CLUE.
 _PLACEHOLDER = re.compile(r"\[unused\d+\]|<S>|<T>")
 
 
 def is_special(token: str) -> bool:
-    """Whether a token is one that no text contains."""
+    """Whether `token` is a special token or a placeholder, so that no text contains it."""
     return token in SPECIAL_TOKENS or _PLACEHOLDER.fullmatch(token) is not None

@@ -1,9 +1,8 @@
-"""Vocabularies: reading vocab.txt, learning one from text, slimming one by CLUE's rule.
+"""`clue-ds vocab`: learning a vocabulary from text, or slimming one by CLUE's rule.
 
-A vocabulary is a text file with one token a line; a token's id is its line, from 0. Learning is
-left to the `tokenizers` library's WordPiece trainer (vocab_trainer.py says how); special tokens are
-laid out as in Google's Chinese list, so that [PAD] is 0 and [UNK], [CLS], [SEP], [MASK] are 100 to
-103 in every vocabulary of this project.
+A vocabulary is a text file with one token per line; the id of a token is the number of its line,
+counted from 0. `learn` uses the WordPiece trainer of the `tokenizers` library (vocab_trainer.py)
+and puts the special tokens at the ids that they have in Google's Chinese vocabulary.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ def read_vocab(path: str | Path) -> list[str]:
     check_special_tokens(tokens, path)
     for number, token in enumerate(tokens, start=1):
         if not token:
-            raise UserError(f"vocabulary {path} has an empty line {number}; remove it")
+            raise UserError(f"line {number} of vocabulary {path} is empty; remove it")
     return tokens
 
 
 def write_vocab(tokens: list[str], path: Path) -> None:
-    """Write one token a line."""
+    """Write one token per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, "".join(f"{token}\n" for token in tokens))
 
@@ -53,27 +52,28 @@ def learn(
 ) -> None:
     """Learn a WordPiece vocabulary from text and write it as vocab.txt.
 
-    The inputs are those of `clue-ds shard`: UTF-8 text, .jsonl, .parquet (each also as .gz or
-    .zst), globs in quotes, hf:NAME for a Hugging Face data set, - for standard input. The result
-    depends on nothing but the text and these options. Some hundred megabytes of varied text are
-    enough (about 7 MB/s).
+    It takes the same inputs as `clue-ds shard`: UTF-8 text, .jsonl and .parquet (each also as .gz
+    or .zst), globs in quotes, hf:NAME for a Hugging Face data set, - for standard input.
+
+    The same text and options always give the same vocabulary. A few hundred megabytes of varied
+    text are enough; they are read at about 7 MB/s.
 
     Args:
         inputs: files, globs, hf:NAME or -
         output: the vocab.txt to write
-        size: most tokens it may have, the 104 special and unused ones included
-        min_frequency: a character, or a pair of pieces, that is rarer gets no token
+        size: the largest number of tokens, including the 104 special and unused ones
+        min_frequency: characters and pairs of pieces that occur less often get no token
         lower_case: lower-case the text and remove accents, as BERT does
-        t2s: convert traditional characters to simplified ones first (OpenCC)
-        format: what the inputs are; auto goes by the file name
-        text_field: the column or key that holds the text, for jsonl, parquet and hf:
+        t2s: first convert traditional characters to simplified ones (with OpenCC)
+        format: format of the inputs; auto decides by the file name
+        text_field: name of the column or key that holds the text, in jsonl, parquet and hf: inputs
     """
     if size <= len(LEADING_TOKENS):
         raise UserError(
-            f"--size {size} leaves no room beside the {len(LEADING_TOKENS)} special tokens; "
-            "8021 is CLUE's size, 21128 Google's"
+            f"--size {size} leaves no room besides the {len(LEADING_TOKENS)} special and unused "
+            "tokens; CLUE's vocabulary has 8021 tokens, Google's 21128"
         )
-    # Not for those who only read a vocabulary: it brings numba.
+    # Imports numba, which code that only reads a vocabulary doesn't need.
     from clue_ds.data.text.vocab_trainer import train_wordpiece
 
     sources = resolve(inputs, format)
@@ -81,8 +81,8 @@ def learn(
     tokens = train_wordpiece(lines, LEADING_TOKENS, size, min_frequency, lower_case)
     if len(tokens) <= len(LEADING_TOKENS):
         raise UserError(
-            f"nothing to learn from in {', '.join(inputs)}: no character "
-            f"occurs --min-frequency {min_frequency} times"
+            f"there is nothing to learn from in {', '.join(inputs)}: no character occurs "
+            f"at least {min_frequency} times; give more text, or lower --min-frequency"
         )
     write_vocab(tokens, output)
     learned = tokens[len(LEADING_TOKENS) :]
@@ -106,8 +106,9 @@ def _converted(lines: Iterator[str], t2s: bool) -> Iterator[str]:
 def clue(source: tyro.conf.Positional[Path], /, output: Path) -> None:
     """Slim a Chinese BERT vocabulary by CLUE's rule: Google's 21,128 tokens become 8,021.
 
-    Keeps simplified characters, English letters and pieces, digits, frequent numbers and special
-    tokens; drops traditional characters, ## Han pieces, kana, Hangul, emoji and English words.
+    It keeps simplified characters, English letters and ## pieces, digits, frequent numbers and
+    special tokens. It drops traditional characters, ## pieces of Han characters, kana, Hangul,
+    zhuyin, emoji, English words and other numbers.
 
     Args:
         source: the vocab.txt to slim

@@ -1,11 +1,12 @@
-"""Learning a WordPiece vocabulary with the `tokenizers` trainer, the same one each time.
+"""Learning a WordPiece vocabulary with the trainer of `tokenizers`, with the same result each time.
 
 The trainer alone is not deterministic: it numbers `##` characters in the order of a hash table, and
-equal counts are then merged in another order. Here words are counted first, the characters are
-chosen and ordered by us, and the trainer gets them as given tokens and only merges.
+then merges pairs with equal counts in another order. So this module counts the words, chooses the
+characters and orders them, and gives them to the trainer as special tokens; the trainer only
+merges.
 
-Most words of Chinese text are one character, and those never take part in a merge: only the longer
-words are handed to the trainer, so on Chinese the counting is nearly all of the work.
+Most words of Chinese text have one character and take no part in any merge. Only the longer words
+are given to the trainer, so for Chinese text counting is nearly all of the work.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from tokenizers.models import WordPiece
 
 from clue_ds.data.text.wordpiece import MAX_WORD_CHARS
 
-# Of the tokens to learn, at most this share are single characters, and of the rest at most half are
-# `##` characters: a corpus has more rare ones than a small vocabulary has room, and each would push
-# out a piece that is used more.
+# At most this share of the tokens to learn are single characters, and at most half of the rest are
+# `##` characters. A corpus has more rare characters than a small vocabulary can hold, and each
+# would take the place of a longer token that is used more.
 MAX_CHARACTER_SHARE = 0.8
 _LINES_A_BLOCK = 1000
 _WORDS_A_LINE = 1000
 
 
 def count_words(lines: Iterable[str], lower_case: bool) -> Counter[str]:
-    """How often each word occurs after BERT's normalisation and splitting."""
+    """How often each word occurs, after BERT's normalisation and splitting into words."""
     normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     spaced: Counter[str] = Counter()
     for block in _blocks(lines):
@@ -52,7 +53,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _most_frequent(counts: Counter[str], limit: int, min_frequency: int) -> list[str]:
-    """In order of code points, the `limit` most frequent; of equally frequent ones the first."""
+    """The `limit` most frequent keys, sorted; of equally frequent ones the first are taken."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return sorted(token for token, number in ranked[:limit] if number >= min_frequency)
 
@@ -64,10 +65,10 @@ def train_wordpiece(
     min_frequency: int,
     lower_case: bool,
 ) -> list[str]:
-    """At most `size` tokens: the leading ones, characters, `##` characters, and what merges give.
+    """At most `size` tokens: leading tokens, characters, `##` characters, then merged pieces.
 
-    Characters and pairs that occur less than `min_frequency` times are left out. Equal lines (in
-    any order) give equal tokens.
+    Characters and pairs that occur less often than `min_frequency` are left out. Equal lines, in
+    any order, give equal tokens.
     """
     words = count_words(lines, lower_case)
     characters: Counter[str] = Counter()
@@ -102,7 +103,7 @@ def train_wordpiece(
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Each word as often as it was counted, which is how the trainer takes counts."""
+    """Each word as often as it was counted, because the trainer takes no counts."""
     for word, number in sorted(words.items()):
         for begin in range(0, number, _WORDS_A_LINE):
             yield " ".join([word] * min(_WORDS_A_LINE, number - begin))

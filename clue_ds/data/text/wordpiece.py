@@ -1,15 +1,11 @@
 """WordPiece over UTF-8 bytes in one compiled pass: bytes -> token ids with continuation bits.
 
-Guarantees: for valid UTF-8 the ids equal those of `transformers`' BertTokenizer with
+Guarantee: for valid UTF-8 the ids equal those of `transformers`' BertTokenizer with
 split_special_tokens, line by line (tests/test_tokenizer.py: every code point, every line of the
-corpora). Longest match first over a trie; a word of more than 100 characters, or one with a part
-that no token matches, is one [UNK].
+corpora).
 
-The pass stops at the start of a line that it can't do: one with a code point that is not probed yet
-(UNPROBED) or one that the table can't describe (SLOW); `tokenizer.py` helps and resumes it.
-Indices are unsigned, because numba otherwise asks of each whether it counts from the end.
-Rejected: `tokenizers` itself (1.6 MB/s a core: it keeps alignments that nobody reads here) and a C
-extension (users would need a compiler, and the machine code is LLVM's either way).
+Rejected: `tokenizers` itself (1.6 MB/s per core, because it computes alignments that are not needed
+here) and a C extension (users would need a compiler, and LLVM makes the machine code either way).
 """
 
 from __future__ import annotations
@@ -24,9 +20,11 @@ from clue_ds.data.text import code_points
 MAX_WORD_CHARS = 100
 
 DONE, NEEDS_PAGE, NEEDS_LIBRARY = range(3)
-# Slots of the state array, an int64 [5] that both sides of a resumed pass share.
+# Slots of the state array, an int64 [5] through which `encode` and its caller resume a pass: the
+# place of the next byte, token, line and character, and the code point at which the pass stopped.
 BYTE, TOKEN, LINE, CHAR, CODE_POINT = range(5)
 
+# Indices are unsigned: for signed ones numba checks each time whether they count from the end.
 _ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in range(5))
 _LINE_FEED, _MAX_LENGTH = np.uint64(10), np.uint64(MAX_WORD_CHARS)
 _KIND_SHIFT = np.uint32(code_points.KIND_SHIFT)
@@ -39,9 +37,10 @@ _ROOT, _CONTINUATION_ROOT = 0, 1
 
 
 class Trie(NamedTuple):
-    """Tokens as paths from two roots: one for word beginnings, one for `##` pieces.
+    """Tokens as paths from two roots: one for beginnings of words, one for `##` pieces.
 
-    Steps from a root are arrays over code points; the others an open-addressing hash table.
+    Edges from a root are arrays over all code points; all others are in one hash table with open
+    addressing.
     """
 
     first: np.ndarray  # int32 [code points]: node after one character of a word, or -1
@@ -51,7 +50,7 @@ class Trie(NamedTuple):
 
 
 def build_trie(tokens: list[str]) -> Trie:
-    """The trie of a vocabulary; of equal tokens the last one counts, as in `transformers`."""
+    """The trie of a vocabulary; the last of several equal tokens counts, as in `transformers`."""
     edges: dict[tuple[int, int], int] = {}
     ends: dict[int, int] = {}
     num_nodes = 2
@@ -101,7 +100,7 @@ def _fill(table: np.ndarray, edges: np.ndarray) -> None:
 
 @inlined
 def _step(node: int, code_point: int, edges: np.ndarray) -> int:
-    """The node after `code_point`, or -1."""
+    """The node that the edge `code_point` of `node` leads to, or -1."""
     key = np.int64(node) << 21 | np.int64(code_point)
     slot = _slot(key, len(edges))
     while edges[slot] != -1:
@@ -123,13 +122,18 @@ def _emit_word(
     starts: np.ndarray,
     num_tokens: int,
 ) -> int:
-    """Write the tokens of word[:length]; return the new number of tokens."""
+    """Write the tokens of word[:length]; return the new number of tokens.
+
+    A word of more than MAX_WORD_CHARS characters, or one that tokens can't cover, is one [UNK].
+    """
     begin = _ZERO
     end_token = num_tokens
+    # One turn writes one token: the longest that matches at `begin`.
     while begin < length and length <= _MAX_LENGTH:
         node = np.int64(trie.following[word[begin]] if begin else trie.first[word[begin]])
         match, match_end = np.int64(-1), begin
         cursor = begin + _ONE
+        # One turn follows one edge of the trie; the last token passed is the longest match.
         while node >= 0:
             token = trie.token[np.uint64(node)]
             if token >= 0:
@@ -146,6 +150,7 @@ def _emit_word(
         begin = match_end
     if begin == length:
         return end_token
+    # No token matches some part of the word, so one [UNK] replaces what was written of it.
     ids[num_tokens] = unk_id
     starts[num_tokens] = word_starts[0]
     return num_tokens + _ONE
@@ -158,7 +163,7 @@ def _bits(byte: int, mask: int, shift: int) -> int:
 
 @inlined
 def _han(data: np.ndarray, at: int) -> int:
-    """The code point of the three bytes from `at` on."""
+    """The code point of the character of three bytes at `at`, as all common Han are."""
     low = _bits(data[at + _ONE], 0x3F, 6) | _bits(data[at + _TWO], 0x3F, 0)
     return _bits(data[at], 0x0F, 12) | low
 
@@ -190,20 +195,27 @@ def encode(
     line_lengths: np.ndarray,
     state: np.ndarray,
 ) -> int:
-    """Encode lines of `data` from state[BYTE] on; return DONE, NEEDS_PAGE or NEEDS_LIBRARY.
+    """Encode the lines of `data` from state[BYTE] on; return DONE, NEEDS_PAGE or NEEDS_LIBRARY.
 
-    data: uint8 [bytes], valid UTF-8 that ends with a line feed. ids [>= bytes] takes token ids,
-    with the bit `continues` on pieces that continue a word; starts uint32 [>= bytes] the character
-    at which each token begins, counted from the start of `data`; line_lengths int64 [lines] tokens
-    a line. `state` says how far all of them are filled, at the start of a line.
+    data: uint8 [bytes], valid UTF-8 that ends with a line feed.
+    ids: uint16 or uint32 [>= bytes], token ids, with the bit `continues` on `##` pieces.
+    starts: uint32 [>= bytes], the character of `data` at which each token begins.
+    line_lengths: int64 [lines], tokens per line.
+    state: int64 [5], how far the three are filled; always the start of a line on return.
+
+    The pass stops at a line with a code point that has not been probed (NEEDS_PAGE: the caller
+    probes it) or that the table can't describe (NEEDS_LIBRARY: the caller encodes the line and
+    moves `state` to the next one). The caller then calls again.
     """
-    # One character more than the longest word that is not [UNK].
+    # Room for one character more than the longest word that is not [UNK].
     word = np.empty(MAX_WORD_CHARS + 1, dtype=np.uint64)
     word_starts = np.empty(MAX_WORD_CHARS + 1, dtype=np.uint32)
     end = np.uint64(len(data))
     at, num_tokens, char = np.uint64(state[BYTE]), np.uint64(state[TOKEN]), state[CHAR]
+    # One turn takes any number of Han characters, then at most one word of other characters, then
+    # the one character behind that. `at` is always the first byte of a character.
     while at < end:
-        # Most of a Chinese text goes through this loop, so nothing else is in it.
+        # Most characters of a Chinese text go through this loop, so it does nothing else.
         while 0xE0 <= data[at] < 0xF0:
             entry = entries[_han(data, at)]
             if entry >> _KIND_SHIFT != _ISOLATED:
@@ -214,6 +226,9 @@ def encode(
         entry = entries[code_point]
         kind = entry >> _KIND_SHIFT
         length = _ZERO
+        # Collect a word, up to the first character that can't be part of one; that is the line feed
+        # at the latest. A character that normalisation drops doesn't end a word. Of a word that is
+        # too long, one character more than the limit is kept, by which `_emit_word` knows it.
         while kind == _ORDINARY or kind == _EXPANDED or (kind == _DROPPED and length):
             payload = np.int64(entry & _PAYLOAD_MASK)
             if kind == _ORDINARY and length <= _MAX_LENGTH:
@@ -232,10 +247,12 @@ def encode(
             num_tokens = _emit_word(
                 word, word_starts, length, trie, unk_id, continues, ids, starts, num_tokens
             )
+        # The character behind the word; without a word, the first one that is not Han.
         if kind == _ISOLATED:
             ids[num_tokens], starts[num_tokens] = entry & _PAYLOAD_MASK, char
             num_tokens += _ONE
         elif kind == _UNPROBED or kind == _SLOW:
+            # Tokens of this line so far are forgotten: `state` is still at the start of the line.
             state[CODE_POINT] = code_point
             return NEEDS_PAGE if kind == _UNPROBED else NEEDS_LIBRARY
         at, char = at + num_bytes, char + 1

@@ -1,10 +1,10 @@
 """Whole-word marks: which tokens continue the word that the token before them belongs to.
 
-Words come from rjieba (jieba's dictionary, HMM and boundaries, 25 times as fast) or from the spaces
-of text that somebody has segmented already, once, at preparation; at training time a mark is one
-bit of the token and costs nothing. `##` pieces always continue their word. Rejected: marking by
-`##` alone, as the usual collators do (every Han character is then a word), and segmenting in the
-loader (five times the loader's whole cost).
+Words are found once, when the corpus is made: by rjieba (jieba's dictionary, HMM and boundaries, 25
+times as fast) or by the spaces of text that is already segmented. In training a mark is one bit of
+the token and costs nothing. `##` pieces always continue their word. Rejected: marking `##` pieces
+only, as the usual collators do (every Han character is then a word), and segmenting in the loader
+(five times the cost of the whole loader).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from clue_ds.data.jit import compiled
 from clue_ds.data.text.choices import Words
 
-# Rjieba returns a list of strings, 100 bytes a word: text is cut where no word can go on.
+# rjieba returns a list of strings, 100 bytes per word, so text is given to it in spans of about
+# this many characters. A span ends with a character that no word contains.
 _SPAN_CHARS = 1 << 14
 _SPAN_ENDS = re.compile("[\n。！？，；]")
 # Tab, line feed, carriage return, space, no-break space, ideographic space.
@@ -24,15 +25,15 @@ _SPACES = np.array([0x09, 0x0A, 0x0D, 0x20, 0xA0, 0x3000], dtype=np.uint32)
 
 
 def word_lengths(text: str, words: Words) -> np.ndarray:
-    """Characters of each word of `text` in order, int32 [words]; separators are words too.
+    """Number of characters of each word of `text`, int32 [words]; separators are words too.
 
-    Line feeds never lie inside a word, so a text of many lines is cut as each of its lines is.
+    No word contains a line feed, so a text of many lines has the words of its lines.
     """
     return _between_spaces(text) if words == "segmented" else _by_rjieba(text)
 
 
 def _between_spaces(text: str) -> np.ndarray:
-    """Runs of characters that are all spaces or all not."""
+    """Lengths of the runs of characters that are either all spaces or all not."""
     if not text:
         return np.empty(0, np.int32)
     is_space = np.isin(np.frombuffer(text.encode("utf-32-le"), "<u4"), _SPACES)
@@ -67,14 +68,15 @@ def mark_words(
 ) -> None:
     """Set the bit `continues` on tokens that begin in the same word as the token before them.
 
-    tokens, starts, line_lengths: as from Tokenizer.encode_marked; lengths: as from word_lengths of
-    the same text. The first token of a line begins a word.
+    tokens, starts, line_lengths: from Tokenizer.encode_marked; lengths: from word_lengths of the
+    same text. The first token of a line is never marked.
     """
     token = 0
     word, word_end = -1, 0
     for line in range(len(line_lengths)):
-        previous = -1
+        previous = -1  # the word of the token before: none at the start of a line
         for _ in range(line_lengths[line]):
+            # Move on to the word in which this token begins; a word may have no token.
             while starts[token] >= word_end:
                 word += 1
                 word_end += lengths[word]

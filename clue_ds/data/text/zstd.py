@@ -1,8 +1,8 @@
 """Reading zstandard frames so that a truncated file is an error.
 
-zstandard's own stream_reader returns end of file where a frame breaks off, and a corpus would lose
-its tail without a word. Several frames one after the other (pzstd, `cat a.zst b.zst`) are one text.
-Compressed bytes are taken a few at a time: repetitive text unpacks to thousands of times more.
+zstandard's own stream_reader reports the end of the file where a frame breaks off, and the corpus
+would silently lose the rest. Consecutive frames (pzstd, `cat a.zst b.zst`) are read as one text.
+Few compressed bytes are read at a time, because repetitive text unpacks to thousands of times more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PACKED_BYTES = 1 << 11
 
 
 class ZstdReader:
-    """`read` of the unpacked text; EOFError when the last frame is not whole."""
+    """Reads the unpacked text; raises EOFError when the last frame is not complete."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
@@ -23,7 +23,7 @@ class ZstdReader:
         self._frame_begun = False
 
     def read(self, num_bytes: int) -> bytes:
-        """The next `num_bytes` of text or some more; fewer, and b"" after that, at the end."""
+        """The next `num_bytes` of text or some more; fewer at the end, and b"" after it."""
         texts: list[bytes] = []
         while num_bytes > 0:
             block = self._raw.read(PACKED_BYTES)
