@@ -161,7 +161,7 @@ def test_standard_input(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_run_goes_on(inputs: Path, tmp_path: Path) -> None:
-    """Killed (not asked to stop) in the middle, the same command keeps what was finished."""
+    """After a SIGKILL in the middle, the same command keeps the finished shards."""
     expected = digest(build(inputs, tmp_path / "whole"))
     output = tmp_path / "c"
     code = (
@@ -227,7 +227,7 @@ def test_ended_by_hand_it_leaves_no_worker_and_the_rerun_gives_the_same_bytes(
 
 
 def half_finished(inputs: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A run that stopped at bad bytes behind some finished shards; (text, output)."""
+    """A run that stopped at bad bytes after some finished shards; (text, output)."""
     text = tmp_path / "text.txt"
     text.write_bytes((inputs / "a.txt").read_bytes() + b"\xff\n")
     with pytest.raises(UserError, match="is not UTF-8"):
@@ -307,7 +307,7 @@ def test_finished_corpus_is_kept_unless_told(inputs: Path, tmp_path: Path) -> No
 def test_finished_corpus_of_the_same_request_is_a_success(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A requeued job whose work was done ends well, also when the text has moved."""
+    """A queued job whose corpus is already complete succeeds, even if the text was moved."""
     output = build(inputs, tmp_path / "c", "a.txt", held_out=0.1)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     (output / ".building").mkdir()  # as if it had been killed at the very end
@@ -370,7 +370,7 @@ def test_utf16_is_called_by_its_name(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_files_that_may_not_be_used(inputs: Path, tmp_path: Path) -> None:
-    """Root may do all, so the test gives up that right; the run stops before it converts."""
+    """Root can read everything, so the test drops that right; nothing is converted."""
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         pytest.skip("needs setpriv (Debian: util-linux)")
@@ -411,7 +411,7 @@ def test_errors_of_workers_arrive(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_disk_without_room_before_writing(inputs: Path, tmp_path: Path) -> None:
-    """A sparse file of pebibytes would need more room than any disk here has."""
+    """A sparse file of pebibytes needs more space than any disk has."""
     huge = tmp_path / "huge.txt"
     with open(huge, "wb") as file:
         try:
@@ -424,7 +424,7 @@ def test_disk_without_room_before_writing(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_disk_without_room_while_writing(inputs: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the same call fails the same way."""
+    """A limit on the size of files stands in for a full disk: writes fail in the same way."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

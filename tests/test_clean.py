@@ -1,4 +1,4 @@
-"""Cleaning rules, duplicates, held-out documents, report: what goes is counted, no more goes."""
+"""Cleaning rules, duplicates, held-out documents, report: they drop, and count, the right text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def vocab(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
 
 
 def make(path: Path, text: str, vocab: Path, **options: Any) -> tuple[Corpus, dict[str, Any]]:
-    """A corpus of `text` in small shards, and its corpus.json; options of Cleaning included."""
+    """A corpus of `text` in small shards, and its corpus.json; `options` may be cleaning rules."""
     path.mkdir(exist_ok=True)
     (path / "text.txt").write_text(text, encoding="utf-8")
     rules = {k: options.pop(k) for k in list(options) if k in Cleaning.__dataclass_fields__}
@@ -60,7 +60,7 @@ def sentences(corpus: Corpus) -> list[str]:
 
 
 def test_controls_are_only_what_the_tokenizer_drops_anyway(vocab: Path) -> None:
-    """Every code point of the rule: BERT's own cleaning gives the same tokens with and without."""
+    """BERT's tokens are the same with and without any code point that the rule removes."""
     tokenizer = Tokenizer(vocab)
     matched = [c for c in map(chr, range(0x110000)) if clean._CONTROLS.fullmatch(c)]
     assert {unicodedata.category(c) for c in matched} == {"Cc", "Cf", "So"}  # So: U+FFFD
@@ -80,7 +80,7 @@ def test_the_quick_look_misses_nothing(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.sampled_from("中a &\n;#amptlgn1038x\u200b\ufeff"), max_size=60))
 def test_editing_keeps_lines_and_ends(text: str) -> None:
-    """One line stays one line; a second time changes nothing but entities inside entities."""
+    """The number of lines is kept; editing again changes only entities inside entities."""
     tally = Tally()
     edited = clean.edit(text, text.encode(), Cleaning(html=True), tally)
     assert edited.count("\n") == text.count("\n")
@@ -205,7 +205,7 @@ def test_no_documents_have_no_duplicates() -> None:
 
 
 def test_keys_of_a_long_document_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard without a blank line is one document: its shingles are taken a few at a time."""
+    """A shard without a blank line is one document, whose shingles are hashed in batches."""
     pytest.importorskip("datasketch")
     tokens = np.random.default_rng(0).integers(0, 20_000, 200_000, dtype=np.uint16)
     ends = np.array([len(tokens) - 3, len(tokens)])
@@ -226,7 +226,7 @@ def test_the_largest_similarity_still_has_bands() -> None:
 
 
 def test_unknown_words_of_many_shards_are_bounded() -> None:
-    """Each shard brings words that no other has; the frequent ones are counted to the end."""
+    """Every shard has rare words of its own; the counts of frequent ones stay exact."""
     total = Tally()
     for shard_number in range(120):
         rare = {f"{shard_number}-{i}": 1 for i in range(1999)}
@@ -236,7 +236,7 @@ def test_unknown_words_of_many_shards_are_bounded() -> None:
 
 
 def test_near_duplicates(tmp_path: Path, vocab: Path, sample_text: str) -> None:
-    """One character changed in a document of some 300 is near; another document isn't."""
+    """A document of 300 characters with one changed is a near duplicate; another one isn't."""
     pytest.importorskip("datasketch")
     documents = [d.replace("\n", "") for d in sample_text.strip().split("\n\n")]
     long = [a + b for a, b in zip(documents, documents[1:], strict=False)]
@@ -253,7 +253,7 @@ def test_near_duplicates(tmp_path: Path, vocab: Path, sample_text: str) -> None:
 def test_held_out_documents_are_a_corpus_of_their_own(
     tmp_path: Path, vocab: Path, sample_text: str, duplicates: bool
 ) -> None:
-    """The same document goes to the same side, whatever else is in the input, and to one only."""
+    """A document is always on the same side, and on one only, whatever else the input has."""
     documents = list(dict.fromkeys(random_documents(2, sample_text, 100)))
     options = {"held_out": 0.3, "duplicates": duplicates}
     training, manifest = make(tmp_path / "a", "\n\n".join(documents), vocab, **options)
@@ -301,7 +301,7 @@ def test_values_that_mean_nothing(
 
 
 def test_report(tmp_path: Path, vocab: Path) -> None:
-    """The account adds up unit by unit; the page shows samples and what the vocabulary lacks."""
+    """All counts add up; the page shows samples and the characters that the vocabulary lacks."""
     pytest.importorskip("matplotlib")
     text = DOCUMENTS + "\n\n龘龘龘龘 zzz\n\n龘龘龘龘 zzz\n"
     rules = {"min_chars": 2, "duplicates": True, "repeated_lines": True, "held_out": 0.01}
@@ -329,7 +329,7 @@ def test_overwriting_leaves_nothing_of_the_old_corpus(tmp_path: Path, vocab: Pat
 
 
 def test_rules_are_part_of_the_run(tmp_path: Path, vocab: Path) -> None:
-    """An unfinished run with other rules is not continued, and the message names the rule."""
+    """An unfinished run with other rules is not resumed, and the message names the rule."""
     (tmp_path / "text.txt").write_bytes("一句话\n\n".encode() * 500 + b"\xff\n")
     arguments: dict[str, Any] = {"output": tmp_path / "c", "vocab": vocab, "workers": 1}
     inputs = (str(tmp_path / "text.txt"),)
@@ -341,7 +341,7 @@ def test_rules_are_part_of_the_run(tmp_path: Path, vocab: Path) -> None:
 
 
 def test_segmented_text(tmp_path: Path, vocab: Path) -> None:
-    """The spaces are the words; ids are those of the text without them."""
+    """Spaces separate words, and ids are those of the text without spaces."""
     corpus, _ = make(tmp_path, "清晨 的 湖面 abc de\n渔船\n", vocab, segmented=True)
     tokens = corpus.shards[0].tokens
     assert (tokens >> 15).tolist() == [0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
@@ -350,7 +350,7 @@ def test_segmented_text(tmp_path: Path, vocab: Path) -> None:
 
 
 def test_rules_on_real_text(shared_data: Path, tmp_path: Path, vocab: Path) -> None:
-    """Technical pages with all rules on: byte-identical for 1 and 2 processes, and it adds up."""
+    """Technical pages with all rules: the same bytes with 1 and 2 processes, and counts add up."""
     path = shared_data / "corpora" / "d2l_zh.txt.gz"
     text = gzip.decompress(path.read_bytes()).decode()[:200_000]
     rules = {"html": True, "min_chars": 2, "max_chars": 500, "min_han": 0.2, "held_out": 0.1}

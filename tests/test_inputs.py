@@ -41,7 +41,7 @@ def documents(path: Path, **options: str) -> list[list[str]]:
 def zstd(data: bytes) -> bytes:
     """Two frames, as pzstd writes them."""
     half = len(data) // 2
-    return b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+    return b"".join(zstandard.compress(block) for block in (data[:half], data[half:]))
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
@@ -198,17 +198,17 @@ def test_reading_stops_at_a_record_without_end(
 
 
 def cut_all(data: bytes, segment_bytes: int, max_bytes: int, read_bytes: int) -> list[bytes]:
-    """What the reader does, with reads of any size."""
-    buffer, parts, place = bytearray(), [], 0
+    """Cut `data` as the reader does, with reads of any size."""
+    buffer, segments, place = bytearray(), [], 0
     while place < len(data) or buffer:
         cut = _cut(buffer, segment_bytes - 1, max_bytes, "text", place >= len(data))
         if cut is None:
             buffer += data[place : place + read_bytes]
             place += read_bytes
             continue
-        parts.append(bytes(buffer[: cut[0]]))
+        segments.append(bytes(buffer[: cut[0]]))
         del buffer[: cut[0]]
-    return parts
+    return segments
 
 
 @settings(max_examples=300, deadline=None)
@@ -218,14 +218,14 @@ def cut_all(data: bytes, segment_bytes: int, max_bytes: int, read_bytes: int) ->
     extra=st.integers(0, 40),
 )
 def test_segments_do_not_depend_on_reads(text: str, segment_bytes: int, extra: int) -> None:
-    """Cuts are lossless, lie at line ends, and split a document only past the limit."""
+    """Cutting loses nothing, cuts at line ends, and splits a document only beyond the limit."""
     data = text.encode()
     max_bytes = segment_bytes + extra
-    parts = cut_all(data, segment_bytes, max_bytes, 10**6)
-    assert b"".join(parts) == data
-    assert all(part.endswith(b"\n") for part in parts[:-1])
+    segments = cut_all(data, segment_bytes, max_bytes, 10**6)
+    assert b"".join(segments) == data
+    assert all(block.endswith(b"\n") for block in segments[:-1])
     for read_bytes in (1, 2, 7):
-        assert cut_all(data, segment_bytes, max_bytes, read_bytes) == parts
+        assert cut_all(data, segment_bytes, max_bytes, read_bytes) == segments
 
 
 def test_reader_resumes_its_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

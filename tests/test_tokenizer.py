@@ -43,7 +43,7 @@ def write_vocab(directory: Path, tokens: tuple[str, ...] = TOKENS) -> Path:
 
 
 def reference(vocab_file: Path, lower_case: bool = True) -> Reference:
-    """Ids of lines by `transformers`, special tokens in the text taken for text."""
+    """Ids of lines by `transformers`, which encodes special tokens in the text as text."""
     tokenizer = BertTokenizer.from_pretrained(vocab_file.parent, do_lower_case=lower_case)
     tokenizer.backend_tokenizer.encode_special_tokens = True
 
@@ -87,7 +87,7 @@ def test_every_code_point_between_letters(pair: tuple[Tokenizer, Reference]) -> 
 
 
 def test_code_points_side_by_side(pair: tuple[Tokenizer, Reference]) -> None:
-    """Runs of neighbouring code points: combining marks meet the letters and marks they can."""
+    """Runs of neighbouring code points, so that combining marks follow letters and marks."""
     points = [c for c in CODE_POINTS if ord(c) < 0x20000]
     lines = ["".join(points[i : i + 7]) for i in range(0, len(points), 7)]
     assert_lines_equal(*pair, lines)
@@ -115,7 +115,7 @@ def test_any_text(pair: tuple[Tokenizer, Reference], lines: list[str]) -> None:
 
 
 def fuzzed(rng: random.Random) -> str:
-    """Any code points, odd ones, and runs of one script, as they would hardly meet in text."""
+    """Random strings of arbitrary code points, of odd ones, and of few scripts."""
     pools = (ODD, "abcxyzABC 019[]#。，中国人民", CODE_POINTS, CODE_POINTS[:0x3000])
     begin = rng.randrange(0x20000)
     pools += (CODE_POINTS[begin : begin + 64],)
@@ -214,7 +214,7 @@ def test_bad_utf8_names_the_byte(vocab_file: Path) -> None:
 
 
 def test_threads_share_a_tokenizer(vocab_file: Path) -> None:
-    """Pages are probed on demand; threads that need the same one at once get the same ids."""
+    """Pages are probed on demand; threads that need the same page at once get the same ids."""
     tokenizer = Tokenizer(vocab_file)
     data = "".join(CODE_POINTS[:0xD7A4]).encode("utf-8")  # Hangul syllables included
     results: list[np.ndarray] = []

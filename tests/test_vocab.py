@@ -48,7 +48,7 @@ def test_missing_vocabulary(tmp_path: Path) -> None:
 
 
 def test_line_separators_other_than_line_feeds_are_tokens(tmp_path: Path) -> None:
-    """Google's list holds U+2028 as a token; splitting lines there would shift all later ids."""
+    """Google's vocabulary has U+2028 as a token; splitting lines there would shift later ids."""
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{t}\n" for t in (*LEADING_TOKENS, "\u2028", "中")), encoding="utf-8")
     assert read_vocab(path)[-2:] == ["\u2028", "中"]
@@ -81,7 +81,7 @@ def test_learned_vocabulary_covers_the_text(text_file: Path, tmp_path: Path) -> 
 
 
 def test_learning_twice_gives_the_same(text_file: Path, tmp_path: Path) -> None:
-    """The trainer's hash tables are seeded anew each time, and here the lines are turned round."""
+    """The trainer's hash tables get a new seed each time; here the lines are reversed too."""
     reverse = tmp_path / "reverse.txt"
     reverse.write_text("\n".join(reversed(text_file.read_text().split("\n"))))
     learn((str(text_file),), output=tmp_path / "one.txt", size=400)

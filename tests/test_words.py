@@ -49,7 +49,7 @@ def test_a_line_begins_a_word(tokenizer: Tokenizer) -> None:
 
 
 def plain_marks(tokenizer: Tokenizer, text: str) -> list[bool]:
-    """The rule said slowly: a token continues if it is a piece or begins in the last one's word."""
+    """In plain Python: the token is a ## piece, or begins in the word of the token before it."""
     result = []
     for line in text.split("\n"):
         word_of = [n for n, word in enumerate(rjieba.cut(line)) for _ in word]
@@ -70,7 +70,7 @@ def test_marks_equal_the_plain_rule(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_many_lines_are_cut_as_each_line_is(shared_data: Path) -> None:
-    """Cutting a block at once is what preparation does; the first 2 MB of the mixed corpora."""
+    """`clue-ds shard` segments whole blocks; here the first 2 MB of the mixed corpora."""
     for name in ("d2l_zh.txt.gz", "uer_CLUECorpusSmall_bert_sampled.txt.gz"):
         text = gzip.decompress((shared_data / "corpora" / name).read_bytes()).decode()[:700_000]
         by_line = [len(w) for line in text.split("\n") for w in (*rjieba.cut(line), "\n")][:-1]

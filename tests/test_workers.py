@@ -1,4 +1,4 @@
-"""Processes and MPI ranks: the same bytes, whoever does the work and whenever it is killed."""
+"""Processes and MPI ranks: the same bytes with any of them, and after a kill at any time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def digests(corpus: Path) -> dict[str, str]:
 
 @pytest.fixture
 def mpirun() -> list[str]:
-    """The start of a command line; a wheel of an MPI brings its own mpirun beside Python."""
+    """The mpirun to use, as the start of a command; an MPI wheel installs one beside Python."""
     beside = Path(sys.executable).with_name("mpirun")
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
@@ -71,7 +71,7 @@ def mpirun() -> list[str]:
 
 
 def test_mpi_ranks_write_the_same_bytes(inputs: Path, tmp_path: Path, mpirun: list[str]) -> None:
-    """One rank does all, or rank 0 reads and the others convert; a mistake is one message."""
+    """One rank does everything, or rank 0 reads and others convert; an error is printed once."""
     for num_ranks in ("1", "2", "3"):
         output = tmp_path / num_ranks
         result = run([*mpirun, "-n", num_ranks, *command(inputs, output)])
@@ -161,7 +161,7 @@ def moments() -> Iterator[tuple[str, int]]:
 def test_killed_at_any_moment(
     inputs: Path, tmp_path: Path, mpirun: list[str], victim: str, num_shards: int
 ) -> None:
-    """SIGKILL at a random moment; the same command again completes to the same bytes."""
+    """After a SIGKILL at a random moment, the same command completes the same bytes."""
     output = tmp_path / "c"
     if "MPI" in victim:
         words = [*mpirun, "-n", "3", *command(inputs, output)]
@@ -190,7 +190,7 @@ def test_killed_at_any_moment(
 
 
 def test_progress_says_rate_and_time_left_from_the_first_shard_on() -> None:
-    """What an earlier run had finished is no part of the rate."""
+    """The rate doesn't count what an earlier run had finished."""
     progress = ShardProgress(1000_000_000, None, now=0.0)
     progress.advance(500_000_000, found=True, now=0.1)
     assert progress.state(0.1) == "0.50 of 1.00 GB"
