@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,56 @@ import transformers
 from torch import Tensor, nn
 
 from clue_ds import kernels
+from clue_ds.kernels import reference
+
+README = Path(__file__).resolve().parents[1] / "kernels" / "README.md"
+
+
+def run_example(heading: str, device: torch.device) -> dict[str, Any]:
+    """Run the first Python block below a heading of kernels/README.md; its variables."""
+    section = README.read_text("utf-8").split(f"### {heading}\n", 1)[1]
+    source = re.search(r"```python\n(.*?)```", section, re.S)
+    assert source is not None
+    variables: dict[str, Any] = {}
+    torch.manual_seed(0)
+    with torch.device(device):
+        exec(compile(source[1], str(README), "exec"), variables)
+    return variables
+
+
+def test_readmes_example_of_the_operations(kernel_device: torch.device) -> None:
+    found = run_example("The operations", kernel_device)
+    x, bias, residual, keep = (found[name] for name in ("x", "bias", "residual", "keep"))
+    num_dropped, scale = reference.dropout_threshold(0.1)
+    assert torch.equal(keep, reference.philox_keep(x.shape, num_dropped, 7).to(kernel_device))
+    assert found["total"].dtype == torch.bfloat16 and found["wide_total"].dtype == torch.float32
+    residual, kept = residual.float(), residual.float() + (x.float() + bias) * scale
+    wide = found["wide_total"]  # of another seed: each element was kept or dropped
+    error = torch.minimum((wide - kept).abs(), (wide - residual).abs())
+    assert error.max().item() < 1e-5
+    total = torch.where(keep, kept, residual).bfloat16()  # what the last call normalized
+    expected = reference.layer_norm(total, found["weight"], found["ln_bias"], 1e-12)
+    torch.testing.assert_close(found["y"], expected, rtol=2**-6, atol=2**-6)
+
+
+def test_readmes_example_of_hugging_face(kernel_device: torch.device) -> None:
+    found = run_example("In Hugging Face's BERT and RoBERTa", kernel_device)
+    fused = [m for m in found["model"].modules() if type(m).__name__.startswith("Fused")]
+    assert len(fused) == 2 + 2 * (2 + 2 + 1)  # see test_hugging_face_bert_computes_the_same
+    torch.testing.assert_close(found["after"], found["before"], rtol=1e-4, atol=1e-5)
+
+
+def test_readmes_example_of_megatron(kernel_device: torch.device) -> None:
+    found = run_example("In Megatron-LM", kernel_device)
+    expected = by_definition(found["scores"], found["mask"], 0.125)
+    assert found["probabilities"].dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found["probabilities"].double(),
+        expected,
+        rtol=2 * torch.finfo(torch.bfloat16).eps,
+        atol=1e-5,
+    )
+    assert torch.count_nonzero(found["probabilities"][1, ..., 9:]) == 0
 
 
 def test_fused_layer_norm_is_nn_layer_norm(kernel_device: torch.device) -> None:
