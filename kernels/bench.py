@@ -126,18 +126,20 @@ def _ids(case: Case, device: torch.device) -> Tensor:
     return ids.to(device)
 
 
-def _chain(room: Any, case: Case, device: torch.device) -> Forward:
+def _chain(implementation: Any, case: Case, device: torch.device) -> Forward:
     """The operation of `functional` or `reference` at this case's options."""
     if case.op == "layer_norm":
-        return lambda x, w, b: room.layer_norm(x, w, b, EPS)
+        return lambda x, w, b: implementation.layer_norm(x, w, b, EPS)
     if case.op == "bias_gelu":
-        return lambda x, b: room.bias_gelu(x, b)
+        return lambda x, b: implementation.bias_gelu(x, b)
     if case.op == "masked_softmax":
-        return lambda s: room.masked_softmax(s, scale=0.125, dropout_p=case.p)
+        return lambda s: implementation.masked_softmax(s, scale=0.125, dropout_p=case.p)
     if case.op == "embedding_layer_norm":
         ids = _ids(case, device)
-        return lambda *t: room.embedding_layer_norm(ids, ids % 2, *t, case.p, EPS, case.p > 0)
-    return lambda x, b, r, w, lb: room.bias_dropout_add_layer_norm(
+        return lambda *t: implementation.embedding_layer_norm(
+            ids, ids % 2, *t, case.p, EPS, case.p > 0
+        )
+    return lambda x, b, r, w, lb: implementation.bias_dropout_add_layer_norm(
         x, b, r, w, lb, case.p, EPS, case.p > 0
     )
 

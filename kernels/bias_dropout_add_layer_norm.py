@@ -49,9 +49,9 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     z = ()
-    # One part after the other: step by step for all of them comes to 112 registers at 312.
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
+    # One segment after the other: step by step for all of them comes to 112 registers at 312.
+    for i in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(i, BLOCK, TAIL)
         inside = (rows < num_rows)[:, None] & (cols < H)
         at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
         value = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
@@ -59,7 +59,12 @@ def forward_kernel(
             value += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)
         if NUM_DROPPED > 0:
             keep = tiles.keep_tile(
-                tl.load(seed_ptr), first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK
+                tl.load(seed_ptr),
+                first,
+                NUM_DROPPED,
+                ROWS,
+                TAIL if i else BLOCK,
+                i * BLOCK,
             )
             value = tl.where(keep, value * KEEP_SCALE, 0.0)
             if mask_ptr is not None:
@@ -157,7 +162,7 @@ def forward(
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
         _forward(
-            (tiles.count(num_rows, tile.rows),),
+            (tiles.cdiv(num_rows, tile.rows),),
             (
                 x.contiguous(), bias, None if residual is None else residual.contiguous(), weight,
                 ln_bias, seed, y, total, mask if wants_mask else None, statistics,
@@ -216,7 +221,7 @@ def backward(
         return outputs
     num_dropped, scale = reference.dropout_threshold(p)
     tile = tiles.for_device(tiles.backward_tile(width, num_sums=3), total, num_rows)
-    num_programs = tiles.num_persistent(total, tiles.count(num_rows, tile.rows), tile)
+    num_programs = tiles.num_persistent(total, tiles.cdiv(num_rows, tile.rows), tile)
     partials = parameters.new_empty((3, num_programs, width))
     _backward(
         (num_programs,),

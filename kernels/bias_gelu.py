@@ -148,7 +148,7 @@ def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if num_rows:
         tile = tiles.for_device(tile_of(width), x, num_rows)
         _forward(
-            (tiles.count(width, tile.block), tiles.count(num_rows, tile.rows)),
+            (tiles.cdiv(width, tile.block), tiles.cdiv(num_rows, tile.rows)),
             (x.contiguous(), bias, y),
             (num_rows,),
             (tanh, width, tile.rows, tile.block, tiles.accumulator(x.dtype)),
@@ -168,10 +168,10 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Te
     if not num_rows:
         return dx, dbias.zero_()
     tile = tiles.for_device(tile_of(width), x, num_rows)
-    num_blocks = tiles.count(width, tile.block)
-    num_tiles = tiles.count(num_rows, tile.rows)
+    num_blocks = tiles.cdiv(width, tile.block)
+    num_tiles = tiles.cdiv(num_rows, tile.rows)
     all_programs = tiles.num_persistent(x, num_tiles * num_blocks, tile)
-    num_programs = min(num_tiles, tiles.count(all_programs, num_blocks))
+    num_programs = min(num_tiles, tiles.cdiv(all_programs, num_blocks))
     partials = None if bias is None else dbias.new_empty((num_programs, width))
     _backward(
         (num_blocks, num_programs),

@@ -41,7 +41,7 @@ def gather(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """(sums of the three tables' rows in parts [ROWS, columns], which ids are in their tables).
+    """(sums of the three tables' rows in segments [ROWS, columns], which ids are in their tables).
 
     In ACC, 0 in columns outside. Rows outside, and those of ids beyond, read tables' first rows.
     """
@@ -60,14 +60,14 @@ def gather(
     word_rows = word_ptr + words.to(tl.int64)[:, None] * H
     position_rows = position_ptr + positions[:, None] * H
     type_rows = token_type_ptr + types[:, None] * H
-    parts = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = tiles.columns(part, BLOCK, TAIL)
+    segments = ()
+    for i in tl.static_range(2 if TAIL else 1):
+        cols = tiles.columns(i, BLOCK, TAIL)
         word = tl.load(word_rows + cols, mask=cols < H, other=0.0).to(ACC)
         position = tl.load(position_rows + cols, mask=cols < H, other=0.0).to(ACC)
         token_type = tl.load(type_rows + cols, mask=cols < H, other=0.0).to(ACC)
-        parts += (word + position + token_type,)
-    return parts, known
+        segments += (word + position + token_type,)
+    return segments, known
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def forward(
         types = None if token_type_ids is None else token_type_ids.contiguous()
         sizes = (word.shape[0], token_type.shape[0], input_ids.shape[-1])
         _forward(
-            (tiles.count(num_rows, tile.rows),),
+            (tiles.cdiv(num_rows, tile.rows),),
             (
                 input_ids.contiguous(), types, word, position, token_type, weight, bias, seed, y,
                 statistics,
@@ -244,7 +244,7 @@ def backward(
     if num_rows:
         num_dropped, scale = reference.dropout_threshold(p)
         tile = tiles.for_device(tiles.backward_tile(width), word, num_rows)
-        num_tiles = tiles.count(num_rows, tile.rows)
+        num_tiles = tiles.cdiv(num_rows, tile.rows)
         num_programs = tiles.num_persistent(word, num_tiles, tile)
         partials = parameters.new_empty((2, num_programs, width))
         _backward(

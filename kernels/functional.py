@@ -58,8 +58,8 @@ def bias_dropout_add_layer_norm(
     needs a seed for it). All: (y, sum, mask).
     """
     options = (p, eps, training, prenorm, residual_in_fp32, seed, return_mask)
-    room = fused_add_norm if use_triton(x, x.shape[-1]) else reference
-    return room.bias_dropout_add_layer_norm(x, bias, residual, weight, ln_bias, *options)
+    implementation = fused_add_norm if use_triton(x, x.shape[-1]) else reference
+    return implementation.bias_dropout_add_layer_norm(x, bias, residual, weight, ln_bias, *options)
 
 
 def masked_softmax(
@@ -81,8 +81,8 @@ def masked_softmax(
     # Integers as defaults, which torch.compile takes for constants: of 1.0 it makes a symbol, and
     # compiles a second time when it finds that nothing can use one.
     options = (mask, key_lengths, scale, dropout_p, training, seed)
-    room = fused_softmax if use_triton(scores, scores.shape[-1]) else reference
-    return room.masked_softmax(scores, *options)
+    implementation = fused_softmax if use_triton(scores, scores.shape[-1]) else reference
+    return implementation.masked_softmax(scores, *options)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
@@ -93,8 +93,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate {approximate!r} is neither 'none' nor 'tanh'")
     # Columns are split over programs, so no width is too large.
-    room = fused_gelu if use_triton(x, min(x.shape[-1], 1)) else reference
-    return room.bias_gelu(x, bias, approximate)
+    implementation = fused_gelu if use_triton(x, min(x.shape[-1], 1)) else reference
+    return implementation.bias_gelu(x, bias, approximate)
 
 
 def embedding_layer_norm(
@@ -119,5 +119,5 @@ def embedding_layer_norm(
     """
     tables = (word, position, token_type)
     options = (weight, bias, p, eps, training, padding_idx, seed)
-    room = fused_embedding if use_triton(word, word.shape[-1]) else reference
-    return room.embedding_layer_norm(input_ids, token_type_ids, *tables, *options)
+    implementation = fused_embedding if use_triton(word, word.shape[-1]) else reference
+    return implementation.embedding_layer_norm(input_ids, token_type_ids, *tables, *options)

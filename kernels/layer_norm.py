@@ -90,7 +90,7 @@ def forward(
     if num_rows:
         tile = tiles.for_device(tiles.row_tile(width), x, num_rows)
         _forward(
-            (tiles.count(num_rows, tile.rows),),
+            (tiles.cdiv(num_rows, tile.rows),),
             (x.contiguous(), weight, bias, y, statistics),
             (num_rows,),
             (eps, width, *tile.constants, tiles.accumulator(x.dtype)),
@@ -119,7 +119,7 @@ def backward(
     if not num_rows:
         return dx, parameters.zero_()
     tile = tiles.for_device(tiles.backward_tile(width), x, num_rows)
-    num_programs = tiles.num_persistent(x, tiles.count(num_rows, tile.rows), tile)
+    num_programs = tiles.num_persistent(x, tiles.cdiv(num_rows, tile.rows), tile)
     partials = parameters.new_empty((2, num_programs, width))
     _backward(
         (num_programs,),

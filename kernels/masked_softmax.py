@@ -133,7 +133,7 @@ def forward(
         tile = tiles.for_device(tiles.forward_tile(num_keys), scores, num_rows)
         is_bool = mask is not None and mask.dtype == torch.bool
         _forward(
-            (tiles.count(num_rows, tile.rows),),
+            (tiles.cdiv(num_rows, tile.rows),),
             (scores.contiguous(), mask, key_lengths, seed, out, dropped if p > 0.0 else None),
             (num_rows, *strides[:3]),
             (
@@ -168,7 +168,7 @@ def backward(dy: Tensor, out: Tensor, seed: Tensor | None, scale: float, p: floa
     if num_rows:
         tile = tiles.for_device(tiles.forward_tile(num_keys), out, num_rows)
         _backward(
-            (tiles.count(num_rows, tile.rows),),
+            (tiles.cdiv(num_rows, tile.rows),),
             (dy.contiguous(), out, seed, dscores),
             (num_rows,),
             (

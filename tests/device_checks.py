@@ -23,21 +23,21 @@ NUM_WORDS = 8
 TAIL = slice(-3, None)  # the rows that lie far
 
 
-def _embedded(room: Any, words: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+def _embedded(impl: Any, words: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     ids = (rows % NUM_WORDS)[:, None]
-    return room.embedding_layer_norm(
+    return impl.embedding_layer_norm(
         ids, None, words, words[:1], words[:2], weight, bias, 0.0, EPS, True
     )[:, 0]
 
 
 # (kernels or their twins, x [M, H] or a table [NUM_WORDS, H], weight, bias, row numbers) -> [M, H]
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "layer_norm": lambda room, x, w, b, rows: room.layer_norm(x, w, b, EPS),
-    "bias_dropout_add_layer_norm": lambda room, x, w, b, rows: room.bias_dropout_add_layer_norm(
+    "layer_norm": lambda impl, x, w, b, rows: impl.layer_norm(x, w, b, EPS),
+    "bias_dropout_add_layer_norm": lambda impl, x, w, b, rows: impl.bias_dropout_add_layer_norm(
         x, b, x, w, b, 0.0, EPS, True
     ),
-    "masked_softmax": lambda room, x, w, b, rows: room.masked_softmax(x[None, None])[0, 0],
-    "bias_gelu": lambda room, x, w, b, rows: room.bias_gelu(x, b),
+    "masked_softmax": lambda impl, x, w, b, rows: impl.masked_softmax(x[None, None])[0, 0],
+    "bias_gelu": lambda impl, x, w, b, rows: impl.bias_gelu(x, b),
     "embedding_layer_norm": _embedded,
 }
 
@@ -54,7 +54,7 @@ def check_all_rows(op: str, num_rows: int, width: int, device: torch.device) -> 
     leaves = [t.requires_grad_() for t in (x, *torch.randn(2, width, device=device).clone())]
     rows = torch.arange(num_rows, device=device)
     dy = torch.randn(num_rows, width, device=device)
-    ours, theirs = (OPERATIONS[op](room, *leaves, rows) for room in (kernels, reference))
+    ours, theirs = (OPERATIONS[op](impl, *leaves, rows) for impl in (kernels, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     pairs = zip(_gradients(ours, leaves, dy), _gradients(theirs, leaves, dy), strict=True)
     for mine, other in pairs:

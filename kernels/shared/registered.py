@@ -1,4 +1,4 @@
-"""An operation's two doors: the autograd function for eager, the registered op for torch.compile.
+"""An operation's two entry points: an autograd function (eager) and a registered op (compiled).
 
 Crossing torch.library costs about 60 us a call, more than a kernel at BERT's sizes; Dynamo can't
 trace a launch. So eager calls launch directly, and a call that is being compiled goes through

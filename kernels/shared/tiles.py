@@ -1,16 +1,15 @@
-"""What row-wise kernels share: tile shapes, rows and columns in parts, the dropout mask.
+"""What row-wise kernels share: tile shapes, rows and columns in segments, the dropout mask.
 
-A tile is ROWS whole rows of a [M, H] matrix, padded to BLOCK columns, a power of two, or to two
-parts of BLOCK + TAIL columns, each a power of two: 312 in 256 + 64 takes 25 instructions an element
-of the fused LayerNorm's forward pass where 512 takes 46. What holds rows or columns is a tuple, one
-tensor a part. H is a `tl.constexpr`: passed at run time, a hidden size of 312 would make every
+A tile is ROWS whole rows of a [M, H] matrix. Triton needs a power of two of columns, so a row is
+padded to BLOCK columns, or split into two segments of BLOCK and TAIL columns, each a power of two:
+in the forward pass of the fused LayerNorm, 312 as 256 + 64 takes 25 instructions per element and
+as 512 it takes 46. A value that holds rows or columns is therefore a tuple of one tensor per
+segment. H is a `tl.constexpr`: were it passed at run time, a hidden size of 312 would make every
 access 2 bytes wide.
 
-The dropout mask is a function of (seed, row, column): Philox-4x32 with 7 rounds (the fewest that
-pass BigCrush) keyed by the seed, counter (column / 8, row); its 128 bits are the 16-bit draws of
-eight columns, which costs 14 instructions an element where a draw each costs 61. Tile, warps and
-target have no say, so the interpreter, the GPU and `reference.philox_keep` agree bit for bit, and
-the backward pass draws the mask again instead of reading one.
+The dropout mask is a function of (seed, row, column) alone, so the interpreter, the GPU and
+`reference.philox_keep` agree bit for bit whatever the tile, the warps and the target, and the
+backward pass draws the mask again instead of reading it.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Tile(NamedTuple):
     rows: int
     block: int
     num_warps: int
-    tail: int = 0  # columns of a second part; 0: there is none
+    tail: int = 0  # columns of the second segment; 0 where a row is one segment
 
     @property
     def constants(self) -> tuple[int, int, int]:
@@ -53,8 +52,8 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def count(length: int, size: int) -> int:
-    """Pieces of `size` that cover `length`; `triton.cdiv` on the host takes 3 us."""
+def cdiv(length: int, size: int) -> int:
+    """The number of blocks of `size` that cover `length`; `triton.cdiv` takes 3 us on the host."""
     return -(-length // size)
 
 
@@ -67,7 +66,7 @@ def forward_tile(width: int) -> Tile:
 
 @cache
 def row_tile(width: int) -> Tile:
-    """Of a LayerNorm forward: `forward_tile`, with padding that a second part saves left out.
+    """Of a LayerNorm forward: `forward_tile`, with padding that a second segment saves left out.
 
     Only from 256 columns on, what a warp reads at once, and for a tail below that: whole accesses
     outside of the row, like the last 256 columns of 768 in 1024, the compiler drops by itself.
@@ -85,7 +84,7 @@ def row_tile(width: int) -> Tile:
 def backward_tile(width: int, num_sums: int = 2, lanes: int = LANES) -> Tile:
     """8 to 16 elements a thread: each column sum takes a register an element.
 
-    A second part is half of the first: fewer columns, or more lanes, would be 32-bit accesses. A
+    A second segment is half of the first: fewer columns, or more lanes, would be 32-bit accesses. A
     whole row has 16 elements a thread beside two column sums, 8 (one access of bf16) beside three
     and on 64 lanes, where 16 take more than 128 registers.
     """
@@ -102,7 +101,7 @@ def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
     if x.is_cuda:
         return tile
     tallest = max(1, INTERPRETED_ELEMENTS // tile.block)
-    return tile._replace(rows=min(tallest, next_power_of_2(count(num_rows, INTERPRETED_TILES))))
+    return tile._replace(rows=min(tallest, next_power_of_2(cdiv(num_rows, INTERPRETED_TILES))))
 
 
 def num_persistent(x: Tensor, num_tiles: int, tile: Tile) -> int:
@@ -158,9 +157,9 @@ def keep_tile(
 
 
 @triton.jit
-def columns(part: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> tl.tensor:
-    """int32 [1, BLOCK] of part 0, [1, TAIL] of part 1."""
-    if part == 0:
+def columns(segment: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> tl.tensor:
+    """int32 [1, BLOCK] of segment 0, [1, TAIL] of segment 1."""
+    if segment == 0:
         return tl.arange(0, BLOCK)[None, :]
     else:
         return BLOCK + tl.arange(0, TAIL)[None, :]
@@ -184,16 +183,16 @@ def load_parameter(
 def load_columns(
     ptr: tl.tensor, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
-    """A parameter [H] as parts [1, columns] in ACC, 0 outside; 1 where there is none."""
-    parts = ()
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = columns(part, BLOCK, TAIL)
+    """A parameter [H] as segments [1, columns] in ACC, 0 outside; 1 where there is none."""
+    segments = ()
+    for i in tl.static_range(2 if TAIL else 1):
+        cols = columns(i, BLOCK, TAIL)
         if ptr is not None:
-            column = part * BLOCK + tl.arange(0, cols.shape[1])
-            parts += (load_parameter(ptr, column, H, ACC),)
+            column = i * BLOCK + tl.arange(0, cols.shape[1])
+            segments += (load_parameter(ptr, column, H, ACC),)
         else:
-            parts += (tl.full(cols.shape, 1.0, ACC),)
-    return parts
+            segments += (tl.full(cols.shape, 1.0, ACC),)
+    return segments
 
 
 @triton.jit
@@ -207,21 +206,21 @@ def load_rows(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """Rows `first` on as parts [ROWS, columns] in ACC, 0 outside. `first` is 64-bit."""
-    parts = ()
+    """Rows `first` on as segments [ROWS, columns] in ACC, 0 outside. `first` is 64-bit."""
+    segments = ()
     inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
-    for part in tl.static_range(2 if TAIL else 1):
-        cols = columns(part, BLOCK, TAIL)
+    for i in tl.static_range(2 if TAIL else 1):
+        cols = columns(i, BLOCK, TAIL)
         # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
         at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
-        parts += (tl.load(ptr + at, mask=inside & (cols < H), other=0.0).to(ACC),)
-    return parts
+        segments += (tl.load(ptr + at, mask=inside & (cols < H), other=0.0).to(ACC),)
+    return segments
 
 
 @triton.jit
 def store_rows(
     ptr: tl.tensor,
-    parts: tl.tuple,
+    segments: tl.tuple,
     first: tl.tensor,
     num_rows: tl.tensor,
     H: tl.constexpr,
@@ -231,17 +230,17 @@ def store_rows(
 ) -> None:
     """Where `load_rows` reads."""
     inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
-    for part in tl.static_range(len(parts)):
-        cols = columns(part, BLOCK, TAIL)
+    for i in tl.static_range(len(segments)):
+        cols = columns(i, BLOCK, TAIL)
         at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
-        tl.store(ptr + at, parts[part], mask=inside & (cols < H))
+        tl.store(ptr + at, segments[i], mask=inside & (cols < H))
 
 
 @triton.jit
 def no_sums(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
-    """Column sums over no rows yet, in parts [ROWS, columns]: each row of a tile has its own."""
+    """Column sums over no rows yet, in segments [ROWS, columns]: each row of a tile has its own."""
     if TAIL:
         return tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, TAIL), ACC)
     else:
@@ -250,11 +249,11 @@ def no_sums(
 
 @triton.jit
 def add(sums: tl.tuple, terms: tl.tuple) -> tl.tuple:
-    """Part by part."""
-    parts = ()
-    for part in tl.static_range(len(sums)):
-        parts += (sums[part] + terms[part],)
-    return parts
+    """Add each segment of `terms` to the same segment of `sums`."""
+    segments = ()
+    for i in tl.static_range(len(sums)):
+        segments += (sums[i] + terms[i],)
+    return segments
 
 
 @triton.jit
@@ -268,15 +267,15 @@ def store_sums(
 ) -> None:
     """Write this program's column sums [H] into its row of partials [sums, programs, H]."""
     at = partials_ptr + (index * tl.num_programs(0) + tl.program_id(0)) * H
-    for part in tl.static_range(len(sums)):
-        cols = columns(part, BLOCK, TAIL)
-        total = tl.sum(sums[part], axis=0, keep_dims=True)
+    for i in tl.static_range(len(sums)):
+        cols = columns(i, BLOCK, TAIL)
+        total = tl.sum(sums[i], axis=0, keep_dims=True)
         tl.store(at + cols, total, mask=cols < H)
 
 
 @triton.jit
 def dropout(
-    parts: tl.tuple,
+    segments: tl.tuple,
     seed: tl.tensor,
     first: tl.tensor,
     NUM_DROPPED: tl.constexpr,
@@ -285,9 +284,9 @@ def dropout(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ) -> tl.tuple:
-    """Rows `first` on, part by part, without what `keep_tile` drops."""
+    """Rows `first` on, segment by segment, without what `keep_tile` drops."""
     kept = ()
-    for part in tl.static_range(len(parts)):
-        keep = keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL if part else BLOCK, part * BLOCK)
-        kept += (tl.where(keep, parts[part] * KEEP_SCALE, 0.0),)
+    for i in tl.static_range(len(segments)):
+        keep = keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL if i else BLOCK, i * BLOCK)
+        kept += (tl.where(keep, segments[i] * KEEP_SCALE, 0.0),)
     return kept
