@@ -2,13 +2,15 @@
 
 M: rows   H: hidden size   P: persistent programs of the backward pass
 
-Forward, 8 bytes an element in bf16: read x and residual, write y and the sum that LayerNorm
-normalized, which is what the backward pass reads, and what pre-LN networks carry on. Backward, 8
-bytes: read dy and the sum, write dx and dresidual (6 without dropout, where the two are one
-tensor; 2 more for a gradient of the sum). The dropout mask is drawn again from its seed. Gradients
-of bias, weight and ln_bias are reduced as in layer_norm.py.
+The forward pass moves 8 bytes per element in bf16: it reads x and residual, and writes y and the
+sum that LayerNorm normalized. The backward pass reads that sum, and pre-LN networks pass it on to
+the next block. The backward pass moves 8 bytes: it reads dy and the sum, and writes dx and
+dresidual. Without dropout those two are one tensor (6 bytes); a gradient of the sum adds 2. The
+dropout mask is drawn again from its seed. Gradients of bias, weight and ln_bias are reduced as in
+layer_norm.py.
 
-Rejected: saving y alone (6 bytes): its inverse divides by weights, which may be 0.
+Rejected: saving y and no sum (6 bytes), because computing the sum from y divides by the weights,
+which may be 0.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     z = ()
-    # One segment after the other: step by step for all of them comes to 112 registers at 312.
+    # Each segment goes through all steps before the next begins; taking every step for all segments
+    # would need 112 registers at 312 columns.
     for i in tl.static_range(2 if TAIL else 1):
         cols = tiles.columns(i, BLOCK, TAIL)
         inside = (rows < num_rows)[:, None] & (cols < H)
@@ -71,8 +74,9 @@ def forward_kernel(
                 tl.store(mask_ptr + at, keep, mask=inside)
         if residual_ptr is not None:
             value += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
-        # Statistics of the sum as it is kept: those of the unrounded one would not be its mean and
-        # rstd in backward, where a row of nearly equal numbers has an rstd of up to 1e6.
+        # Statistics are taken of the sum as it is stored, rounded, since that is what the backward
+        # pass reads. Those of the unrounded sum would not be its mean and rstd, and a row of nearly
+        # equal numbers has an rstd of up to 1e6.
         kept = value.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, kept, mask=inside)
         z += (kept.to(ACC),)
@@ -106,11 +110,12 @@ def backward_kernel(
 ) -> None:
     seed = 0
     if NUM_DROPPED > 0:
-        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+        seed = tl.load(seed_ptr)  # before the loop, which would prefetch it for every tile
     weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
     dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     dln_bias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
+    # A persistent loop, as in layer_norm.py: every n-th tile, prefetched, with sums in registers.
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
@@ -123,9 +128,13 @@ def backward_kernel(
         if dsum_ptr is not None:
             dsum = tiles.load_rows(dsum_ptr, first, num_rows, H, ROWS, BLOCK, TAIL, ACC)
             dz = tiles.add(dz, dsum)
+        # dz is the residual's gradient; x's is the same after dropout. Where there is no dropout,
+        # dx serves for both and dresidual_ptr is None.
         if dresidual_ptr is not None:
             tiles.store_rows(dresidual_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if NUM_DROPPED > 0:
+            # The mask of the forward pass, drawn again: it depends on seed, row and column only, so
+            # that the two passes may have different tiles.
             dz = tiles.dropout(dz, seed, first, NUM_DROPPED, KEEP_SCALE, ROWS, BLOCK, TAIL)
         tiles.store_rows(dx_ptr, dz, first, num_rows, H, ROWS, BLOCK, TAIL)
         if HAS_BIAS:

@@ -1,14 +1,14 @@
 """GELU(x + bias) in one pass: kernel, launch and gradient.
 
-M: rows   H: columns, the intermediate size   P: persistent programs a block of columns
+M: rows   H: columns, the intermediate size   P: persistent programs per block of columns
 
-Forward, 4 bytes an element in bf16: read x, write y. Backward, 6 bytes: read dy and x, write dx;
-the bias gradient is the column sum of dx, kept in registers by persistent programs, written as fp32
-[P, H] and added in a fixed order.
+The forward pass moves 4 bytes per element in bf16: it reads x and writes y. The backward pass moves
+6: it reads dy and x and writes dx. The bias gradient is the column sum of dx, which persistent
+programs keep in registers and write as fp32 [P, H]; torch adds those in a fixed order.
 
-tanh comes as 2 sigmoid(2u) - 1: Triton's interpreter has no tanh, and so small results keep their
-digits. Exact GELU has a polynomial of ours in place of `tl.erf`, which took twice the instructions
-and made arithmetic the limit.
+tanh(u) is computed as 2 sigmoid(2u) - 1, because Triton's interpreter has no tanh; small results
+also keep their digits this way. Exact GELU has a polynomial of ours in place of `tl.erf`, which
+took twice the instructions, so that arithmetic and not memory was the limit.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 CUBIC = tl.constexpr(0.044715)
 
-MAX_BLOCK = 256  # columns of a program: 1248 wastes 2.5% of a block of 256, 39% of one of 2048
+# Columns of a program. At a width of 1248, blocks of 256 waste 2.5% of their columns, and a block
+# of 2048 wastes 39%.
+MAX_BLOCK = 256
 
 
 @triton.jit
 def one_plus_erf(z: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
-    """1 + erf(z / sqrt(2)): twice the share of a standard normal that is below z.
+    """1 + erf(z / sqrt(2)): twice the probability that a standard normal variable is below z.
 
-    2^polynomial(|z|) is twice the share beyond |z|. The polynomial's error, times that share and
-    |z|^-1/2, is the least that degree 8 can have up to |z| = 5. GELU in fp32 is off by 1.16 to 0.4
-    times what it is with erf (RMS; inputs of scale 0.1 to 4), since 1 + erf cancels below 0. The
-    leading coefficient is negative: farther out the share goes on to 0.
+    The error of GELU in fp32 is 1.16 times (inputs of scale 0.1) to 0.4 times (scale 4) what it is
+    with erf (RMS), because 1 + erf cancels for negative inputs.
     """
     if ACC == tl.float64:
         return 1.0 + tl.erf(z * SQRT_HALF)
+    # `share` = 2^polynomial(|z|) is twice the probability beyond |z|. Among polynomials of degree 8
+    # this one has the least error up to |z| = 5, weighted by that probability and |z|^-1/2. Its
+    # leading coefficient is negative, so that farther out the share goes on towards 0.
     distance = tl.abs(z)
     log2_share = distance * -2.510766080376925e-06 + 3.691668825922534e-05
     log2_share = log2_share * distance - 1.8005547462962568e-04
@@ -103,6 +106,7 @@ def backward_kernel(
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         bias = tiles.load_parameter(bias_ptr, column, H, ACC)
     dbias = tl.zeros((ROWS, BLOCK), ACC)
+    # A persistent loop over the row tiles of one block of columns; see layer_norm.py.
     for tile in tl.range(
         tl.program_id(1), tl.cdiv(num_rows, ROWS), tl.num_programs(1), num_stages=STAGES
     ):
@@ -113,8 +117,8 @@ def backward_kernel(
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC) + bias
         if TANH:
             inner = z * TWICE_SQRT_2_OVER_PI * (z * z * CUBIC + 1.0)
-            # sigmoid and its complement from exp(-|inner|): 1 - gate would cancel, and slope is
-            # 9 at z = 6.
+            # sigmoid(inner) and its complement, both from exp(-|inner|): 1 - sigmoid would cancel
+            # for large z, where the slope enlarges the error (it is 9 at z = 6).
             small = tl.exp(-tl.abs(inner))
             large = 1.0 / (1.0 + small)
             small = small * large
@@ -126,13 +130,14 @@ def backward_kernel(
         tl.store(dx_ptr + at, dx, mask=inside)
         dbias += dx
     if dbias_ptr is not None:
+        # A row of partial sums for each program; `backward` adds up the rows.
         partial = tl.program_id(1) * H + cols
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < H)
 
 
 @cache
 def tile_of(width: int) -> tiles.Tile:
-    """2048 elements on 4 warps, 16 a thread, in blocks of at most 256 columns."""
+    """2048 elements on 4 warps, 16 per thread, in blocks of at most 256 columns."""
     block = max(tiles.DRAWS, min(MAX_BLOCK, tiles.next_power_of_2(width)))
     return tiles.Tile(2048 // block, block, 4)
 

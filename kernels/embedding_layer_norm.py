@@ -2,12 +2,14 @@
 
 M: rows, sequences x positions   H: hidden size   V: vocabulary   T: token types
 
-Forward, 4 bytes an element in bf16 (read a word's row, write y; the two small tables stay in
-cache) where the chain of torch operations moves 26. Backward: the kernel gathers the sums again
-instead of having kept them, and writes the gradient of the sum [M, H]; torch's own
-`embedding_dense_backward` adds it into the tables, which is deterministic (it sorts the ids).
+The forward pass moves 4 bytes per element in bf16: it reads a row of the word table and writes y;
+the two small tables stay in cache. The chain of torch operations moves 26. The backward pass
+gathers the sums again instead of keeping them, and writes the gradient of the sum [M, H]; torch's
+own `embedding_dense_backward` adds that into the tables. It sorts the ids, so the result is
+deterministic.
 
-An id outside of its table makes a row of NaN: seen in the loss, where reading on would not be.
+An id outside its table makes its row NaN. That shows in the loss; reading memory beyond the table
+would go unnoticed.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ def gather(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """(sums of the three tables' rows in segments [ROWS, columns], which ids are in their tables).
+    """(sums of the three tables' rows in segments [ROWS, columns], bool [ROWS]: are the ids valid).
 
-    In ACC, 0 in columns outside. Rows outside, and those of ids beyond, read tables' first rows.
+    Sums are in ACC, 0 in columns outside. Rows outside, and rows of invalid ids, read the first
+    rows of the word and token type tables.
     """
     rows = first + tl.arange(0, ROWS)
     ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
@@ -52,11 +55,12 @@ def gather(
     if types_ptr is not None:
         types = tl.load(types_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
         known &= types.to(tl.uint64) < T
-    # 32 bits where they are enough, and one remainder in 64 bits a program instead of one a row.
+    # 32 bits where they are enough: one 64-bit remainder for the tile instead of one per row.
     positions = ((first % S).to(tl.int32) + tl.arange(0, ROWS)) % S
     words = tl.where(known, ids.to(tl.int32), 0)
     types = tl.where(known, types.to(tl.int32), 0)
-    # No mask but that of the columns, which the compiler knows: ids are made safe instead.
+    # Ids were made safe above, so that the loads below need no mask except that of the columns,
+    # which is known at compile time.
     word_rows = word_ptr + words.to(tl.int64)[:, None] * H
     position_rows = position_ptr + positions[:, None] * H
     type_rows = token_type_ptr + types[:, None] * H
@@ -100,7 +104,7 @@ def forward_kernel(
         ids_ptr, types_ptr, word_ptr, position_ptr, token_type_ptr, first, num_rows,
         V, T, S, H, ROWS, BLOCK, TAIL, ACC,
     )  # fmt: skip
-    # NaN reaches every element of the row, and backward through the statistics.
+    # This NaN reaches every element of the row and, through the stored statistics, its gradients.
     eps = tl.where(known, EPS, float("nan")).to(ACC)
     normalization.store(
         z, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr, first, num_rows,
@@ -135,11 +139,12 @@ def backward_kernel(
 ) -> None:
     seed = 0
     if NUM_DROPPED > 0:
-        seed = tl.load(seed_ptr)  # here, because in the loop it would be prefetched every time
+        seed = tl.load(seed_ptr)
     weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
     dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
-    # No stages: the addresses come from a load, which the pipeliner does not look through.
+    # A persistent loop, as in layer_norm.py, but without stages: the addresses come from a load (of
+    # the ids), and Triton's pipeliner doesn't prefetch through one.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         first = tl.cast(tile, tl.int64) * ROWS
         z, _ = gather(
@@ -265,7 +270,7 @@ def backward(
     scatter = torch.ops.aten.embedding_dense_backward
     dword = scatter(dsum, input_ids.flatten(), word.shape[0], padding_idx, False)
     by_position = dsum.view(num_rows // max(seq_length, 1), seq_length, width)
-    # Summed once more below: in 16 bits it would be rounded twice.
+    # Not in 16 bits: it is summed once more below, and would be rounded twice.
     by_position = by_position.sum(0, dtype=statistics.dtype)
     dposition = torch.zeros_like(position, memory_format=torch.contiguous_format)
     dposition[:seq_length] = by_position

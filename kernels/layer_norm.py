@@ -2,10 +2,11 @@
 
 M: rows   H: hidden size   P: persistent programs of the backward pass
 
-Forward, 4 bytes an element in bf16: read x, write y; mean and rstd are kept in fp32, 8 bytes a row.
-Backward, 6 bytes: read dy and x, write dx. dweight and dbias are summed in the registers of P
-persistent programs, written as fp32 [P, H] and added in a fixed order: deterministic, and measured
-elsewhere at a fifth of the time of atomics or less.
+The forward pass moves 4 bytes per element in bf16: it reads x and writes y, and keeps mean and rstd
+in fp32, 8 bytes per row. The backward pass moves 6: it reads dy and x and writes dx. P persistent
+programs sum dweight and dbias in registers and write them once, as fp32 [P, H]; torch then adds
+those in a fixed order. That is deterministic, and takes a fifth or less of the time of atomics
+(others' measurements).
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def backward_kernel(
     weight = tiles.load_columns(weight_ptr, H, BLOCK, TAIL, ACC)
     dweight = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
     dbias = tiles.no_sums(ROWS, BLOCK, TAIL, ACC)
-    # Only tl.range with stages prefetches the next tile while this one is reduced.
+    # A persistent program: it takes every n-th tile, where n is the number of programs, so that its
+    # column sums stay in registers over many rows and are written once, below. Of Triton's loops,
+    # only `tl.range` with two stages or more loads the next tiles while this one is reduced.
     for tile in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
@@ -73,6 +76,7 @@ def backward_kernel(
             dy, x, weight, statistics_ptr, first, num_rows, dweight, dbias, H, ROWS
         )
         tiles.store_rows(dx_ptr, dx, first, num_rows, H, ROWS, BLOCK, TAIL)
+    # A row of partial sums for each program; `backward` adds up the rows. No atomics.
     tiles.store_sums(partials_ptr, 0, dweight, H, BLOCK, TAIL)
     tiles.store_sums(partials_ptr, 1, dbias, H, BLOCK, TAIL)
 
@@ -143,7 +147,8 @@ def _gradients(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _ = inputs
-    # The parameters themselves, not copies: ZeRO-3 empties them now and refills them for backward.
+    # The parameters themselves, not copies: ZeRO-3 frees their data after the forward pass and
+    # gathers it again before the backward pass.
     ctx.save_for_backward(x, weight, bias, output[1])
 
 

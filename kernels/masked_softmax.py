@@ -2,12 +2,13 @@
 
 B: sequences   N: heads   Q, K: query and key positions   M: rows, B x N x Q
 
-Forward, 4 bytes an element in bf16: read scores, write probabilities; 6 with dropout, which keeps
-the probabilities before it too. Backward, 6 bytes: read them and dy, write dscores; the dropout
-mask is drawn again. A mask is read through its strides, so one of [B, 1, 1, K] is never expanded.
+The forward pass moves 4 bytes per element in bf16: it reads scores and writes probabilities. With
+dropout it moves 6, as the probabilities before dropout are kept too. The backward pass moves 6: it
+reads them and dy, and writes dscores; the dropout mask is drawn again. A mask is read through its
+strides, so one of [B, 1, 1, K] is never expanded.
 
-The maximum is taken after masking, and a row whose maximum is -inf divides by 1: all zeros, as its
-gradient. Nothing asks whether a number is NaN: one that is not masked reaches the whole row.
+A row whose keys are all masked is zeros and has zero gradients. A NaN that is not masked reaches
+the whole row: nothing here tests for NaN.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def forward_kernel(
     inside = (rows < num_rows)[:, None] & (cols < K)
     local = tl.arange(0, ROWS)[:, None] * K + cols
     scores = tl.load(scores_ptr + first * K + local, mask=inside, other=0.0).to(ACC) * SCALE
-    # Outside is -inf only after the load: a run-time length inside its mask would make it scalar.
+    # What is outside becomes -inf after the load. Key lengths follow further down, not in the
+    # load's mask: a length known only at run time there would make the load scalar.
     scores = tl.where(cols < K, scores, float("-inf"))
     if mask_ptr is not None:
         b, n, q = rows // (N * Q), rows // Q % N, rows % Q
@@ -66,7 +68,10 @@ def forward_kernel(
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows // (N * Q), mask=rows < num_rows, other=0)
         scores = tl.where(cols < lengths[:, None], scores, float("-inf"))
+    # The maximum is taken after masking: a huge masked score would make all others underflow.
     largest = tl.max(scores, axis=1)
+    # Where every key is masked, -inf - (-inf) and 0 / 0 would be NaN. With a maximum of 0 the
+    # weights are exp(-inf) = 0, and divided by 1 they stay zeros.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     weights = tl.exp(scores - largest[:, None])
     total = tl.sum(weights, axis=1)
@@ -219,7 +224,7 @@ def masked_softmax(
     """See `clue_ds.kernels.masked_softmax`."""
     p = dropout_p if training else 0.0
     seeded = registered.fresh_seed(seed, scores.device) if p > 0.0 else None
-    # Megatron and Hugging Face have four dimensions; fewer get the missing ones in front.
+    # Scores of fewer than the four dimensions [B, N, Q, K] get the missing ones in front.
     four = scores.reshape((1,) * (4 - scores.dim()) + scores.shape)
     out, dropped = _call(four, mask, key_lengths, seeded, float(scale), float(p))
     return (dropped if p > 0.0 else out).reshape(scores.shape)

@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DROPOUT_LEVELS = 1 << 16
+# The kernels take these three numbers from here: their masks are those of `philox_keep`.
+DROPOUT_LEVELS = 1 << 16  # a draw has 16 bits
+DRAWS = 8  # of one Philox counter, which has 128 bits
+PHILOX_ROUNDS = 7
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
@@ -71,12 +74,12 @@ def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tens
     width = shape[-1]
     seed = torch.as_tensor(seed).reshape(())
     rows = torch.arange(shape.numel() // max(width, 1), device=seed.device)[:, None]
-    groups = torch.arange(-(-width // 8), device=seed.device)[None, :]
+    groups = torch.arange(-(-width // DRAWS), device=seed.device)[None, :]
     zero = torch.zeros_like(rows + groups)
     c0, c1, c2, c3 = zero + groups, zero + (rows & low), zero + (rows >> 32), zero
     k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(7):
-        # Products wrap modulo 2^64, which leaves both halves right.
+    for _ in range(PHILOX_ROUNDS):
+        # Products of two 32-bit numbers wrap modulo 2^64 in int64, which leaves both halves right.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (product2 >> 32 & low) ^ c1 ^ k0, (product0 >> 32 & low) ^ c3 ^ k1
         c1, c3 = product2 & low, product0 & low

@@ -1,6 +1,6 @@
 """LayerNorm's arithmetic, forward and backward, on rows in segments (see tiles.py).
 
-Everything here works on registers and is inlined into the kernels that load and store.
+Triton inlines these functions into the kernels that call them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ def normalize(
 ) -> tl.tuple:
     """(mean, rstd, (z - mean) * rstd in z's segments); z is 0 outside. Reads registers only.
 
-    Three passes: the mean; what it lost to rounding, which is the mean of the centred values; the
-    squares. Without the second, an fp32 row at a mean of 1e3 has 1.9 times the error of torch's.
-    One pass (E[z^2] - E[z]^2) would leave no digit of the variance there, and the second and third
-    in one would leave noise where a row is one number throughout.
-
-    `eps` is a number or one a row, where NaN makes a row of NaN.
+    `eps` is a number, or one per row; a NaN there makes the whole row NaN.
     """
-    SHARE: tl.constexpr = 1.0 / H  # a GPU's fast division is off by two units
+    # Three passes. Rejected: one pass (E[z^2] - E[z]^2), which leaves no digit of the variance of
+    # an fp32 row at a mean of 1e3.
+    #
+    # First pass: the mean, by a product with 1 / H, as a GPU's fast division is off by two units.
+    SHARE: tl.constexpr = 1.0 / H
     mean = row_sum(z) * SHARE
     centred = ()
     for i in tl.static_range(len(z)):
         inside = tiles.columns(i, BLOCK, TAIL) < H
         centred += (tl.where(inside, z[i] - mean[:, None], 0.0),)
+    # Second pass: what the mean lost to rounding, which is the mean of the centred values. Without
+    # this correction an fp32 row at a mean of 1e3 has 1.9 times the error of torch's LayerNorm.
     lost = row_sum(centred) * SHARE
+    # Third pass: the squares of the corrected differences. Correcting the variance afterwards
+    # instead, as (mean of centred^2) - lost^2, would save a pass and leave noise in place of 0 for
+    # a row whose elements are all the same number.
     exact = ()
     squares = ()
     for i in tl.static_range(len(z)):
@@ -73,9 +77,9 @@ def store(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """Write dropout(LayerNorm(z)) and the statistics of rows `first` on; z in segments, 0 outside.
+    """Write dropout(LayerNorm(z)) and the statistics of ROWS rows from `first`.
 
-    `eps` as in `normalize`.
+    z is in segments, 0 outside; `eps` is as in `normalize`.
     """
     rows = first + tl.arange(0, ROWS)
     mean, rstd, normed = normalize(z, eps, H, BLOCK, TAIL)
@@ -83,9 +87,11 @@ def store(
     for i in tl.static_range(len(z)):
         cols = tiles.columns(i, BLOCK, TAIL)
         if NUM_DROPPED > 0:
-            # Parameters once a row: then a thread holds the eight columns of a counter here too.
-            # With four of a [1, BLOCK] fp32 load, drawn words change threads: 3.6 instructions an
-            # element at 312. Without dropout it would only take registers.
+            # This makes the addresses [ROWS, columns], so that parameters are loaded for each row
+            # and a thread holds eight columns of them, the eight that one Philox counter serves. An
+            # fp32 load of [1, columns] gives a thread four, and moving the drawn words between
+            # threads costs 3.6 instructions per element at 312. Without dropout, loading parameters
+            # for each row would only cost registers.
             cols += tl.zeros((ROWS, 1), tl.int32)
         value = normed[i]
         if weight_ptr is not None:
@@ -114,12 +120,13 @@ def gradient(
     H: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> tl.tuple:
-    """(dz, dweight, dbias) of LayerNorm(z) over rows `first` on; the column sums grow by theirs.
+    """(dz, dweight, dbias) of LayerNorm(z) over ROWS rows from `first`.
 
-    Columns outside hold what nobody stores: only dy and weight need be 0 there. Rows outside are
-    zeros, because their mean and rstd are.
+    Returns the column sums `dweight` and `dbias` with those of these rows added. dy and weight must
+    be 0 in columns outside, where dz is then undefined and never stored.
     """
     rows = first + tl.arange(0, ROWS)
+    # Rows outside add nothing to the sums, because dy is 0 there; mean and rstd are 0 as well.
     mean = tl.load(statistics_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
     rstd = tl.load(statistics_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
     normed = ()
@@ -130,7 +137,8 @@ def gradient(
         normed += ((z[i] - mean) * rstd[:, None],)
         weighted += (dy[i] * weight[i],)
         new_dweight += (dweight[i] + dy[i] * normed[i],)
-        # Two sums of a row in one reduction: 30 to 40% fewer instructions than one after the other.
+        # Both sums that a row needs in one reduction of pairs: 30 to 40% fewer instructions than
+        # two reductions.
         both += tl.sum(tl.join(weighted[i], weighted[i] * normed[i]), axis=1)
     SHARE: tl.constexpr = 1.0 / H
     shift, projection = tl.split(both * SHARE)

@@ -22,16 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PHILOX_ROUNDS = tl.constexpr(7)
-STAGES = 3  # tiles of a persistent loop: two loaded ahead, one in use
+from .. import reference
+
+STAGES = 3  # tiles of a persistent loop: two are being loaded while one is in use
 LANES = 64 if torch.version.hip else 32  # of a warp
-DRAWS = 8  # 16-bit draws of one Philox counter, so the narrowest tile
-# On the interpreter, which pays 20 to 90 ms a program whatever its tile: elements of a tile, tiles
-# of a matrix that would fit into one, persistent programs. With one tile NumPy would add a column
-# row after row, up to twice the error of torch's sums, where a GPU's tiles hold a few rows each.
-INTERPRETED_ELEMENTS = 1 << 17
-INTERPRETED_TILES = 8
-INTERPRETED_PROGRAMS = 3
+DRAWS = reference.DRAWS  # of one Philox counter, which makes it the narrowest tile
+# `tl.constexpr`, because Triton lets a kernel read no other global.
+PHILOX_ROUNDS = tl.constexpr(reference.PHILOX_ROUNDS)
+COLUMNS_PER_COUNTER = tl.constexpr(reference.DRAWS)
+DROPOUT_LEVELS = tl.constexpr(reference.DROPOUT_LEVELS)
+
+# The interpreter takes 20 to 90 ms per program whatever the tile, so there tiles are large and
+# programs few. A matrix is still cut into several tiles even if one could hold it: NumPy would add
+# up the rows of a single tile one after another, with up to twice the error of torch's sums, where
+# a tile on a GPU holds a few rows only.
+INTERPRETED_ELEMENTS = 1 << 17  # of a tile, at most
+INTERPRETED_TILES = 8  # of a matrix that would fit into one
+INTERPRETED_PROGRAMS = 3  # of a persistent kernel
 
 
 class Tile(NamedTuple):
@@ -59,34 +66,40 @@ def cdiv(length: int, size: int) -> int:
 
 @cache
 def forward_tile(width: int) -> Tile:
-    """One warp a row up to 1024 (no shared memory in reductions); 16 to 32 elements a thread."""
+    """One warp per row up to 1024 columns, so that reductions need no shared memory.
+
+    A thread holds 16 to 32 elements.
+    """
     block = max(DRAWS, next_power_of_2(width))
     return Tile(max(1, min(32, 1024 // block)), block, max(1, block // 1024))
 
 
 @cache
 def row_tile(width: int) -> Tile:
-    """Of a LayerNorm forward: `forward_tile`, with padding that a second segment saves left out.
+    """The tile of LayerNorm's forward pass: `forward_tile`, in two segments where they pad less.
 
-    Only from 256 columns on, what a warp reads at once, and for a tail below that: whole accesses
-    outside of the row, like the last 256 columns of 768 in 1024, the compiler drops by itself.
+    A warp reads 256 columns at once. The compiler drops by itself an access that lies outside the
+    row as a whole, such as the last 256 columns of 768 in 1024, so a second segment only helps if
+    the first has 256 columns or more and the second fewer.
     """
     whole = forward_tile(width)
     lead = whole.block // 2
     tail = max(DRAWS, next_power_of_2(width - lead))
     if lead < 256 or tail >= 256 or tail == lead:
         return whole
-    rows = max(1, 1280 // (lead + tail))  # at most 40 elements a thread
+    rows = max(1, 1280 // (lead + tail))  # at most 40 elements per thread
     return Tile(1 << (rows.bit_length() - 1), lead, max(1, lead // 1024), tail)
 
 
 @cache
 def backward_tile(width: int, num_sums: int = 2, lanes: int = LANES) -> Tile:
-    """8 to 16 elements a thread: each column sum takes a register an element.
+    """The tile of a backward pass, 8 to 16 elements per thread.
 
-    A second segment is half of the first: fewer columns, or more lanes, would be 32-bit accesses. A
-    whole row has 16 elements a thread beside two column sums, 8 (one access of bf16) beside three
-    and on 64 lanes, where 16 take more than 128 registers.
+    That is fewer than in the forward pass, because each column sum takes a register per element. A
+    second segment has half of the columns of the first; with fewer columns, or with 64 lanes, it
+    would be read by 32-bit accesses. A row in one segment has 16 elements per thread beside two
+    column sums, and 8 (one access of bf16) beside three sums or on 64 lanes, where 16 elements
+    take more than 128 registers.
     """
     block = max(DRAWS, next_power_of_2(width))
     lead = block // 2
@@ -97,7 +110,7 @@ def backward_tile(width: int, num_sums: int = 2, lanes: int = LANES) -> Tile:
 
 
 def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
-    """`tile` on a GPU; on a CPU few tall programs, because there each program costs the same."""
+    """`tile` itself on a GPU; on a CPU one of many rows, because each program costs the same."""
     if x.is_cuda:
         return tile
     tallest = max(1, INTERPRETED_ELEMENTS // tile.block)
@@ -105,10 +118,11 @@ def for_device(tile: Tile, x: Tensor, num_rows: int) -> Tile:
 
 
 def num_persistent(x: Tensor, num_tiles: int, tile: Tile) -> int:
-    """Programs of a persistent kernel, each of which takes every n-th tile.
+    """The number n of programs of a persistent kernel, each of which takes every n-th tile.
 
-    4096 elements a multiprocessor: with two tiles of two bf16 inputs on their way that is 32 KiB in
-    flight on each; 3 TB/s at 1 us of latency need 23. More would write more partial sums.
+    It gives each multiprocessor 4096 elements. With two tiles of two bf16 inputs being loaded, that
+    keeps 32 KiB in flight per multiprocessor; 3 TB/s at a latency of 1 us needs 23 KB. More
+    programs would write more partial sums.
     """
     if not x.is_cuda:
         return min(num_tiles, INTERPRETED_PROGRAMS)
@@ -121,7 +135,7 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel computes and keeps sums in: fp32, except for fp64 inputs (gradcheck)."""
+    """The dtype that a kernel computes and sums in: fp32, except for fp64 inputs (gradcheck)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -140,19 +154,24 @@ def keep_tile(
     FIRST_COLUMN: tl.constexpr = 0,
 ) -> tl.tensor:
     """bool [ROWS, BLOCK], False where an element is dropped; FIRST_COLUMN is a multiple of 8."""
-    if NUM_DROPPED == 65536:
+    if NUM_DROPPED == DROPOUT_LEVELS:
         return tl.zeros((ROWS, BLOCK), tl.int1)
-    GROUPS: tl.constexpr = BLOCK // 8
+    # One counter (column / 8, low and high half of the row, 0) for eight columns: the 128 bits that
+    # Philox makes of it are eight draws of 16 bits. That costs 14 instructions per element; a
+    # `tl.rand` for each element costs 61. Seven rounds are the fewest that pass BigCrush.
+    GROUPS: tl.constexpr = BLOCK // COLUMNS_PER_COUNTER
     rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
-    groups = (tl.arange(0, GROUPS) + FIRST_COLUMN // 8).to(tl.uint32)
+    groups = (tl.arange(0, GROUPS) + FIRST_COLUMN // COLUMNS_PER_COUNTER).to(tl.uint32)
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
     column = zero + groups[None, :]
     row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
     row_high = zero + (rows >> 32).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = tl.philox(seed, column, row_low, row_high, zero, PHILOX_ROUNDS)
+    # `interleave` alternates its arguments, so that this nesting gives w0, w1, w2, w3 in the order
+    # of columns, and the last line the low half of each word before its high half.
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    # Both halves compared in the upper 16 bits: no shift for the second.
-    THRESHOLD: tl.constexpr = NUM_DROPPED * 65536
+    # Both halves are compared as the upper 16 bits of a word, which saves a shift for the high one.
+    THRESHOLD: tl.constexpr = NUM_DROPPED * DROPOUT_LEVELS
     return tl.interleave((words << 16) >= THRESHOLD, words >= THRESHOLD)
 
 
@@ -169,13 +188,12 @@ def columns(segment: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr) -> t
 def load_parameter(
     ptr: tl.tensor, column: tl.tensor, H: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tensor:
-    """Columns [N] of a parameter [H] as [1, N] in ACC, 0 outside, for a loop over rows.
-
-    Spread over threads as it suits the loop: layouts don't pass a gather. The loop would otherwise
-    take on the layout that an fp32 parameter was loaded in, and move each tile of bf16 rows through
-    shared memory (Triton 3.9) or compute it in both layouts (3.6).
-    """
+    """Columns [N] of a parameter [H] as [1, N] in ACC, 0 outside, for a loop over rows."""
     values = tl.load(ptr + column, mask=column < H, other=0.0).to(ACC)
+    # A gather of every element in its own place, because Triton doesn't carry layouts through it,
+    # so the values can be spread over threads as the loop needs them. Without it the loop takes on
+    # the layout in which an fp32 parameter is loaded, and moves each tile of bf16 rows through
+    # shared memory (Triton 3.9) or computes it in both layouts (3.6).
     return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)[None, :]
 
 
@@ -183,7 +201,7 @@ def load_parameter(
 def load_columns(
     ptr: tl.tensor, H: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
-    """A parameter [H] as segments [1, columns] in ACC, 0 outside; 1 where there is none."""
+    """A parameter [H] as segments [1, columns] in ACC, 0 outside; ones if `ptr` is None."""
     segments = ()
     for i in tl.static_range(2 if TAIL else 1):
         cols = columns(i, BLOCK, TAIL)
@@ -206,12 +224,13 @@ def load_rows(
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """Rows `first` on as segments [ROWS, columns] in ACC, 0 outside. `first` is 64-bit."""
+    """ROWS rows from `first`, which is 64-bit, as segments [ROWS, columns] in ACC, 0 outside."""
     segments = ()
     inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
     for i in tl.static_range(2 if TAIL else 1):
         cols = columns(i, BLOCK, TAIL)
-        # 64-bit once a program, 32-bit inside: M * H passes 2^31 on real batches.
+        # M * H passes 2^31 on real batches, so the tile's start is 64-bit: computed once, for the
+        # whole tile. Offsets inside the tile are 32-bit.
         at = first * H + (tl.arange(0, ROWS)[:, None] * H + cols)
         segments += (tl.load(ptr + at, mask=inside & (cols < H), other=0.0).to(ACC),)
     return segments
@@ -228,7 +247,7 @@ def store_rows(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ) -> None:
-    """Where `load_rows` reads."""
+    """Write segments to the places that `load_rows` reads."""
     inside = (first + tl.arange(0, ROWS) < num_rows)[:, None]
     for i in tl.static_range(len(segments)):
         cols = columns(i, BLOCK, TAIL)
@@ -240,7 +259,11 @@ def store_rows(
 def no_sums(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr
 ) -> tl.tuple:
-    """Column sums over no rows yet, in segments [ROWS, columns]: each row of a tile has its own."""
+    """Zeros to start column sums from, in segments [ROWS, columns].
+
+    Each of a tile's ROWS rows has sums of its own, which `store_sums` adds up after the loop: in
+    the loop an addition then needs no other thread.
+    """
     if TAIL:
         return tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, TAIL), ACC)
     else:
@@ -284,7 +307,7 @@ def dropout(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ) -> tl.tuple:
-    """Rows `first` on, segment by segment, without what `keep_tile` drops."""
+    """ROWS rows from `first`, in segments, scaled by KEEP_SCALE, 0 where `keep_tile` drops."""
     kept = ()
     for i in tl.static_range(len(segments)):
         keep = keep_tile(seed, first, NUM_DROPPED, ROWS, TAIL if i else BLOCK, i * BLOCK)
