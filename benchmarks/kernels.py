@@ -1,8 +1,8 @@
-"""`clue-ds bench kernels`: our fused operations beside torch's and other projects', or their code.
+"""`clue-ds bench kernels`: measure our fused operations beside torch's and other projects'.
 
-Measuring needs a CUDA GPU (kernels/bench.py says what is measured and how); `--aot` needs none: it
-compiles every kernel for sm_80, sm_90 and gfx942 and checks registers, spills, access widths and
-instructions an element.
+Measuring needs a CUDA GPU; kernels/bench.py describes what is measured and how. `--aot` needs none:
+instead of measuring, it compiles every kernel for sm_80, sm_90 and gfx942 and checks registers,
+spills, access widths and instructions per element.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Op = Literal[
     "bias_gelu",
     "embedding_layer_norm",
 ]
-# What the figures depend on besides torch, and the peers; named where installed.
+# Packages that the figures depend on, besides torch; the table's head has their versions.
 PACKAGES = ("triton", "liger_kernel", "flash_attn", "apex")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,12 +53,12 @@ def kernels(
         op: operations
         hidden: hidden sizes (numbers of keys for masked_softmax)
         rows: numbers of rows
-        dtype: of activations and parameters
-        mode: forward, backward, both in one
-        dropout: probabilities, where the operation has dropout
-        device: cpu only proves that the benchmark itself works
-        csv: write the figures here
-        plot: write a picture here: bandwidth against hidden size, a line a provider
+        dtype: dtype of activations and parameters
+        mode: forward, backward, or both together (full)
+        dropout: dropout probabilities, for operations that have dropout
+        device: cpu only shows that the benchmark itself works
+        csv: write the figures to this file
+        plot: draw the figures into this file: bandwidth against hidden size, a line per provider
         aot: instead of measuring, compile without a GPU, print the table and check its limits
     """
     if aot:
@@ -66,8 +66,8 @@ def kernels(
         return
     if device == "cuda" and not (torch.cuda.is_available() and backend.available()):
         raise UserError(
-            "measuring kernels needs a CUDA GPU and triton; `--aot` inspects them without, "
-            "`--device cpu` tries the benchmark itself"
+            "measuring kernels needs a CUDA GPU and the package triton; without them, `--aot` "
+            "checks the compiled kernels and `--device cpu` tries the benchmark itself"
         )
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'clue_ds[plots]'")
@@ -77,7 +77,7 @@ def kernels(
         new = bench.measure(case, list(mode), torch.device(device))
         _print_rows(new)
         measured += new
-        if csv is not None:  # after every case, so that what was measured outlives a time limit
+        if csv is not None:  # after every case, so that a run cut short leaves its figures
             _write_csv(measured, csv)
     if csv is not None:
         print(f"written to {csv}")
@@ -103,7 +103,7 @@ def _cases(
 
 
 def _compile_all() -> None:
-    """Print the table of kernels/aot/machine_code.py; a UserError lists what breaks a limit."""
+    """Print the table of kernels/aot/machine_code.py; UserError lists the limits exceeded."""
     if backend.INTERPRETED or not backend.HAS_TRITON:
         raise UserError("--aot needs the package triton, and TRITON_INTERPRET unset")
     from clue_ds.kernels.aot import machine_code, variants
@@ -132,9 +132,9 @@ def _print_head(dtype: str, device: str) -> None:
             versions.append(f"{package} {importlib.metadata.version(package)}")
     print(f"# {_device_name()}; {', '.join(versions)}")
     print(f"# {facts['date']}, commit {facts['git_commit']}: {facts['command']}")
-    print(f"# {dtype}; 100% is a copy of as many bytes; - is what has no bandwidth")
+    print(f"# {dtype}; 100% is a copy of the same number of bytes; - means no bandwidth")
     if device == "cpu":
-        print("# no figure of a GPU: `ours` is plain torch here, but for the host clock")
+        print("# no figure is of a GPU: `ours` is plain torch here, except under the host clock")
     print(
         f"{'op':<28}{'rows':>7}{'H':>6}{'p':>5} {'mode':<5}{'clock':<6}{'provider':<11}"
         f"{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'% copy':>7}"
@@ -161,9 +161,10 @@ def _write_csv(measured: list[Row], path: Path) -> None:
 
 
 def _write_plot(measured: list[Row], path: Path, subtitle: str) -> None:
-    """A line of panels for each (operation, dropout, rows), one for each mode, of the first clock.
+    """Draw a line of panels for each (operation, dropout, rows), with one panel for each mode.
 
-    That is the one that has the kernels alone where there is one. A dashed line is the copy.
+    The figures are of the first clock: on a GPU `graph`, which times the kernels alone. A dashed
+    line shows the copy.
     """
     import matplotlib
 
@@ -191,7 +192,7 @@ def _write_plot(measured: list[Row], path: Path, subtitle: str) -> None:
 
 
 def _draw_panel(axis: Any, rows: list[Row]) -> None:
-    """Bandwidth against hidden size, a line a provider."""
+    """Draw bandwidth against hidden size, a line per provider."""
     copy = {row.hidden: 100 * row.gb_per_s / row.percent_of_copy for row in rows}
     axis.plot(*zip(*sorted(copy.items()), strict=True), "--", color="grey", label="copy")
     for provider in dict.fromkeys(row.provider for row in rows):

@@ -1,21 +1,22 @@
-"""How fast each operation is beside its peers: bytes a second, and percent of a copy.
+"""How fast each operation is compared with other providers: bytes per second, percent of a copy.
 
-M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores in rows)
+M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores)
 
-100% is a device copy of as many bytes, measured in the same run right before. Bytes are what a
-fused operation must move (BYTES), whoever is measured, so that a provider that moves more shows a
-lower rate. Before a provider is timed, its result and gradients must agree with fp32 torch.
+100% is a device copy of the same number of bytes, measured right before in the same run. The bytes
+are those that a fused operation must move (TRAFFIC), whichever provider is measured, so a provider
+that moves more shows a lower rate. Before a provider is timed, its result and gradients must agree
+with fp32 torch.
 
-Clocks: `graph` replays a captured CUDA graph (kernels alone, what a training step under graphs or
-torch.compile sees); `eager` calls from Python one after another; `host` is the time until a call on
-8 rows returns, waiting for no kernel, and has no bandwidth. Between replays more memory is written
-than the L2 cache holds.
+Clocks: `graph` replays a captured CUDA graph, which times the kernels alone, as in a training step
+under CUDA graphs. `eager` calls from Python one after another. `host` is the time until a call on 8
+rows returns, without waiting for the GPU; it has no bandwidth. Between repeats on a GPU, more
+memory is written than the L2 cache holds.
 
-`ours` always takes the kernel; `auto`, of `layer_norm` alone, is what the package would choose.
+Provider `ours` always takes the kernel; `auto`, for `layer_norm` only, is the package's own choice.
 
-On a CPU `eager` proves that this file works, not that anything is fast (`ours` is the twin).
-`host` has 0 rows there: all of a call but Triton's launch, and for `ours` only where kernels can
-run, which is in the interpreter (TRITON_INTERPRET=1); with 0 rows it interprets nothing.
+On a CPU, `eager` shows only that this file works, and `ours` is the reference. `host` has 0 rows
+there, so it times all of a call except Triton's launch. It has `ours` only where kernels can run,
+in the interpreter (TRITON_INTERPRET=1), which with 0 rows has nothing to interpret.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ HOST_REPEATS = 200
 HOST_ROWS = {"cuda": 8, "cpu": 0}
 SEQ_LENGTH, NUM_WORDS = 128, 8_064  # of embedding_layer_norm
 CACHE_BYTES = 256 << 20  # more than any L2 of today
-# Largest difference from fp32 torch on inputs N(0, 1); a result of size 5 in bf16 is off by 2^-6.
+# Largest difference from fp32 torch on inputs N(0, 1). Rounding a result of 5 to bf16 alone is off
+# by up to 2^-6.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Elements that a fused operation reads and writes, per element of its matrix: forward, backward;
-# the second pair with dropout.
+# Elements that a fused operation reads and writes per element of its matrix: (forward, backward)
+# without dropout, then the same with dropout.
 TRAFFIC = {
     "layer_norm": ((2, 3), (2, 3)),
     "bias_dropout_add_layer_norm": ((4, 3), (4, 4)),
@@ -57,7 +59,7 @@ OPS = tuple(TRAFFIC)
 
 
 class Case(NamedTuple):
-    """What is measured."""
+    """An operation at one size, dtype and dropout probability."""
 
     op: str
     rows: int
@@ -66,14 +68,14 @@ class Case(NamedTuple):
     p: float
 
     def num_bytes(self, mode: Mode) -> int:
-        """Bytes that must move."""
+        """The bytes that a fused operation must move."""
         forward, backward = TRAFFIC[self.op][self.p > 0]
         elements = {"fwd": forward, "bwd": backward, "full": forward + backward}[mode]
         return elements * self.rows * self.hidden * self.dtype.itemsize
 
 
 class Row(NamedTuple):
-    """One figure: microseconds, and gigabytes (1e9) a second at the median."""
+    """One figure: microseconds, and gigabytes (1e9) per second at the median."""
 
     op: str
     rows: int
@@ -94,7 +96,7 @@ Forward = Callable[..., Tensor]
 
 
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
-    """Leaves that the providers' forward takes; activations first."""
+    """The leaf tensors that a provider's forward takes; activations first."""
     torch.manual_seed(0)
     shape = (case.rows, case.hidden)
 
@@ -114,7 +116,7 @@ def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
 
 
 def _seq_length(num_rows: int) -> int:
-    """128, or all rows as one sequence where they are no multiple of it."""
+    """128, or all rows as one sequence if their number is not a multiple of 128."""
     return num_rows if num_rows % SEQ_LENGTH else SEQ_LENGTH
 
 
@@ -145,9 +147,9 @@ def _chain(implementation: Any, case: Case, device: torch.device) -> Forward:
 
 
 def providers(case: Case, device: torch.device) -> dict[str, Forward]:
-    """Who can compute this case here: torch, torch.compile, ours, and peers that are installed."""
+    """The providers of this case here: torch, torch.compile, ours, and installed peers."""
     found = {"torch": _chain(reference, case, device), "ours": _chain(functional, case, device)}
-    if case.op == "layer_norm":  # alone of all, `auto` does not always take the kernel
+    if case.op == "layer_norm":  # the only operation whose `auto` may leave the kernel aside
         found["auto"] = found["ours"]
     if device.type != "cuda":
         return found
@@ -162,7 +164,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Forward]:
 
 
 def _import(name: str) -> Any:
-    """A peer's module, by name: none of them is a dependency of ours."""
+    """Import a peer's module by its name: none of them is a dependency of ours."""
     import importlib
 
     return importlib.import_module(name)
@@ -206,7 +208,10 @@ def _apex(case: Case) -> dict[str, Forward]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Every provider's result and gradients against fp32 torch, dropout off; AssertionError."""
+    """Compare every provider's result and gradients, without dropout, with fp32 torch.
+
+    Raises AssertionError for a provider that is off by more than TOLERANCE.
+    """
     quiet = case._replace(p=0.0, rows=min(case.rows, 257))
     leaves = inputs_of(quiet, device)
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
@@ -226,7 +231,7 @@ def check(case: Case, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _backend_of(provider: str, can_run: bool) -> Iterator[None]:
-    """Kernels, if they can run; but `auto` chooses."""
+    """Within: the kernels if they can run, except that provider `auto` chooses for itself."""
     previous = get_backend()
     set_backend("triton" if can_run and provider != "auto" else "auto")
     yield
@@ -235,11 +240,12 @@ def _backend_of(provider: str, can_run: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _surroundings(device: torch.device) -> Iterator[None]:
-    """What graphs and torch.compile need on a GPU to be measured at all.
+    """Within: what CUDA graphs and torch.compile need to be measured on a GPU.
 
-    A stream that is not the default one, since autograd runs a backward pass on the stream of its
-    forward, and the default stream can't be captured. Compiled backward passes that may run more
-    than once. And no compiled code of other cases: at eight of one function Dynamo runs it eagerly.
+    A stream other than the default one, because autograd runs a backward pass on the stream of its
+    forward pass, and the default stream can't be captured. Compiled backward passes that may run
+    more than once. No compiled code of other cases, because Dynamo runs a function eagerly once it
+    has compiled it eight times.
     """
     if device.type != "cuda":
         yield
@@ -256,7 +262,7 @@ def _surroundings(device: torch.device) -> Iterator[None]:
 
 
 def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
-    """All providers, modes and clocks of one case, after the check."""
+    """The figures of all providers, modes and clocks of one case, after `check`."""
     rows = []
     with _surroundings(device):
         check(case, device)
@@ -274,7 +280,7 @@ def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
 
 
 def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
-    """How long a call keeps Python busy; no bandwidth."""
+    """The time that a call keeps Python busy; it has no bandwidth."""
     small = case._replace(rows=HOST_ROWS[device.type])
     found = []
     for name, forward in providers(small, device).items():
@@ -284,7 +290,7 @@ def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
             job, times = _job(forward, inputs_of(small, device), mode), []
             for i in range(WARMUP + HOST_REPEATS):
                 if i % 8 == 0 and device.type == "cuda":
-                    torch.cuda.synchronize(device)  # a full queue would make calls wait
+                    torch.cuda.synchronize(device)  # calls wait while the launch queue is full
                 start = time.perf_counter()
                 job()
                 times.append(1e6 * (time.perf_counter() - start))
@@ -294,7 +300,7 @@ def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
 
 
 def _row(case: Case, mode: Mode, clock: str, provider: str, times: list[float], copy: float) -> Row:
-    """`times` and `copy` in microseconds, times ascending."""
+    """`times` and `copy` are in microseconds, `times` ascending."""
     median = statistics.median(times)
     low, high = (times[round(q * (len(times) - 1))] for q in (0.2, 0.8))
     dtype = str(case.dtype).removeprefix("torch.")
@@ -311,7 +317,7 @@ def _copy(num_bytes: int, device: torch.device) -> Callable[[], object]:
 
 
 def _job(forward: Forward, leaves: list[Tensor], mode: Mode) -> Callable[[], object]:
-    """What is timed; `bwd` works on one kept graph."""
+    """The function that is timed; that of `bwd` runs backward on the same graph every time."""
     if mode == "fwd":
         return lambda: forward(*leaves)
     if mode == "full":
@@ -326,7 +332,7 @@ def _differentiate(out: Tensor, leaves: list[Tensor]) -> object:
 
 
 def _times(job: Callable[[], object], clock: str, device: torch.device) -> list[float]:
-    """Microseconds of each repeat."""
+    """The microseconds of each repeat."""
     for _ in range(WARMUP if device.type == "cuda" else 1):
         job()
     if device.type != "cuda":
@@ -352,7 +358,10 @@ def _times(job: Callable[[], object], clock: str, device: torch.device) -> list[
 
 
 def _captured(job: Callable[[], object]) -> Callable[[], object]:
-    """`job`, which has run before, as a CUDA graph of the current stream."""
+    """A function that replays `job` as a CUDA graph of the current stream.
+
+    `job` must have run before, so that nothing is compiled while it is captured.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         job()

@@ -1,1 +1,1 @@
-"""Kernels compiled ahead of time, without a GPU: which ones, and what their machine code says."""
+"""Kernels compiled ahead of time, without a GPU, and the limits that their machine code keeps."""

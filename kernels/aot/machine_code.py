@@ -1,14 +1,14 @@
-"""Kernels compiled ahead of time, without a GPU, and what the machine code says about them.
+"""Compile kernels ahead of time, without a GPU, and measure their machine code.
 
-For each variant and target: registers a thread, spilled bytes, the narrowest bulk access to global
-memory in bits, and instructions an element (those of a straight kernel, or those of the loop of a
-persistent one, times threads, over the elements of a tile that are real; on AMD without the scalar
-ones, which have an issue slot of their own). The limits are what lets a kernel keep up with memory;
-`variants.py` lists what is compiled, `clue-ds bench kernels --aot` prints the table,
-tests/aot_kernels.txt keeps it.
+For each variant and target: registers per thread, spilled bytes, the narrowest bulk access to
+global memory in bits, and instructions per element. The last is the number of instructions of the
+kernel, or of the loop of a persistent one, times the threads, divided by the elements of a tile
+that are not padding. On AMD it leaves out scalar instructions, which have an issue slot of their
+own. A kernel within its limits keeps up with memory. `variants.py` lists what is compiled,
+`clue-ds bench kernels --aot` prints the table, and tests/aot_kernels.txt holds the expected one.
 
 NVIDIA's numbers come from the cuobjdump that Triton bundles, AMD's from the assembly and its
-metadata. Needs a process without TRITON_INTERPRET, which turns kernels into Python functions.
+metadata. This needs a process without TRITON_INTERPRET, which turns kernels into Python functions.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Accesses of one width are bulk from this share of all bits on: below it they are a row's
-# statistics, a seed, a length, or parameters shared by many rows.
+# Accesses of one width are bulk if they make up this share of all bits or more. Others read or
+# write a row's statistics, a seed, a length, or parameters that many rows share.
 BULK_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation: a kernel with its types and constants, and the limits it must keep."""
+    """One compilation: a kernel with its types and constants, and the limits that it must keep."""
 
     name: str
     kernel: Any
-    types: dict[str, str]  # of the arguments that are no constants, e.g. {"x_ptr": "*bf16"}
+    types: dict[str, str]  # of the arguments that are not constants, e.g. {"x_ptr": "*bf16"}
     constants: dict[str, Any]
     num_warps: int
-    elements: int  # real elements of a tile
+    elements: int  # of a tile, without padding
     max_registers: int
-    max_instructions: float  # an element
-    loops: bool  # a persistent kernel
+    max_instructions: float  # per element
+    loops: bool  # whether it is a persistent kernel
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
 class Report(NamedTuple):
-    """What one compilation came to. Widths in bits, instructions an element."""
+    """The figures of one compilation; widths in bits, instructions per element."""
 
     variant: str
     target: str
@@ -63,7 +63,7 @@ class Report(NamedTuple):
     shared_bytes: int
 
     def violations(self, limits: Variant) -> list[str]:
-        """What breaks the gate, in words; empty when all is well."""
+        """A line for each limit that is exceeded; empty if all are kept."""
         found = []
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
@@ -81,7 +81,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     names = variant.kernel.arg_names
     signature = {n: variant.types.get(n, "constexpr") for n in names}
     constants = {n: variant.constants.get(n) for n in names if n not in variant.types}
-    # What the launcher finds out about every tensor of ours: it starts on 16 bytes.
+    # The launcher finds the same of every tensor of ours: its address is a multiple of 16 bytes.
     aligned = {
         (names.index(n),): [["tt.divisibility", 16]]
         for n, kind in variant.types.items()
@@ -135,7 +135,10 @@ def _body(code: list[tuple[int, str, str]], loops: bool) -> list[str]:
 
 
 def _longest_loop(jumps: list[tuple[int, int]]) -> tuple[int, int]:
-    """(first, last) of the jump farthest back, of all (target, address)."""
+    """(first, last) address of the longest loop, which ends in the longest of the backward jumps.
+
+    Jumps are given as (target, address).
+    """
     return max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0])
 
 
@@ -196,7 +199,7 @@ def _report(
 
 
 def table(reports: list[Report]) -> str:
-    """The reports as aligned text, one line each."""
+    """The reports as aligned text, one per line."""
     head = (
         f"{'kernel':<52}{'target':<8}{'regs':>5}{'spill':>6}{'bits':>5}{'instr/el':>9}{'smem':>7}"
     )

@@ -1,8 +1,8 @@
-"""What is compiled ahead of time: every kernel at BERT's widths with the launcher's own tiles.
+"""What is compiled ahead of time: every kernel at BERT's widths, with the tiles that run on a GPU.
 
-Limits: registers and instructions an element. LayerNorm's and softmax's are half of what an H100
-issues while it copies the same bytes, or less; `ISSUED` a byte is all of it, the last line at which
-memory could still be what bounds a kernel (kernels/README.md has the arithmetic).
+The limits are on registers and instructions per element. LayerNorm and softmax may have at most
+half of the instructions that an H100 issues while it copies the same bytes. `ISSUED` per byte is
+all of them: with more, memory could not be the limit (kernels/README.md has the arithmetic).
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def add_norms(width: int, p: float, lanes: int) -> list[Variant]:
     forward, backward = tiles.row_tile(width), tiles.backward_tile(width, num_sums=3, lanes=lanes)
     shared = _pointers("*fp32", "weight", "statistics") | {"num_rows": "i32"}
     seed = _pointers("*i64", "seed") if p else {}
-    # gfx942 rounds to bf16 in software, 5 instructions an element of both results.
+    # gfx942 rounds to bf16 in software, which takes 5 instructions per element of each result.
     limit = 50 if p else 32 if lanes == 32 else 8 * ISSUED / 2
-    num_bytes = 8 if p else 6  # backward
-    # Without dropout dresidual is dx.
+    num_bytes = 8 if p else 6  # per element of the backward pass
+    # Without dropout, dx is also the residual's gradient.
     gradients = _pointers("*bf16", "dy", "sum", "dx", *(["dresidual"] if p else []))
     return [
         Variant(
@@ -162,8 +162,9 @@ def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
 
 
 def everything() -> list[Variant]:
-    """Every variant of the gate: NVIDIA's, then AMD's, whose warps of 64 lanes have other tiles."""
-    nvidia = _of_lanes(32) + add_norms(64, 0.1, 32)[1:]  # several rows to a warp
+    """Every variant: NVIDIA's, then AMD's, whose warps of 64 lanes have other tiles."""
+    # A width of 64 adds a tile with several rows per warp.
+    nvidia = _of_lanes(32) + add_norms(64, 0.1, 32)[1:]
     return [
         *(dataclasses.replace(variant, targets=("sm_80", "sm_90")) for variant in nvidia),
         *(dataclasses.replace(variant, targets=("gfx942",)) for variant in _of_lanes(64)),
