@@ -1,8 +1,8 @@
 """Fused operations for BERT encoders. Depends on torch (and, for the Triton kernels, triton) only.
 
-Public: the operations, `reference` (each of them in plain torch), `set_backend` and `available`
-(which of the two runs), and modules that put them into networks of others. Importing works without
-Triton; the operations are then their twins.
+Public: the operations, `reference` (the same operations in plain torch), `set_backend` and
+`available` (which of the two runs), and modules for other projects' networks (README.md has an
+example of each). The package also imports without Triton; every operation then runs in torch.
 """
 
 if __name__ != "clue_ds.kernels":
@@ -10,8 +10,8 @@ if __name__ != "clue_ds.kernels":
 
     give_way(__name__, __path__[0])
 else:
-    # `functional` before its names: a kernel's module is called as its operation, and importing it
-    # binds that name here.
+    # `functional` comes before its names, because a kernel's module has the name of its operation,
+    # and importing the module binds that name here.
     from . import functional, reference  # isort: skip
     from .backend import available, get_backend, set_backend, use_triton
     from .functional import (

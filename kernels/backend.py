@@ -1,9 +1,9 @@
-"""Which implementation of an operation runs: the Triton kernel or its plain-torch twin.
+"""Which implementation of an operation runs: the Triton kernel or the reference in plain torch.
 
-`auto` is Triton for CUDA tensors (but see `is_host_bound`) and torch for all others, `torch` always
-the twin, `triton` always the kernel. A CPU tensor can take a kernel only in Triton's interpreter
-(TRITON_INTERPRET=1 in the environment before `clue_ds.kernels` is imported), which is for tests: it
-is thousands of times slower than torch.
+"auto" takes the kernel for CUDA tensors (except where `is_host_bound`) and the reference for all
+others; "torch" always takes the reference, "triton" always the kernel. A kernel runs on CPU tensors
+only in Triton's interpreter (TRITON_INTERPRET=1 in the environment before `clue_ds.kernels` is
+imported). That is for tests: it is thousands of times slower than torch.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton decides when a kernel is decorated, so the variable counts as it was at import.
+# Triton reads the variable when it decorates a kernel, so later changes have no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
-# A fused row lives in the registers of one program; at 16384 the backward pass spills (and would
-# want 64 warps). Up to here every width is tested; wider rows go to torch.
+# One program holds a whole row in registers; at 16384 columns the backward pass spills, as it would
+# need 64 warps. Widths are tested up to this one; wider rows take the reference.
 MAX_WIDTH = 4_096
 
-# A LayerNorm forward and backward moves 14 bytes an element with torch's kernels and 10 with ours:
-# up to here that gains less than an autograd function in Python costs the host, 28 us.
+# LayerNorm, forward and backward, moves 14 bytes per element with torch's kernels and 10 with ours.
+# Up to this number of elements, that saves less time than an autograd function in Python costs the
+# host, which is 28 us.
 HOST_BOUND_ELEMENTS = 4_096 * 1_024
 
 _backend = "auto"
 
 
 def available() -> bool:
-    """True where kernels can run: Triton is installed, and a CUDA device or the interpreter."""
+    """Whether kernels can run: this needs Triton, and a CUDA device or the interpreter."""
     return HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
 
 
@@ -42,20 +43,20 @@ def set_backend(name: str) -> None:
     """
     global _backend
     if name not in BACKENDS:
-        raise ValueError(f"kernel backend {name!r} is none of {', '.join(BACKENDS)}")
+        raise ValueError(f"kernel backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "triton" and not available():
         missing = "a CUDA device" if HAS_TRITON else "the package triton"
-        raise RuntimeError(f"kernels 'triton' need {missing}; 'auto' or 'torch' runs without")
+        raise RuntimeError(f"kernels 'triton' need {missing}; choose 'auto' or 'torch' here")
     _backend = name
 
 
 def get_backend() -> str:
-    """What `set_backend` chose last; "auto" at the start."""
+    """The name last given to `set_backend`; "auto" at the start."""
     return _backend
 
 
 def use_triton(x: Tensor, width: int) -> bool:
-    """Whether an operation on `x`, whose rows have `width` elements, runs as a kernel."""
+    """Whether an operation on `x`, whose rows have `width` elements, runs the Triton kernel."""
     if _backend == "torch" or width > MAX_WIDTH or width == 0:
         return False
     if _backend == "triton":
@@ -64,9 +65,10 @@ def use_triton(x: Tensor, width: int) -> bool:
 
 
 def is_host_bound(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether "auto" leaves LayerNorm of `x` to torch, whose eager call is shorter, for its size.
+    """Whether "auto" leaves LayerNorm of `x` to torch, because `x` is small and the call is eager.
 
-    Compiled code has no such call. Parameters of another dtype would cost torch casts.
+    Torch's eager call is shorter than ours; in compiled code there is no such call. Parameters of
+    another dtype than x's take the kernel, since torch would have to cast them first.
     """
     if _backend != "auto" or torch.compiler.is_compiling():
         return False

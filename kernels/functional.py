@@ -1,15 +1,16 @@
-"""The public operations: each runs as a Triton kernel or as its twin in `reference`.
+"""The public operations: each runs as a Triton kernel or in plain torch (`reference`).
 
 M: rows (any leading dimensions, packed tokens [T, H] too)   H: hidden size
 B: sequences   N: heads   Q, K: query and key positions
 
-Both compute in fp32 whatever the inputs' dtype, and give the first tensor's dtype. Activations may
-be fp32, fp16 or bf16 with parameters of the same or another of these. Dropout masks come from one
-draw of torch's default generator a call, or from `seed` (int, or int64 tensor [1] on the device):
-with the same seed kernel and twin drop the same elements. Parameters are read in forward and kept
-as they are for backward, so that ZeRO-3 may empty and refill them between the two.
+Both compute in fp32 whatever the inputs' dtype, and return the first tensor's dtype. Activations
+may be fp32, fp16 or bf16, with parameters of the same or another of these dtypes. A dropout mask
+comes from one draw per call of torch's default generator, or from `seed` (an int, or an int64
+tensor [1] on the device); with the same seed, kernel and reference drop the same elements.
+Parameters are read in the forward pass and saved as they are for the backward pass, so that ZeRO-3
+may free and gather them between the two.
 
-Operations import this package's kernels only where Triton is installed (`available`).
+The kernels are imported only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def bias_dropout_add_layer_norm(
 ) -> Any:
     """LayerNorm(residual + dropout(x + bias)): x and residual [..., H]; bias, weight, ln_bias [H].
 
-    `bias` is None where the GEMM before it has added it, `residual` None where there is none.
-    Returns y like x; with `prenorm` also the sum that was normalized, in the residual's dtype or,
-    with `residual_in_fp32`, fp32; with `return_mask` also the bool mask of kept elements (the twin
-    needs a seed for it). All: (y, sum, mask).
+    `bias` is None if the GEMM before it has already added it; `residual` is None if there is none.
+
+    Returns y, of x's shape and dtype. `prenorm` adds the sum that was normalized, in the residual's
+    dtype or, with `residual_in_fp32`, in fp32. `return_mask` adds the bool mask of kept elements,
+    for which the reference needs a seed. With both, the result is (y, sum, mask).
     """
     options = (p, eps, training, prenorm, residual_in_fp32, seed, return_mask)
     implementation = fused_add_norm if use_triton(x, x.shape[-1]) else reference
@@ -73,13 +75,14 @@ def masked_softmax(
 ) -> Tensor:
     """dropout(softmax(scale * scores + mask)) over the last dimension: [B, N, Q, K] -> the same.
 
-    A bool `mask` broadcasts to scores and is True where a key is MASKED: Megatron's polarity
-    (Hugging Face's and SDPA's True means keep). A float mask is added to the scaled scores and gets
-    no gradient. `key_lengths` int [B] keeps the first n keys of each sequence. A row whose keys are
-    all masked is zeros and has zero gradients; a NaN in a key that is not masked stays visible.
+    A bool `mask` broadcasts to scores and is True where a key is MASKED, which is Megatron's
+    polarity (in Hugging Face's and SDPA's masks, True means keep). A float mask is added to the
+    scaled scores and gets no gradient. `key_lengths` int [B] keeps the first n keys of each
+    sequence. A row whose keys are all masked is zeros and has zero gradients; a NaN score that is
+    not masked makes its row NaN.
     """
-    # Integers as defaults, which torch.compile takes for constants: of 1.0 it makes a symbol, and
-    # compiles a second time when it finds that nothing can use one.
+    # The defaults are integers, because torch.compile takes those for constants. It makes a symbol
+    # of 1.0, and compiles again when it finds that no operation can take one.
     options = (mask, key_lengths, scale, dropout_p, training, seed)
     implementation = fused_softmax if use_triton(scores, scores.shape[-1]) else reference
     return implementation.masked_softmax(scores, *options)
@@ -88,11 +91,12 @@ def masked_softmax(
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
     """GELU(x + bias): x [..., H], bias [H] or None.
 
-    "none" is erf (Hugging Face's "gelu"), "tanh" what TensorFlow's BERT computes ("gelu_new").
+    `approximate` is "none" for the exact GELU with erf (Hugging Face's "gelu"), or "tanh" for what
+    TensorFlow's BERT computes (Hugging Face's "gelu_new").
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate {approximate!r} is neither 'none' nor 'tanh'")
-    # Columns are split over programs, so no width is too large.
+    # The kernel splits columns over programs, so no width is too large for it.
     implementation = fused_gelu if use_triton(x, min(x.shape[-1], 1)) else reference
     return implementation.bias_gelu(x, bias, approximate)
 
@@ -113,9 +117,10 @@ def embedding_layer_norm(
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[0..S) + token_type[types])): ids [B, S] -> [B, S, H].
 
-    word [V, H], position [>= S, H], token_type [T, H], all of one dtype, which is the result's; no
-    token types means type 0 everywhere. `padding_idx` is the word that gets no gradient. An id
-    beyond its table is an IndexError in the twin on a CPU and a row of NaN in the kernel.
+    word [V, H], position [>= S, H] and token_type [T, H] have one dtype, which is also the
+    result's. Without `token_type_ids` every type is 0. `padding_idx` is the id of the word that
+    gets no gradient. For an id outside its table, the reference raises IndexError on a CPU, and the
+    kernel makes the row NaN.
     """
     tables = (word, position, token_type)
     options = (weight, bias, p, eps, training, padding_idx, seed)

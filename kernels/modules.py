@@ -1,7 +1,7 @@
 """Modules that drop in for torch's, Megatron's and Hugging Face's.
 
-State dicts don't change: a fused module holds the parameters of the one it stands for, under the
-same names, so weights load and save as before.
+A fused module holds the parameters of the module that it replaces, under the same names, so state
+dicts don't change and weights load and save as before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .functional import bias_dropout_add_layer_norm, bias_gelu, layer_norm, mask
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm through `clue_ds.kernels.layer_norm`; same arguments, parameters and names."""
+    """nn.LayerNorm, computed by `clue_ds.kernels.layer_norm`; same arguments and parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., *normalized_shape] -> the same."""
@@ -36,19 +36,20 @@ class FusedLayerNorm(nn.LayerNorm):
 class FusedScaleMaskSoftmax(nn.Module):
     """Megatron's FusedScaleMaskSoftmax: same constructor and call, without its limits on length.
 
-    Args (Megatron's, in its order; it has no defaults but the last):
-        input_in_fp16, input_in_bf16: what the probabilities are then returned in
-        attn_mask_type: Megatron's AttnMaskType or its name; "causal" masks later keys, "padding"
-            and all others only what `mask` says
-        scaled_masked_softmax_fusion: True masks in the kernel, where `mask_func` has no part, as in
-            Megatron's; False computes with torch, through `mask_func`
+    Args (Megatron's, in its order; there, only the last one has a default):
+        input_in_fp16, input_in_bf16: return the probabilities in this dtype
+        attn_mask_type: Megatron's AttnMaskType or the name of a member; "causal" masks later keys,
+            "padding" and all others mask only what `mask` masks
+        scaled_masked_softmax_fusion: True masks in the kernel and ignores `mask_func`, as Megatron
+            does; False computes in torch and calls `mask_func`
         mask_func: mask_func(scores, mask) -> masked scores; None masks as the kernel does
-        softmax_in_fp32: must be True where there is a scale; ours is fp32 always
-        scale: of the scores, before masking; None is 1
-        window_size: (left, right) keys around its own that a query sees; -1: no limit
+        softmax_in_fp32: must be True if there is a scale; the softmax is computed in fp32 anyway
+        scale: multiplies the scores before masking; None is 1
+        window_size: (left, right) numbers of keys around its own that a query sees; -1 is no limit
 
-    Masked keys get probability 0, where -10000 leaves e^-10000; a row without keys is zeros. A mask
-    that comes with "causal" or a window adds to it, where Megatron's two paths each drop one.
+    A masked key gets probability 0 (Megatron's -10000 leaves e^-10000), and a row without keys is
+    zeros. A mask given together with "causal" or a window is combined with it; each of Megatron's
+    two paths ignores one of them.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class FusedScaleMaskSoftmax(nn.Module):
     ) -> Tensor:
         """input [B, N, Q, K], bool mask that broadcasts to it, True where MASKED -> like input.
 
-        `softmax_offset` [N] is the score of one more key a head, which takes its share of the sum
-        and is left out of the result; computed with torch.
+        `softmax_offset` [N] is the score of one more key per head, which counts in the sum of the
+        softmax and is left out of the result. It is computed in torch.
         """
         hidden = self._hidden(input)
         if hidden is not None:
@@ -94,14 +95,16 @@ class FusedScaleMaskSoftmax(nn.Module):
         return probabilities.to(self.dtype or input.dtype)
 
     def _hidden(self, scores: Tensor) -> Tensor | None:
-        """bool [Q, K], True where position alone forbids; None where it never does."""
+        """bool [Q, K], True where the position alone masks a key; None if it masks none."""
         num_queries, num_keys = scores.shape[-2:]
         if self.window_size is not None:
             behind, ahead = (num_keys if size < 0 else size for size in self.window_size)
         elif self.is_causal and num_queries > 1:  # a single query comes after all its keys
             behind, ahead = num_keys, 0
             if num_queries != num_keys:
-                raise ValueError(f"causal: {num_queries} queries don't pair with {num_keys} keys")
+                raise ValueError(
+                    f"a causal mask needs as many keys as queries, not {num_keys} for {num_queries}"
+                )
         else:
             return None
         positions = torch.arange(num_keys, device=scores.device)
@@ -158,8 +161,9 @@ INTERMEDIATES = ("BertIntermediate", "RobertaIntermediate")
 def apply_kernels_to_bert(model: nn.Module) -> nn.Module:
     """Make a Hugging Face BERT or RoBERTa use the fused operations, in place; returns it.
 
-    Every nn.LayerNorm, every dense + dropout + add + LayerNorm, and every dense + GELU changes its
-    class, not its parameters, hooks or place. Raises ValueError where nothing of a BERT was found.
+    The class of every nn.LayerNorm, every dense + dropout + add + LayerNorm and every dense + GELU
+    changes; parameters, hooks and module names don't. Raises ValueError for a model that has no
+    block of a BERT or RoBERTa.
     """
     num_blocks = 0
     for module in model.modules():
@@ -175,10 +179,13 @@ def apply_kernels_to_bert(model: nn.Module) -> nn.Module:
                 module.approximate = APPROXIMATIONS[activation]  # type: ignore[assignment]
                 _mix_in(module, _FusedGelu)
     if not num_blocks:
-        raise ValueError(f"{type(model).__name__} has none of {', '.join(ADD_NORMS)}")
+        raise ValueError(
+            f"{type(model).__name__} is no BERT or RoBERTa of transformers: "
+            f"it has none of {', '.join(ADD_NORMS)}"
+        )
     return model
 
 
 def _mix_in(module: Any, fused: type) -> None:
-    """Give one module `fused.forward`; its class stays a subclass of what it was."""
+    """Give one module `fused.forward`; its new class is a subclass of its old one."""
     module.__class__ = type(f"Fused{type(module).__name__}", (fused, type(module)), {})

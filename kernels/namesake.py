@@ -1,9 +1,10 @@
-"""What `import kernels` gets where Python looks into a clone first, as `python -m` does there.
+"""What `import kernels` imports where a clone of this repository is first on sys.path.
 
-transformers asks for Hugging Face's package of that name. Ours under a second name would register
-every operation once more, and torch would go on with handles to the freed first ones: wrong answers
-and crashes, now and then. So the real package comes forward where it is installed; otherwise
-`kernels` stays an empty module, which transformers takes for none.
+That is so for `python -m` in the clone. transformers imports Hugging Face's package of the name
+`kernels`. Were ours imported under this second name, it would register every operation again, and
+torch would keep handles to the first registrations after they are freed, which sometimes gives
+wrong results or crashes. So `import kernels` imports Hugging Face's package if it is installed.
+Otherwise `kernels` is an empty module, which transformers treats as not installed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 
 def give_way(name: str, folder: str) -> None:
-    """Put the package `name` from outside of `folder`'s parent into sys.modules, if any."""
+    """If a package `name` lies outside the clone that `folder` is in, put it into sys.modules."""
     clone = Path(folder).resolve().parent
     elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != clone]
     spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)

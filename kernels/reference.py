@@ -3,14 +3,15 @@
 M: rows, usually batch x sequence (any leading dimensions will do)   H: hidden size
 V: vocabulary   B: sequences   N: attention heads   Q, K: query and key positions
 
-Guarantees: statistics and softmax in fp32 whatever the dtype of the inputs; the result has the
-dtype of the first input; a fully masked softmax row gives zeros with zero gradients, not NaN; a NaN
-in the input stays visible. Everything is differentiable by autograd and works on any device, so
-this is both the twin that tests compare kernels with and what trains on a CPU.
+Guarantees: statistics and softmax are computed in fp32 whatever the dtype of the inputs; the result
+has the dtype of the first input; a softmax row whose keys are all masked is zeros with zero
+gradients, not NaN; a NaN in the input stays visible. Everything is differentiable by autograd and
+works on any device, so tests compare the kernels with these functions, and training on a CPU uses
+them.
 
-Rejected: torch's dropout on a CPU. Its mask costs one serial draw an element (37 ms for the
-attention of one tiny layer at 32 x 128 tokens, as long as that layer's GEMMs); four 16-bit draws
-from each 64-bit number cost 7 ms and come from the same generator.
+Rejected: torch's dropout on a CPU. Its mask takes one serial draw per element: 37 ms for the
+attention of one tiny layer at 32 x 128 tokens, as long as that layer's GEMMs take. Four 16-bit
+draws from each 64-bit number take 7 ms, and come from the same generator.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ PHILOX_ROUNDS = 7
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
-    """(n, scale): an element is dropped when its 16-bit draw is below n; survivors are scaled.
+    """(n, scale): an element is dropped if its 16-bit draw is below n; others are scaled.
 
-    n / 65536 is within 8e-6 of `p` (0.1 -> 6554), and the scale belongs to the rounded rate, so
-    that the expectation is exact.
+    n / 65536 is within 8e-6 of `p` (0.1 -> 6554). The scale is that of the rounded rate, so that
+    the expectation is exact.
     """
     num_dropped = round(p * DROPOUT_LEVELS)
     kept = DROPOUT_LEVELS - num_dropped
@@ -44,12 +45,12 @@ def keep_mask(shape: torch.Size, num_dropped: int) -> Tensor:
     words = torch.empty((num_elements + 3) // 4, dtype=torch.int64)
     # random_() without bounds leaves the sign bit clear, which would bias every fourth draw.
     draws = words.random_(-(2**63), None).view(torch.int16)[:num_elements]
-    # uint8, because torch multiplies floats by bool at 40% of the speed (4.2 against 1.7 ms).
+    # uint8, because torch multiplies floats by bool at 40% of that speed (4.2 ms against 1.7 ms).
     return (draws >= num_dropped - DROPOUT_LEVELS // 2).view(torch.uint8).view(shape)
 
 
 class _MaskedScale(torch.autograd.Function):
-    """x * keep * scale, saving one byte an element."""
+    """x * keep * scale, which saves one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -66,9 +67,9 @@ class _MaskedScale(torch.autograd.Function):
 def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tensor:
     """bool like `shape`: the mask that the kernels draw from `seed`, bit for bit.
 
-    Philox-4x32 (Salmon et al. 2011) with 7 rounds, key = the seed's two halves, counter =
-    (column / 8, low and high half of the row, 0); the low half of a word comes first. For parity:
-    the int64 arithmetic that stands in for uint32 is slow.
+    This is Philox-4x32 (Salmon et al. 2011) with 7 rounds. The key is the seed's two halves, the
+    counter is (column / 8, low and high half of the row, 0), and the low half of a word comes
+    first. It is for parity only: it is slow, because int64 arithmetic stands in for uint32.
     """
     low = 0xFFFFFFFF
     width = shape[-1]
@@ -90,7 +91,7 @@ def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tens
 
 
 def dropout(x: Tensor, p: float, training: bool, seed: Tensor | int | None = None) -> Tensor:
-    """`F.dropout`'s meaning; on a CPU with our cheaper masks, with a seed with the kernels'."""
+    """`F.dropout`, but on a CPU with our cheaper masks, and with a seed with the kernels' masks."""
     if not training or p == 0.0:
         return x
     if seed is not None:
@@ -113,7 +114,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
-    """What residual + dropout(x + bias) is kept in: the residual's dtype unless fp32 is asked."""
+    """The dtype that residual + dropout(x + bias) is kept in."""
     kept = x.dtype if residual is None else residual.dtype
     return torch.promote_types(kept, torch.float32) if residual_in_fp32 else kept
 
@@ -134,10 +135,10 @@ def bias_dropout_add_layer_norm(
 ) -> Tensor | tuple[Tensor, ...]:
     """LayerNorm(residual + dropout(x + bias)): x and residual [..., H]; bias, weight, ln_bias [H].
 
-    `bias` is None where the GEMM before it has already added it, `residual` None where there is
-    none. The result has x's dtype. With `prenorm` the sum comes too, in the residual's dtype or
-    fp32; with `return_mask` (which needs a seed if p > 0) the bool mask of kept elements. With
-    both: (y, sum, mask).
+    `bias` is None if the GEMM before it has already added it; `residual` is None if there is none.
+    The result has x's dtype. `prenorm` adds the sum, in the residual's dtype or fp32;
+    `return_mask`, which needs a seed if p > 0, adds the bool mask of kept elements. With both, the
+    result is (y, sum, mask).
     """
     assert not return_mask or seed is not None or not training or p == 0.0, "a mask needs a seed"
     total = dropout(x if bias is None else x + bias, p, training, seed)
@@ -164,10 +165,11 @@ def masked_softmax(
 ) -> Tensor:
     """dropout(softmax(scale * scores)) over the last dimension: scores [B, N, Q, K] -> same.
 
-    What is masked: a bool `mask` broadcasts to scores and is True where a key is MASKED (Megatron's
-    polarity; Hugging Face's and SDPA's True means keep), a float one is added to the scaled scores
-    (it gets no gradient); `key_lengths` [B] keeps the first n keys of each sequence. Give one, both
-    or none. A row that masks every key is zeros, and so is its gradient.
+    A bool `mask` broadcasts to scores and is True where a key is MASKED, which is Megatron's
+    polarity (in Hugging Face's and SDPA's masks, True means keep). A float mask is added to the
+    scaled scores and gets no gradient. `key_lengths` [B] keeps the first n keys of each sequence.
+    Either, both or none may be given. A row whose keys are all masked is zeros, and so is its
+    gradient.
     """
     scaled = scores if scores.dtype == torch.float64 else scores.float()
     scaled = scaled * scale if scale != 1.0 else scaled
@@ -180,7 +182,7 @@ def masked_softmax(
         mask = beyond if mask is None else mask | beyond
     if mask is not None:
         scaled = scaled.masked_fill(mask, float("-inf"))
-        # A row without any key would be 0/0: softmax it as zeros, then zero it.
+        # A row without keys would be 0 / 0: take the softmax of zeros instead, then zero it.
         empty = mask.all(dim=-1, keepdim=True)
         probabilities = scaled.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     else:
@@ -189,7 +191,7 @@ def masked_softmax(
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    """GELU(x + bias): x [..., H], bias [H]; "none" is erf, "tanh" TensorFlow BERT's."""
+    """GELU(x + bias): x [..., H], bias [H]; "none" is exact (erf), "tanh" is TensorFlow BERT's."""
     return F.gelu(x if bias is None else x + bias, approximate=approximate)
 
 
@@ -209,8 +211,8 @@ def embedding_layer_norm(
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[0..S) + token_type[types])): ids [B, S] -> [B, S, H].
 
-    word [V, H], position [>= S, H], token_type [T, H]; no token types means type 0 everywhere.
-    `padding_idx` is the word that gets no gradient.
+    word [V, H], position [>= S, H], token_type [T, H]. Without `token_type_ids` every type is 0.
+    `padding_idx` is the id of the word that gets no gradient.
     """
     summed = F.embedding(input_ids, word, padding_idx) + position[: input_ids.shape[-1]]
     if token_type_ids is None:

@@ -42,7 +42,7 @@ def test_importing_works_without_triton() -> None:
         [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "need the package triton; 'auto' or 'torch' runs without" in done.stdout
+    assert "need the package triton; choose 'auto' or 'torch' here" in done.stdout
 
 
 NAMESAKE = """
@@ -92,7 +92,7 @@ def test_importing_the_model_leaves_the_kernels_alone() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cuda' is none of auto, triton, torch"):
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, triton, torch"):
         kernels.set_backend("cuda")
 
 

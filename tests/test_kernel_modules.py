@@ -151,7 +151,7 @@ def test_megatrons_causal_masks_and_windows(fusion: bool, kernel_device: torch.d
         torch.testing.assert_close(module(scores, mask), expected)
     one = scores[:, :, :1]
     torch.testing.assert_close(module(one, None), by_definition(one, None, 1.0).float())
-    with pytest.raises(ValueError, match="3 queries don't pair with 6 keys"):
+    with pytest.raises(ValueError, match="as many keys as queries, not 6 for 3"):
         module(scores[:, :, :3], None)
     windowed = kernels.FusedScaleMaskSoftmax(
         scaled_masked_softmax_fusion=fusion, mask_func=fill, window_size=(2, 0)
@@ -233,5 +233,7 @@ def test_hugging_face_bert_computes_the_same(
 
 
 def test_a_network_that_is_no_bert_is_refused() -> None:
-    with pytest.raises(ValueError, match="Sequential has none of BertSelfOutput"):
+    with pytest.raises(
+        ValueError, match="Sequential is no BERT or RoBERTa of transformers: it has none of Bert"
+    ):
         kernels.apply_kernels_to_bert(nn.Sequential(nn.Linear(2, 2)))

@@ -1,1 +1,1 @@
-"""What row-wise kernels share: tile shapes, LayerNorm arithmetic, launching, registration."""
+"""What the kernels share: tiles, LayerNorm's arithmetic, launching and registration with torch."""

@@ -1,13 +1,14 @@
-"""How eager code launches a kernel: Triton's `kernel[grid](...)` without its work at every call.
+"""How eager code launches a kernel: `kernel[grid](...)` without Triton's work in every call.
 
-For every launch Triton binds arguments by name, specializes each of them in turn and spells a cache
-key as text. Here the key is a tuple of what a compiled kernel depends on: device, constants, warps,
-each tensor's dtype and how its address lies within 16 bytes, each number's kind. A new key goes
-through Triton, which compiles and returns what it launched; a known one goes to that directly, as
-in Triton's own tutorial on softmax.
+In every launch Triton binds arguments by name, specializes each of them in turn and formats a cache
+key as text. Here the key is a tuple of what a compiled kernel depends on: the device, the
+constants, the number of warps, each tensor's dtype and its address modulo 16, and the properties of
+each integer that Triton specializes on. The first launch with a key goes through Triton, which
+compiles the kernel and returns it; later ones launch that compiled kernel directly, as in Triton's
+own tutorial on softmax.
 
-Rejected: keys without addresses. A view that starts on an odd element would run code that loads 16
-bytes at once.
+Rejected: keys without addresses. A view that starts on an odd element would then run code that
+loads 16 bytes at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..backend import INTERPRETED
 class Launcher:
     """One kernel, whose arguments are tensors, then integers, then constants.
 
-    The tensors lie on one device, and the kernel runs there.
+    All tensors must be on one device; the kernel runs there.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -53,8 +54,8 @@ class Launcher:
             if compiled is not None:
                 compiled[whole_grid](*tensors, *numbers, *constants)
             else:
-                # Fusing is what the instructions of aot/variants.py are counted with; Triton 3.10's
-                # default is not to.
+                # With fused multiply-add, as aot/machine_code.py compiles the kernels that it
+                # counts; Triton 3.10's default is off.
                 self.compiled[known] = self.kernel[grid](
                     *tensors, *numbers, *constants, num_warps=num_warps, enable_fp_fusion=True
                 )

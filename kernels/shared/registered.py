@@ -1,8 +1,9 @@
 """An operation's two entry points: an autograd function (eager) and a registered op (compiled).
 
-Crossing torch.library costs about 60 us a call, more than a kernel at BERT's sizes; Dynamo can't
-trace a launch. So eager calls launch directly, and a call that is being compiled goes through
-`torch.ops.clue_ds.*`, which has a fake (shapes without data) and the same gradient formula.
+A call through torch.library takes about 60 us longer, which is more than a kernel takes at BERT's
+sizes, but Dynamo can't trace a launch. So an eager call launches the kernel directly, and a call
+that is being compiled goes through `torch.ops.clue_ds.*`. That operation has a fake implementation
+(shapes without data) and the same gradient formula.
 
 Rejected: `torch.library.triton_op`, which fails opcheck and fullgraph compilation on a CPU.
 """
@@ -30,9 +31,9 @@ def define(
     fake_backward: Launch,
     formula: Formula,
 ) -> Callable[..., Any]:
-    """Register clue_ds::NAME and clue_ds::NAME_backward; returns what to call.
+    """Register clue_ds::NAME and clue_ds::NAME_backward; returns the function to call.
 
-    `forward` returns a tuple of fresh tensors: results first, then what only `backward` reads.
+    `forward` returns a new tensor or a tuple of them: results first, then what `backward` reads.
     """
     op = torch.library.custom_op(f"clue_ds::{name}", forward, mutates_args=())
     op.register_fake(fake_forward)
@@ -40,19 +41,20 @@ def define(
     backward_op.register_fake(fake_backward)
     op.register_autograd(formula(backward_op), setup_context=setup_context)
 
-    # `forward` with ctx, because torch binds arguments by name where there is a `setup_context`:
-    # 16 us of a call.
+    # The autograd function's `forward` takes ctx: if it had a `setup_context` of its own, torch
+    # would bind arguments by name, which takes 16 us per call.
     def run(ctx: Any, *inputs: Any) -> Any:
         ctx.set_materialize_grads(False)
         output = forward(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    once, often = formula(backward), once_differentiable(formula(backward))
+    plain, refusing = formula(backward), once_differentiable(formula(backward))
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> Any:
-        # Only where a second derivative may be asked for (and is refused): it costs 3 us.
-        return (often if torch.is_grad_enabled() else once)(ctx, *gradients)
+        # Second derivatives are refused. That takes 3 us, and is needed only in grad mode: without
+        # it nobody can ask for one.
+        return (refusing if torch.is_grad_enabled() else plain)(ctx, *gradients)
 
     members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
     direct = type(f"{name}_direct", (torch.autograd.Function,), members)
@@ -73,15 +75,15 @@ def matrix_shape(x: Tensor) -> tuple[int, int]:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Uninitialized, of x's shape, dtype and device, its rows one after another."""
+    """An uninitialized contiguous tensor of x's shape, dtype and device."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def fresh_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """int64 [1] on `device`: the caller's, or drawn from torch's default generator of the device.
+    """int64 [1] on `device`: the caller's seed, or a draw of the device's default generator.
 
-    One draw a call, so that restoring the generator's state restores the masks, and a replayed
-    CUDA graph draws new ones.
+    With one draw per call, restoring the generator's state restores the masks, and a replayed CUDA
+    graph draws new ones.
     """
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -93,9 +95,9 @@ def fresh_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
 def parameter_gradients(
     gradients: Tensor, dtypes: tuple[torch.dtype | None, ...]
 ) -> list[Tensor | None]:
-    """Rows of `gradients` [n, H], each in its parameter's dtype; None where there is no parameter.
+    """The rows of `gradients` [n, H] in their parameters' dtypes; None where there is no parameter.
 
-    Usually all are of one: a single cast, because each is a kernel on a GPU.
+    Parameters usually have one dtype. Then there is a single cast, as each is a kernel on a GPU.
     """
     if len(set(dtypes)) == 1 and dtypes[0] is not None:
         return list(gradients.to(dtypes[0]).unbind())
