@@ -1,6 +1,7 @@
-"""What tests/gpu asks of the kernels at sizes that only a GPU can hold.
+"""The checks that tests/gpu makes of the kernels at sizes that need a GPU.
 
-Here, so that tests/test_device_checks.py runs the same code in Triton's interpreter at small sizes.
+They are in a module of their own so that tests/test_device_checks.py can run the same code at small
+sizes in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from clue_ds.presets import get
 EPS = 1e-12
 SEED = 0x1234_5678_9ABC
 NUM_WORDS = 8
-TAIL = slice(-3, None)  # the rows that lie far
+TAIL = slice(-3, None)  # the rows with the largest offsets
 
 
 def _embedded(impl: Any, words: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def _embedded(impl: Any, words: Tensor, weight: Tensor, bias: Tensor, rows: Tens
     )[:, 0]
 
 
-# (kernels or their twins, x [M, H] or a table [NUM_WORDS, H], weight, bias, row numbers) -> [M, H]
+# (kernels or reference, x [M, H] or a table [NUM_WORDS, H], weight, bias, row numbers) -> [M, H]
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda impl, x, w, b, rows: impl.layer_norm(x, w, b, EPS),
     "bias_dropout_add_layer_norm": lambda impl, x, w, b, rows: impl.bias_dropout_add_layer_norm(
@@ -48,7 +49,7 @@ def _gradients(out: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
 
 
 def check_all_rows(op: str, num_rows: int, width: int, device: torch.device) -> None:
-    """Result and gradients of every row, fp32."""
+    """Compare result and gradients of every row with the reference, in fp32."""
     torch.manual_seed(0)
     x = torch.randn(NUM_WORDS if op == "embedding_layer_norm" else num_rows, width, device=device)
     leaves = [t.requires_grad_() for t in (x, *torch.randn(2, width, device=device).clone())]
@@ -58,13 +59,14 @@ def check_all_rows(op: str, num_rows: int, width: int, device: torch.device) -> 
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     pairs = zip(_gradients(ours, leaves, dy), _gradients(theirs, leaves, dy), strict=True)
     for mine, other in pairs:
-        is_sum = mine.shape != ours.shape  # over all rows: digits go with the root of their number
+        # The error of a sum over all rows grows with the root of their number.
+        is_sum = mine.shape != ours.shape
         atol = 1e-4 * (num_rows**0.5 if is_sum else 1.0)
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=atol)
 
 
 def check_last_rows(op: str, num_rows: int, width: int, device: torch.device) -> None:
-    """Result and gradients of the last three rows; the others are zeros with zero gradients."""
+    """Compare result and gradients of the last three rows; the others are zeros."""
     torch.manual_seed(0)
     dtype = torch.bfloat16
     if op == "embedding_layer_norm":
@@ -90,7 +92,10 @@ def check_last_rows(op: str, num_rows: int, width: int, device: torch.device) ->
 
 
 def check_last_masks(num_rows: int, width: int, device: torch.device) -> None:
-    """Dropout's mask of far rows is one: of the right rate, not its neighbour's, drawn again."""
+    """The dropout mask of the last rows has the right rate, differs between rows, and is repeated.
+
+    Backward must draw the same mask as forward.
+    """
     x = torch.zeros(num_rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
     _, total, mask = kernels.bias_dropout_add_layer_norm(
@@ -107,7 +112,7 @@ def check_last_masks(num_rows: int, width: int, device: torch.device) -> None:
 def losses_of(
     backend: str, dropout: float, device: torch.device, num_steps: int, **sizes: int
 ) -> Tensor:
-    """`num_steps` of MLM on random text that repeats, so that there is something to learn."""
+    """The losses of `num_steps` of MLM on one random batch, which a model can memorise."""
     ops.choose_kernels(backend)
     torch.manual_seed(0)
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""How kernels are compared with torch: shapes, the error rule, guard bands round every buffer."""
+"""How kernels are compared with torch: shapes, the error rule, guard bands around buffers."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 1, 2, 7: below the narrowest tile; 8: exactly it; 312, 1000: divisible by 8, not by 16; 769: no
-# two rows aligned alike; 1536: 25% of a tile is padding; 2048, 4096: several warps a row.
+# 1, 2, 7: below the narrowest tile; 8: exactly that tile; 312, 1000: divisible by 8, not by 16;
+# 769: no two rows are aligned alike; 1536: 25% of a tile is padding; 2048, 4096: several warps per
+# row.
 WIDTHS = (1, 2, 7, 8, 64, 312, 384, 512, 640, 768, 769, 1000, 1024, 1536, 2048, 4096)
-# 0 launches nothing; 127 to 129: around a tile's last row.
+# 0: no launch; 127 to 129: one row below, at and above whole tiles.
 ROWS = (0, 1, 3, 127, 128, 129)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# The error rule: RMS error against fp64 at most this many times that of torch's own operation in
-# the same dtypes. RMS and not the maximum, because in fp32 both errors are a unit of the last place
-# or less, and which of some thousand elements has the worst luck says nothing about the arithmetic
-# (maxima differ by up to 3.2 where RMS agree within 10%).
+# The error rule: the RMS error, compared with fp64, is at most this many times that of torch's own
+# operation in the same dtypes. RMS and not the maximum, because in fp32 both errors are a unit in
+# the last place or less, and the worst of some thousand elements is a matter of chance and not of
+# the arithmetic (maxima differ by a factor of up to 3.2 where RMS errors agree within 10%).
 FACTOR = 1.25
-# An RMS over three rows is luck too, since a row's statistics move all of it: shapes of fewer rows
-# or columns are drawn again until so many were seen. A launch in the interpreter takes 0.1 s.
+# An RMS over three rows is a matter of chance too, since a row's statistics affect all of the row.
+# Shapes with fewer rows or columns than this are drawn again until there were so many in total. A
+# launch in the interpreter takes 0.1 s.
 ENOUGH = 256 if torch.cuda.is_available() else 32
 # Where the exact gradient cancels to 0 (LayerNorm of width 1), torch's error may be exactly 0.
 FLOOR = 2.0**-26
-# In rows of a few numbers the variance may by chance be close to 0; rstd then makes one rounding of
-# one row outweigh all others, and RMS is luck as well (2 columns: 4 x torch's with 2 threads, below
-# torch's with 1). Fewer columns than this answer to the maximum alone, with a floor of fp32 noise.
+# The variance of a row of a few numbers may be close to 0 by chance. Then rstd makes one rounding
+# in that row outweigh all others, and RMS is a matter of chance as well (with 2 columns, 4 times
+# torch's with 2 threads and less than torch's with 1). With fewer columns than this, only the
+# maximum is checked, with a floor of fp32 noise.
 NARROW, NARROW_FLOOR = 16, 2.0**-22
-# What RMS could hide is one wrong element: none may be off by 1.25 x torch's worst and one unit of
-# the last place of the largest value more (4 in fp32, for the reason above).
+# RMS could hide a single wrong element, so none may be off by more than FACTOR times torch's worst
+# plus one unit in the last place of the largest value (4 units in fp32, for the reason above).
 OUTLIER_ULPS = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 GUARD = 64  # elements; a multiple of 16 bytes, so that views stay as aligned as fresh tensors
@@ -41,7 +44,7 @@ class Errors:
     """Errors of one output over several draws: ours and torch's."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """`dtype`: of the activations, whose rounding an fp32 parameter's gradient inherits."""
+        """`dtype` is the activations'; its rounding affects fp32 parameters' gradients too."""
         self.dtype = dtype
         self.squares = [0.0, 0.0]
         self.worst = [0.0, 0.0]
@@ -49,7 +52,7 @@ class Errors:
         self.num_columns = NARROW
 
     def add(self, ours: Tensor, low: Tensor, exact: Tensor) -> None:
-        """One draw: `ours` and torch's `low` beside fp64."""
+        """Add the errors of one draw: of `ours` and of torch's `low`, compared with fp64."""
         assert ours.shape == exact.shape and ours.dtype == low.dtype
         if not ours.numel():
             return
@@ -63,9 +66,9 @@ class Errors:
         self.largest = max(self.largest, exact.abs().max().item())
 
     def check(self, what: str) -> None:
-        """AssertionError where the rule is broken."""
+        """Raise AssertionError if the rule is broken."""
         ours, low = ((total / max(self.num_elements, 1)) ** 0.5 for total in self.squares)
-        # fp32 sums of 16-bit numbers are often exact in torch's order: nothing to be measured by.
+        # In torch's order fp32 sums of 16-bit numbers are often exact, so its error can be 0.
         floor = FLOOR * (1.0 if self.dtype == torch.float32 else max(1.0, self.largest))
         bound = FACTOR * low + floor
         is_narrow = self.num_columns < NARROW
@@ -82,23 +85,24 @@ class Errors:
 
 def compare(
     fused: Callable[..., Tensor],
-    twin: Callable[..., Tensor],
+    unfused: Callable[..., Tensor],
     make: Callable[[], Sequence[Tensor | None]],
     options: dict[str, Any],
     what: str,
     own: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Result and every gradient of `fused`: the error rule, on inputs that `make` draws.
+    """Hold the result and every gradient of `fused` to the error rule, on inputs drawn by `make`.
 
-    `twin` is the truth in fp64, and torch's own operation unless `own` is.
+    `unfused` in fp64 is taken as exact. In the inputs' dtypes it is also torch's own operation,
+    unless `own` is given.
     """
     errors: list[Errors] = []
     num_draws = draw = 0
     while draw <= num_draws:
         torch.manual_seed(draw)
         inputs = make()
-        exact = _run(twin, inputs, options, torch.float64)
-        ours, low = (_run(function, inputs, options, None) for function in (fused, own or twin))
+        exact = _run(unfused, inputs, options, torch.float64)
+        ours, low = (_run(function, inputs, options, None) for function in (fused, own or unfused))
         if not errors:
             errors = [Errors(ours[0].dtype) for _ in ours]
             samples = min(ours[0].shape[-1], ours[0].numel() // max(ours[0].shape[-1], 1))
@@ -116,7 +120,7 @@ def _run(
     options: dict[str, Any],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """[result, gradients of the inputs], computed in `dtype` or as they are."""
+    """[result, gradients of the inputs], computed in `dtype`, or in the inputs' own if None."""
     leaves = [
         None if t is None else t.to(dtype or t.dtype).detach().requires_grad_() for t in inputs
     ]
@@ -130,7 +134,7 @@ def _run(
 
 
 def round_as_gpus_do(monkeypatch: Any) -> None:
-    """Make Triton's interpreter round fp32 to bf16, where it cuts bits off."""
+    """Make Triton's interpreter round fp32 to bf16; by itself it truncates."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -146,7 +150,7 @@ def round_as_gpus_do(monkeypatch: Any) -> None:
 
 
 def guarded(x: Tensor) -> Tensor:
-    """x with NaN before and after it: what reads too far shows."""
+    """A copy of x with NaN before and after it, so that reading outside of it shows."""
     filler = True if x.dtype == torch.bool else float("nan") if x.is_floating_point() else -(2**30)
     buffer = torch.full((x.numel() + 2 * GUARD,), filler, dtype=x.dtype, device=x.device)
     inner = buffer[GUARD : GUARD + x.numel()].view(x.shape)
@@ -155,7 +159,7 @@ def guarded(x: Tensor) -> Tensor:
 
 @contextmanager
 def guard_bands(monkeypatch: Any) -> Iterator[None]:
-    """While it lasts, torch.empty(_like) surrounds with NaN; at the end none may be overwritten."""
+    """Within: torch.empty and empty_like put NaN around tensors; fails if any is overwritten."""
     real, buffers = torch.empty, []
 
     def empty(*shape: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that nothing needs Triton to be installed."""
+"""Which implementation runs; the package imports without Triton."""
 
 from __future__ import annotations
 
@@ -56,10 +56,8 @@ print(kernels.__file__, hasattr(kernels, "functional"), is_kernels_available())
 
 
 @pytest.mark.parametrize("version", [None, "0.0.1"])
-def test_in_a_clone_hugging_faces_package_of_this_name_comes_forward(
-    tmp_path: Path, version: str | None
-) -> None:
-    """Python and transformers look into the current folder first, where ours lies."""
+def test_in_a_clone_kernels_is_hugging_faces_package(tmp_path: Path, version: str | None) -> None:
+    """Python and transformers look in the current folder first, and in a clone find ours there."""
     if version:
         (tmp_path / "kernels.py").write_text(f"__version__ = {version!r}\n")
     clone = Path(__file__).resolve().parents[1]
@@ -96,7 +94,7 @@ def test_unknown_backend_is_refused() -> None:
         kernels.set_backend("cuda")
 
 
-def test_cpu_tensors_take_the_twin_unless_told(kernel_device: torch.device) -> None:
+def test_cpu_tensors_take_the_reference_unless_told(kernel_device: torch.device) -> None:
     x = torch.randn(2, 4)
     kernels.set_backend("auto")
     assert not kernels.use_triton(x, 4)
@@ -109,7 +107,7 @@ def test_cpu_tensors_take_the_twin_unless_told(kernel_device: torch.device) -> N
 def test_auto_leaves_small_eager_layer_norms_to_torch(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU; here the limit is lowered and `auto` takes kernels as if there were one."""
+    """Only GPUs have this rule: here the limit is lowered and `auto` acts as if there were one."""
     monkeypatch.setattr(functional, "use_triton", lambda x, width: True)
     monkeypatch.setattr(backend, "HOST_BOUND_ELEMENTS", 64)
     weight, bias = torch.randn(2, 16, device=kernel_device)
@@ -164,7 +162,7 @@ def test_our_model_computes_the_same_with_kernels(
         )
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    # Other backward formulas leave other last bits: the kernels did run.
+    # The kernels' backward formulas differ from torch's in the last bits: this shows that they ran.
     assert any(not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""`clue-ds bench kernels`: the ahead-of-time gate, and the measuring itself on a CPU."""
+"""`clue-ds bench kernels`: the ahead-of-time checks, and the measurement tried on a CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clue_ds.benchmarks.kernels import kernels
 from clue_ds.errors import UserError
 from clue_ds.kernels import backend, bench
 
-# Remade by: clue-ds bench kernels --aot > tests/aot_kernels.txt
+# Made by: clue-ds bench kernels --aot > tests/aot_kernels.txt
 GOLDEN = Path(__file__).with_name("aot_kernels.txt")
 
 
 def test_compiled_kernels_keep_their_limits_and_are_the_golden_ones() -> None:
-    """A process of its own: in this one TRITON_INTERPRET may have made functions of the kernels."""
+    """In a process of its own, as TRITON_INTERPRET may have turned kernels into functions here."""
     triton = pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "clue_ds.cli", "bench", "kernels", "--aot"],
@@ -58,8 +58,8 @@ def test_every_operation_is_checked_timed_written_and_drawn(
     kernels(hidden=(8, 16), rows=(4,), dtype="fp32", device="cpu", csv=table, plot=picture)
     with table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Five operations, three of them also with dropout, two providers, layer_norm a third; two
-    # widths, three modes.
+    # Five operations, three of them also with dropout, have two providers each, and layer_norm has
+    # a third; all have two widths and three modes.
     host = [row for row in rows if row["clock"] == "host"]
     assert len(rows) - len(host) == ((5 + 3) * 2 + 1) * 2 * 3
     assert {row["op"] for row in rows} == {row["op"] for row in host} == set(bench.OPS)

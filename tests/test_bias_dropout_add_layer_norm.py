@@ -1,4 +1,4 @@
-"""The bias_dropout_add_layer_norm kernel against fp64 and, with a seed, against its twin's mask."""
+"""The bias_dropout_add_layer_norm kernel compared with fp64; with a seed, its mask too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 0x1234_5678_9ABC_DEF
 SHAPES = [(65, width) for width in WIDTHS] + [(rows, 312) for rows in ROWS] + [(129, 769)]
 
 fused = partial(kernels.bias_dropout_add_layer_norm, eps=EPS, training=True)
-twin = partial(reference.bias_dropout_add_layer_norm, eps=EPS, training=True)
+unfused = partial(reference.bias_dropout_add_layer_norm, eps=EPS, training=True)
 
 
 def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -32,7 +32,7 @@ def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     for i, (rows, width) in enumerate(SHAPES):
         p = (0.0, 0.1, 0.5)[i % 3]
         inputs = partial(make, rows, width, dtype, kernel_device)
-        compare(fused, twin, inputs, {"p": p, "seed": SEED}, f"{rows} x {width}, p={p}")
+        compare(fused, unfused, inputs, {"p": p, "seed": SEED}, f"{rows} x {width}, p={p}")
 
 
 def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(kernel_device: torch.device) -> None:
@@ -41,16 +41,18 @@ def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(kernel_device: torch.dev
         inputs[2] += 1e3
         return inputs
 
-    compare(fused, twin, far, {"p": 0.1, "seed": SEED}, "residual at 1e3")
+    compare(fused, unfused, far, {"p": 0.1, "seed": SEED}, "residual at 1e3")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-def test_mask_sum_and_gradients_are_the_twins(p: float, kernel_device: torch.device) -> None:
+def test_mask_sum_and_gradients_are_those_of_the_reference(
+    p: float, kernel_device: torch.device
+) -> None:
     torch.manual_seed(0)
     inputs = [t.requires_grad_() for t in make(37, 312, torch.float32, kernel_device)]
     options = {"p": p, "seed": SEED, "prenorm": True, "return_mask": True}
     y, total, mask = fused(*inputs, **options)
-    expected_y, expected_total, expected_mask = twin(*inputs, **options)
+    expected_y, expected_total, expected_mask = unfused(*inputs, **options)
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(total, expected_total)
     torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-5)
@@ -76,12 +78,12 @@ def test_bias_and_residual_may_be_absent(kernel_device: torch.device) -> None:
             return [None if i in absent else t for i, t in enumerate(inputs)]
 
         for p in (0.0, 0.3):
-            compare(fused, twin, some, {"p": p, "seed": SEED}, f"p={p}, without {absent}")
+            compare(fused, unfused, some, {"p": p, "seed": SEED}, f"p={p}, without {absent}")
 
 
 def test_dtypes_of_result_and_sum(kernel_device: torch.device) -> None:
     x, bias, residual, weight, ln_bias = make(4, 16, torch.bfloat16, kernel_device)
-    for operation in (fused, twin):
+    for operation in (fused, unfused):
         for kept, in_fp32, expected in (
             (residual, False, torch.bfloat16),
             (residual, True, torch.float32),

@@ -1,4 +1,4 @@
-"""The bias_gelu kernel against fp64, erf and tanh."""
+"""The bias_gelu kernel compared with fp64, erf and tanh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks of tests/gpu, at sizes that Triton's interpreter can hold."""
+"""The checks of tests/gpu, at sizes that Triton's interpreter can compute."""
 
 from __future__ import annotations
 

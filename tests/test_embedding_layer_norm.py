@@ -1,4 +1,4 @@
-"""The embedding_layer_norm kernel against its twin in fp64."""
+"""The embedding_layer_norm kernel compared with the reference in fp64."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_all_widths(dtype: torch.dtype, kernel_device: torch.device) -> None:
         options = {"p": (0.0, 0.1)[i // 2 % 2], "eps": 1e-12, "training": True, "seed": 5}
         options["padding_idx"] = 3 if i % 3 else None
         fused = partial(kernels.embedding_layer_norm, ids, types)
-        twin = partial(reference.embedding_layer_norm, ids, types)
+        unfused = partial(reference.embedding_layer_norm, ids, types)
         tables = partial(make, width, dtype, kernel_device)
-        compare(fused, twin, tables, options, f"{shape} x {width}")
+        compare(fused, unfused, tables, options, f"{shape} x {width}")
 
 
 def test_padding_word_gets_no_gradient(kernel_device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Modules that drop in for torch's, Megatron's and Hugging Face's."""
+"""Drop-in modules for torch's, Megatron's and Hugging Face's, and the README's examples."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def fill(scores: Tensor, mask: Tensor) -> Tensor:
 def by_definition(
     scores: Tensor, mask: Tensor | None, scale: float, offset: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale * scores) with -10000 where masked, in fp64; a row without keys is zeros."""
+    """softmax(scale * scores) in fp64, -10000 where masked; zeros if all weights underflow."""
     scaled = scores.double() * scale
     if mask is not None:
         scaled = fill(scaled, mask)
@@ -132,7 +132,7 @@ def test_megatrons_constructor_call_and_mask(fusion: bool, kernel_device: torch.
     expected = by_definition(scores, None, 1.0).float()
     torch.testing.assert_close(plain(scores, None), expected)
     empty = torch.ones(1, 1, 5, 7, dtype=torch.bool, device=kernel_device)
-    if fusion:  # as Megatron's kernel; through its mask_func torch's softmax is uniform
+    if fusion:  # as in Megatron's kernel; after mask_func, torch's softmax is uniform
         assert torch.count_nonzero(plain(scores, empty)) == 0
 
 
@@ -157,12 +157,12 @@ def test_megatrons_causal_masks_and_windows(fusion: bool, kernel_device: torch.d
         scaled_masked_softmax_fusion=fusion, mask_func=fill, window_size=(2, 0)
     )
     hidden = later | torch.ones_like(later).tril(-3)
-    for few in (6, 2):  # the last queries, as with a cache of keys
+    for few in (6, 2):  # only the last queries, as with cached keys
         expected = by_definition(scores[:, :, -few:], hidden[-few:], 1.0).float()
         torch.testing.assert_close(windowed(scores[:, :, -few:], None), expected)
 
 
-def test_megatrons_softmax_offset_takes_its_share(kernel_device: torch.device) -> None:
+def test_megatrons_softmax_offset_counts_in_the_sum(kernel_device: torch.device) -> None:
     torch.manual_seed(0)
     scores = torch.randn(2, 3, 4, 5, device=kernel_device)
     offset = torch.randn(3, device=kernel_device)
@@ -188,7 +188,7 @@ def bert(model: type[nn.Module], activation: str = "gelu") -> nn.Module:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """The pretraining or MLM loss; of a bare BertModel a sum that reads all of its results."""
+    """The pretraining or MLM loss; for a plain BertModel, a sum that depends on all results."""
     types = (ids % 2).long()
     keep = torch.ones_like(ids)
     keep[1, 6:] = 0
@@ -216,7 +216,7 @@ def test_hugging_face_bert_computes_the_same(
     theirs = bert(kind, activation).to(kernel_device)
     ours = kernels.apply_kernels_to_bert(copy.deepcopy(theirs))
     fused = [m for m in ours.modules() if type(m).__name__.startswith("Fused")]
-    # Per layer two dense-add-norms, with their LayerNorms, and one GELU.
+    # Each layer has two dense-add-norms, their two LayerNorms, and one GELU.
     assert len(fused) == num_norms + 2 * (2 + 2 + 1)
     assert isinstance(ours, kind) and ours.state_dict().keys() == theirs.state_dict().keys()
     copied = copy.deepcopy(ours)

@@ -1,4 +1,4 @@
-"""The layer_norm kernel against fp64, by the error rule of kernel_checks.py."""
+"""The layer_norm kernel compared with fp64, by the error rule of kernel_checks.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-12
 SHAPES = [(65, width) for width in WIDTHS] + [(rows, 312) for rows in ROWS] + [(129, 769)]
 
 fused = partial(kernels.layer_norm, eps=EPS)
-twin = partial(reference.layer_norm, eps=EPS)
+unfused = partial(reference.layer_norm, eps=EPS)
 
 
 def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -29,7 +29,7 @@ def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> lis
 def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     for rows, width in SHAPES:
         inputs = partial(make, rows, width, dtype, kernel_device)
-        compare(fused, twin, inputs, {}, f"{rows} x {width}")
+        compare(fused, unfused, inputs, {}, f"{rows} x {width}")
 
 
 def test_parameters_may_be_absent_or_of_the_activations_dtype(kernel_device: torch.device) -> None:
@@ -39,41 +39,41 @@ def test_parameters_may_be_absent_or_of_the_activations_dtype(kernel_device: tor
             inputs = make(33, 64, torch.bfloat16, kernel_device)
             return [None if i in absent else t.bfloat16() for i, t in enumerate(inputs)]
 
-        compare(fused, twin, low, {}, f"without {absent}")
+        compare(fused, unfused, low, {}, f"without {absent}")
 
 
 @pytest.mark.parametrize("width", [57, 312, 768])
 def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(
     width: int, kernel_device: torch.device
 ) -> None:
-    """Rounding of the mean alone once made our error 1.9 times torch's."""
+    """Rounding the mean once made our error 1.9 times torch's."""
 
     def far() -> list[Tensor]:
         x, *parameters = make(33, width, torch.float32, kernel_device)
         return [x + 1e3, *parameters]
 
-    compare(fused, twin, far, {}, f"mean 1e3, width {width}")
+    compare(fused, unfused, far, {}, f"mean 1e3, width {width}")
 
 
 def test_rows_of_one_large_number_are_zeros(kernel_device: torch.device) -> None:
-    """Their variance is 0, however the mean was rounded; less than 0 would be NaN."""
+    """Their variance must be 0 however the mean is rounded; a negative one would give NaN."""
     x = torch.tensor([[1e6 + 0.25], [1e3 + 0.1], [3e7]], device=kernel_device).expand(3, 312)
     weight, bias = torch.ones(312, device=kernel_device), torch.zeros(312, device=kernel_device)
     assert torch.count_nonzero(fused(x, weight, bias)) == 0
 
 
 def test_statistics_stay_fp32_beside_bf16_rows(kernel_device: torch.device) -> None:
-    """Liger kept mean and rstd in bf16: at a mean of 1000 the digits of the variance are gone."""
+    """Liger kept mean and rstd in bf16, which loses the variance's digits at a mean of 1000."""
     weight, bias = torch.ones(768, device=kernel_device), torch.zeros(768, device=kernel_device)
 
     def far() -> list[Tensor]:
         x = torch.randn(33, 768, device=kernel_device) + 1e3
         return [x.bfloat16(), weight, bias]
 
-    compare(fused, twin, far, {}, "mean 1e3 in bf16")
+    compare(fused, unfused, far, {}, "mean 1e3 in bf16")
 
 
-def test_rows_may_lie_apart_and_have_any_leading_dimensions(kernel_device: torch.device) -> None:
+def test_rows_may_be_strided_and_have_any_leading_dimensions(kernel_device: torch.device) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(2, 24, device=kernel_device)
     for x in (
@@ -81,7 +81,7 @@ def test_rows_may_lie_apart_and_have_any_leading_dimensions(kernel_device: torch
         torch.randn(24, 5, device=kernel_device).T,
         torch.randn(2, 3, 4, 24, device=kernel_device).transpose(1, 2),
     ):
-        expected = twin(x, weight, bias)
+        expected = unfused(x, weight, bias)
         torch.testing.assert_close(fused(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -16,9 +16,10 @@ SEED = 77
 def eager_chain(
     scores: Tensor, key_lengths: Tensor, scale: float, dropout_p: float, seed: int
 ) -> Tensor:
-    """What torch computes in the scores' dtype; backward reads the probabilities, as ours does.
+    """The operation in torch, in the scores' dtype; its backward reads probabilities of that dtype.
 
-    The twin keeps them in fp32. A power of two as scale rounds nothing.
+    So does ours, but the reference keeps probabilities in fp32. A scale that is a power of two
+    rounds nothing.
     """
     beyond = torch.arange(scores.shape[-1], device=scores.device) >= key_lengths[:, None]
     masked = (scores * scale).masked_fill(beyond[:, None, None], float("-inf"))
@@ -95,7 +96,7 @@ def test_row_without_keys_is_zero_with_zero_gradients(kernel_device: torch.devic
 
 
 def test_maximum_is_taken_after_masking(kernel_device: torch.device) -> None:
-    """DeepSpeed's took it before: a huge masked score made the others underflow to 0 / 0."""
+    """DeepSpeed took it before masking: a huge masked score made the others underflow to 0 / 0."""
     scores = torch.tensor([[[[1e4, 0.0, 0.0]]]], device=kernel_device)
     mask = torch.tensor([True, False, False], device=kernel_device)
     assert kernels.masked_softmax(scores, mask).flatten().tolist() == [0.0, 0.5, 0.5]
@@ -111,7 +112,7 @@ def test_nan_shows_unless_it_is_masked(kernel_device: torch.device) -> None:
     assert hidden.isfinite().all()
 
 
-def test_dropout_equals_the_twins_and_scales_to_one(kernel_device: torch.device) -> None:
+def test_dropout_equals_the_references(kernel_device: torch.device) -> None:
     torch.manual_seed(0)
     scores = torch.randn(2, 4, 33, 130, device=kernel_device, requires_grad=True)
     for p in (0.1, 0.5, 1.0):

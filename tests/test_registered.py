@@ -1,4 +1,4 @@
-"""What every operation owes torch: gradcheck, opcheck, fullgraph compile, checkpointing, ZeRO-3."""
+"""Every operation in torch: gradcheck, opcheck, fullgraph compile, checkpointing, ZeRO-3."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SEED = 11
 
 
 class Case(NamedTuple):
-    """An operation as a function of its floating-point inputs."""
+    """An operation as a function of its floating-point inputs, and the op registered for it."""
 
     call: Callable[..., Any]
     shapes: list[tuple[int, ...]]
     op: str
-    rest: Callable[[torch.device], tuple[Any, ...]]  # arguments of the registered op behind them
+    rest: Callable[[torch.device], tuple[Any, ...]]  # the registered op's other arguments
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -95,7 +95,7 @@ def test_registered_op_passes_opcheck(name: str, kernel_device: torch.device) ->
     if case.op == "embedding_layer_norm":
         inputs = [_ids(kernel_device), _ids(kernel_device) % 2, *inputs]
     op = getattr(torch.ops.clue_ds, case.op).default
-    # The static-shape half of what torch.compile needs; the dynamic one takes 10 s a case here.
+    # With static shapes only: the check with dynamic ones takes 10 s per case.
     tests = (
         "test_schema",
         "test_autograd_registration",
@@ -116,7 +116,7 @@ def test_compiled_without_a_graph_break_equals_eager(
         out = case.call(*tensors)
         return 2 * (out[0] if isinstance(out, tuple) else out)
 
-    # Otherwise the shapes of the case before would make this one's sizes symbols.
+    # Otherwise sizes that differ from those of the previous case would become symbols.
     torch.compiler.reset()
     compiled = torch.compile(first, fullgraph=True, backend="aot_eager", dynamic=False)
     ours, eager = compiled(*inputs), first(*inputs)
@@ -132,7 +132,7 @@ def _leaves(*shapes: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:
     return lambda device: [torch.randn(s, device=device, requires_grad=True) for s in shapes]
 
 
-# The call, and its tensors for n rows, positions or queries and a width of n + 4.
+# For each operation a call, and its tensors for n rows (positions, queries) and a width of n + 4.
 GROWING: dict[str, tuple[Callable[..., Tensor], Callable[[int], Any]]] = {
     "layer_norm": (
         lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),

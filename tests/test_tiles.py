@@ -1,4 +1,4 @@
-"""Dropout masks of the kernels: rate, independence, no repeats, and no trace of the tiling."""
+"""Dropout masks of the kernels: their rate, independent draws, no repeats, no effect of tiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rate(p: float, kernel_device: torch.device) -> None:
 
 
 def test_no_two_rows_are_alike_and_neighbours_are_independent(kernel_device: torch.device) -> None:
-    """xformers' mask came back every 32 rows."""
+    """The mask of xformers repeated every 32 rows."""
     mask = mask_of(1024, 64, 0.5, 2, kernel_device)
     assert torch.unique(mask, dim=0).shape[0] == 1024
     fair = mask.double() * 2 - 1
@@ -62,12 +62,12 @@ def test_mask_depends_on_seed_row_and_column_only(kernel_device: torch.device) -
         assert torch.equal(mask_of(rows, width, 0.3, 3, kernel_device), whole[:rows, :width])
 
 
-def test_twin_draws_philox_by_the_book() -> None:
-    """Known answer of Philox-4x32-7 from the authors' test vectors (counter 0, key 0)."""
+def test_reference_draws_philox_as_published() -> None:
+    """The authors' test vector of Philox-4x32-7 for counter 0 and key 0."""
     keep_all = reference.philox_keep(torch.Size((1, 8)), 0, 0)
     assert bool(keep_all.all())
     draws = []
-    for column in range(8):  # bisect each draw: it is kept while the threshold is not above it
+    for column in range(8):  # find each draw by bisection: it is kept up to a threshold of itself
         low, high = 0, 65_536
         while high - low > 1:
             middle = (low + high) // 2
@@ -79,7 +79,7 @@ def test_twin_draws_philox_by_the_book() -> None:
 
 
 def test_rows_beyond_32_bits_have_their_own_masks() -> None:
-    """The counter holds both halves of the row: 2^32 rows on, nothing comes back."""
+    """The counter holds both halves of the row number, so masks don't repeat after 2^32 rows."""
     seed = torch.tensor(5)
     few = reference.philox_keep(torch.Size((4, 64)), 32_768, seed)
     assert few.shape == (4, 64) and not torch.equal(few[0], few[1])

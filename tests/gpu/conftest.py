@@ -1,4 +1,4 @@
-"""tests/gpu runs on a machine with CUDA (`make test-gpu`) and skips, with the reason, elsewhere."""
+"""tests/gpu runs where CUDA is available (`make test-gpu`); elsewhere its tests are skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# The helpers that spawn runs and make corpora are those of the other tests.
+# For the helpers in tests/ that start runs and make corpora.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

@@ -1,6 +1,6 @@
-"""What only a GPU can show: sizes beyond 2^31, CUDA graphs, masks of the device, a training run.
+"""Checks that need a GPU: sizes beyond 2^31, CUDA graphs, the device's masks, a training run.
 
-`make test-gpu` runs the numeric suite of tests/test_*.py on the device as well.
+`make test-gpu` also runs the numeric tests of tests/test_*.py on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from device_checks import (
 from clue_ds import kernels
 from clue_ds.kernels import bench, reference
 
-# 2^31 elements and three rows more; a bf16 tensor of them takes 4.3 GB.
+# Three rows more than 2^31 elements; a bf16 tensor of that size takes 4.3 GB.
 WIDTH = 1024
 FAR = 2**31 // WIDTH + 3
 
@@ -70,7 +70,7 @@ torch.save(mask, sys.argv[2])
 
 
 def interpreters_mask(path: Path) -> torch.Tensor:
-    """bool [1000, 312]; in a process of its own, since Triton decides when it decorates."""
+    """bool [1000, 312], from a process of its own: Triton reads TRITON_INTERPRET at decoration."""
     command = [sys.executable, "-c", INTERPRETED, str(SEED), str(path)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, env=environment, check=True)
@@ -147,7 +147,7 @@ def test_inductor_compiles_around_the_operations(kernel_device: torch.device) ->
 
 
 def test_benchmark_measures_every_mode_and_clock(kernel_device: torch.device) -> None:
-    """Delicate: capturing a backward pass alone, and compiled code that runs twice."""
+    """This captures backward passes without their forward, and runs compiled ones repeatedly."""
     case = bench.Case("bias_dropout_add_layer_norm", 512, 312, torch.bfloat16, 0.1)
     rows = bench.measure(case, ["fwd", "bwd", "full"], kernel_device)
     found = {(row.mode, row.clock, row.provider) for row in rows}
@@ -162,13 +162,13 @@ def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -
         losses_of(name, 0.0, kernel_device, 200) for name in ("triton", "torch")
     )
     assert without[-1] < 0.5 * without[0]
-    # Same arithmetic in another order: equal at first, then rounding is amplified by training.
+    # The same arithmetic in another order: losses are equal until training amplifies rounding.
     torch.testing.assert_close(with_kernels[:20], without[:20], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(with_kernels, without, rtol=0.05, atol=0.05)
 
 
 def test_training_with_dropout_learns_as_well(kernel_device: torch.device) -> None:
-    """Masks differ (torch's generator is not Philox by row), so only the course is compared."""
+    """Torch's masks differ from the kernels', so only the last losses are compared."""
     with_kernels, without = (
         losses_of(name, 0.1, kernel_device, 200) for name in ("triton", "torch")
     )

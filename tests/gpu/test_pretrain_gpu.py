@@ -1,6 +1,6 @@
-"""On one GPU, every shipped DeepSpeed config trains like fp32 on the CPU, in each precision."""
+"""On one GPU, every DeepSpeed config we ship trains as fp32 on the CPU does, in each precision."""
 
-# ruff: noqa: E402 (what pretraining needs besides torch is asked for before it is imported)
+# ruff: noqa: E402 (imports come after the check that pretraining's packages are installed)
 from __future__ import annotations
 
 import os
@@ -25,7 +25,7 @@ from clue_ds.presets import get
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
-# Of the losses of 6 steps against fp32 on the CPU. TF32 is off; bf16 has 8 bits, fp16 11.
+# For the losses of 6 steps, compared with fp32 on the CPU. TF32 is off; bf16 has 8 bits, fp16 11.
 LOSS_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
 
 
