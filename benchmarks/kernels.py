@@ -12,35 +12,26 @@ import importlib.metadata
 import importlib.util
 from csv import writer as csv_writer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from clue_ds.benchmarks.description import describe
 from clue_ds.errors import UserError
 from clue_ds.kernels import backend, bench
+from clue_ds.kernels.bench import Mode, Op, Row
 
-if TYPE_CHECKING:
-    from clue_ds.kernels.bench import Row
-
-Op = Literal[
-    "layer_norm",
-    "bias_dropout_add_layer_norm",
-    "masked_softmax",
-    "bias_gelu",
-    "embedding_layer_norm",
-]
 # Packages that the figures depend on, besides torch; the table's head has their versions.
 PACKAGES = ("triton", "liger_kernel", "flash_attn", "apex")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def kernels(
-    op: tuple[Op, ...] = get_args(Op),
+    op: tuple[Op, ...] = bench.OPS,
     hidden: tuple[int, ...] = (312, 768, 1024),
     rows: tuple[int, ...] = (32_768,),
     dtype: Literal["fp32", "fp16", "bf16"] = "bf16",
-    mode: tuple[Literal["fwd", "bwd", "full"], ...] = ("fwd", "bwd", "full"),
+    mode: tuple[Mode, ...] = get_args(Mode),
     dropout: tuple[float, ...] = (0.0, 0.1),
     device: Literal["cuda", "cpu"] = "cuda",
     csv: Path | None = None,
@@ -50,7 +41,7 @@ def kernels(
     """Bandwidth of the fused operations: ours, torch, torch.compile, and installed peers.
 
     Args:
-        op: operations
+        op: operations to measure
         hidden: hidden sizes (numbers of keys for masked_softmax)
         rows: numbers of rows
         dtype: dtype of activations and parameters

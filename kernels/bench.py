@@ -25,7 +25,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,15 @@ from torch import Tensor
 from . import functional, reference
 from .backend import available, get_backend, set_backend
 
+Op = Literal[
+    "layer_norm",
+    "bias_dropout_add_layer_norm",
+    "masked_softmax",
+    "bias_gelu",
+    "embedding_layer_norm",
+]
 Mode = Literal["fwd", "bwd", "full"]
+OPS: tuple[Op, ...] = get_args(Op)
 EPS = 1e-12
 REPEATS = {"cuda": 50, "cpu": 3}
 WARMUP = 5
@@ -47,7 +55,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # Elements that a fused operation reads and writes per element of its matrix: (forward, backward)
 # without dropout, then the same with dropout.
-TRAFFIC = {
+TRAFFIC: dict[Op, tuple[tuple[int, int], tuple[int, int]]] = {
     "layer_norm": ((2, 3), (2, 3)),
     "bias_dropout_add_layer_norm": ((4, 3), (4, 4)),
     "masked_softmax": ((2, 3), (3, 3)),
@@ -55,13 +63,12 @@ TRAFFIC = {
     # The rows of its small tables stay in cache; the scatter into the tables is not counted.
     "embedding_layer_norm": ((2, 3), (2, 3)),
 }
-OPS = tuple(TRAFFIC)
 
 
 class Case(NamedTuple):
     """An operation at one size, dtype and dropout probability."""
 
-    op: str
+    op: Op
     rows: int
     hidden: int
     dtype: torch.dtype
