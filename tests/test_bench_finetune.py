@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from test_finetune import model as model  # the fixture
-from test_training import data as data  # the fixture
-from test_training import request
+from test_finetune_runs import data as data  # the fixture
+from test_finetune_runs import request
 
 from clue_ds.benchmarks import evidence
 from clue_ds.benchmarks.finetune import finetune

@@ -56,7 +56,7 @@ def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Pat
     changes = {"save_every": 4, "epochs": 6}
     whole = run.run(request(model, data, tmp_path / "whole", **changes), show=False)
     code = (
-        "import sys, json; from pathlib import Path; from clue_ds.tasks import runs;"
+        "import sys, json; from pathlib import Path; from clue_ds.tasks.finetune import run;"
         "task, model, data, out, changes = sys.argv[1:];"
         "run.run(run.Request(task, model, data, Path(out), json.loads(changes)))"
     )

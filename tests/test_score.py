@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_finetune import model as model  # the fixture
-from test_training import data as data  # the fixture
+from test_finetune_runs import data as data  # the fixture
 
 from clue_ds.errors import UserError
 from clue_ds.tasks.finetune import command, score

@@ -15,8 +15,8 @@ import torch
 from ranks import run_ranks
 from test_finetune import examples
 from test_finetune import model as model  # the fixture
-from test_training import data as data  # the fixture
-from test_training import same_weights
+from test_finetune_runs import data as data  # the fixture
+from test_finetune_runs import same_weights
 
 from clue_ds.tasks import Predictor
 from clue_ds.tasks.finetune import command as finetune_command

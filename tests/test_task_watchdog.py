@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from test_finetune import examples
 from test_finetune import model as model  # the fixture
+from test_finetune_runs import data as data  # the fixture
+from test_finetune_runs import same_weights
 from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S
-from test_training import data as data  # the fixture
-from test_training import same_weights
 from test_watchdog import two_ranks
 from zygote import Zygote
 
