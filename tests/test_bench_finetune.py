@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
-from test_finetune_runs import request
+from test_finetune_runs import run_spec
 
 from clue_ds.benchmarks import evidence
 from clue_ds.benchmarks.finetune import finetune
@@ -67,9 +67,9 @@ def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_p
     accuracies: dict[str, list[float]] = {}
     for kind in evidence.STARTS:
         for seed in (42, 43):
-            asked = request(model, data, tmp_path / kind / "tone" / f"seed={seed}", epochs=1)
-            asked.changes["seed"] = seed
-            result = run.run(asked, show=False)
+            spec = run_spec(model, data, tmp_path / kind / "tone" / f"seed={seed}", epochs=1)
+            spec.changes["seed"] = seed
+            result = run.run(spec, show=False)
             accuracies.setdefault(kind, []).append(result["best"]["accuracy"])
     starts = {kind: (("tone",), model) for kind in evidence.STARTS}
     row = evidence._row(tmp_path, "tone", starts, 2)

@@ -124,7 +124,7 @@ def test_files_are_found_beside_each_other_and_in_folders(tmp_path: Path) -> Non
     inner = write(folder / "train.json", {})
     assert examples.find(AFQMC, tmp_path, "train") == inner
     write(folder / "train.tsv", "")
-    with pytest.raises(UserError, match="both there"):
+    with pytest.raises(UserError, match="both exist"):
         examples.find(AFQMC, tmp_path, "train")
     with pytest.raises(UserError, match=r"has no afqmc_public/dev\.json"):
         examples.find(AFQMC, tmp_path, "dev")

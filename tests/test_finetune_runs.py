@@ -23,7 +23,7 @@ from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.tasks.finetune import command, measures, run
 from clue_ds.tasks.finetune.loop import Recipe, _is_over
-from clue_ds.tasks.finetune.run import Request
+from clue_ds.tasks.finetune.run import RunSpec
 
 ROW = "name: tone\ntext: [sentence]\nlabels: [好, 坏]\nbatch_size: 16\nlr: 2e-3\nepochs: 3\n"
 
@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def request(model: Path, data: Path, directory: Path, **changes: Any) -> Request:
-    return Request(str(data / "tone.yaml"), str(model), str(data), directory, changes)
+def run_spec(model: Path, data: Path, directory: Path, **changes: Any) -> RunSpec:
+    return RunSpec(str(data / "tone.yaml"), str(model), str(data), directory, changes)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -54,15 +54,15 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Path) -> None:
     changes = {"save_every": 4, "epochs": 6}
-    whole = run.run(request(model, data, tmp_path / "whole", **changes), show=False)
+    whole = run.run(run_spec(model, data, tmp_path / "whole", **changes), show=False)
     code = (
         "import sys, json; from pathlib import Path; from clue_ds.tasks.finetune import run;"
         "task, model, data, out, changes = sys.argv[1:];"
-        "run.run(run.Request(task, model, data, Path(out), json.loads(changes)))"
+        "run.run(run.RunSpec(task, model, data, Path(out), json.loads(changes)))"
     )
-    asked = request(model, data, tmp_path / "cut", **changes)
-    arguments = [asked.task, asked.model, asked.data, str(asked.directory), json.dumps(changes)]
-    state = asked.directory / run.STATE
+    spec = run_spec(model, data, tmp_path / "cut", **changes)
+    arguments = [spec.task, spec.model, spec.data, str(spec.directory), json.dumps(changes)]
+    state = spec.directory / run.STATE
     # The order of a sum, and so its last bit, depends on the number of threads.
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
@@ -74,10 +74,10 @@ def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Pat
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert state.exists() and not (asked.directory / run.RESULT).exists()
+    assert state.exists() and not (spec.directory / run.RESULT).exists()
     step = torch.load(state)["progress"]["step"]
     assert 0 < step < len(whole["losses"])
-    resumed = run.run(asked, show=False)
+    resumed = run.run(spec, show=False)
     assert resumed["losses"] == whole["losses"] and resumed["epochs"] == whole["epochs"]
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     assert not state.exists()
@@ -86,12 +86,12 @@ def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Pat
 def test_finished_run_is_read_and_another_request_is_refused(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    asked = request(model, data, tmp_path / "run", epochs=1)
-    first = run.run(asked, show=False)
+    spec = run_spec(model, data, tmp_path / "run", epochs=1)
+    first = run.run(spec, show=False)
     written = (tmp_path / "run" / run.RESULT).stat().st_mtime_ns
-    assert run.run(asked, show=False) == json.loads(json.dumps(first))
+    assert run.run(spec, show=False) == json.loads(json.dumps(first))
     assert (tmp_path / "run" / run.RESULT).stat().st_mtime_ns == written
-    other = request(model, data, tmp_path / "run", epochs=2)
+    other = run_spec(model, data, tmp_path / "run", epochs=2)
     with pytest.raises(UserError, match=r"differs in recipe\.epochs"):
         run.run(other, show=False)
 
@@ -99,8 +99,8 @@ def test_finished_run_is_read_and_another_request_is_refused(
 def test_best_epoch_is_kept_and_patience_ends_the_run(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    asked = request(model, data, tmp_path / "run", epochs=30, patience=2)
-    result = run.run(asked, show=False)
+    spec = run_spec(model, data, tmp_path / "run", epochs=30, patience=2)
+    result = run.run(spec, show=False)
     accuracies = [line["accuracy"] for line in result["epochs"]]
     assert len(accuracies) < 30
     assert result["best"]["accuracy"] == max(accuracies)
@@ -133,8 +133,8 @@ def _finetune_on_ranks(model: str, data: str, directory: str) -> list[float]:
     from clue_ds.pretrain import engine
 
     engine.start()
-    asked = request(Path(model), Path(data), Path(directory), epochs=2)
-    return run.run(asked, show=False)["losses"]
+    spec = run_spec(Path(model), Path(data), Path(directory), epochs=2)
+    return run.run(spec, show=False)["losses"]
 
 
 def test_two_ranks_train_what_one_trains(data: Path, model: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_two_ranks_train_what_one_trains(data: Path, model: Path, tmp_path: Path
     torch.manual_seed(0)
     state = BertForPreTraining(still).state_dict()
     plain = export.save(still, state, model / "vocab.txt", tmp_path / "plain")
-    alone = run.run(request(plain, data, tmp_path / "alone", epochs=2), show=False)
+    alone = run.run(run_spec(plain, data, tmp_path / "alone", epochs=2), show=False)
     both = run_ranks(2, _finetune_on_ranks, str(plain), str(data), str(tmp_path / "both"))
     assert both[0] == both[1]
     # fp32 sums in another order, through 26 AdamW steps.
@@ -210,8 +210,8 @@ def test_a_run_that_never_began_makes_room(model: Path, data: Path, tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     with pytest.raises(UserError):
-        run.run(request(tmp_path / "model", data, tmp_path / "run", epochs=1), show=False)
-    assert run.run(request(model, data, tmp_path / "run", epochs=1), show=False)["epochs"]
+        run.run(run_spec(tmp_path / "model", data, tmp_path / "run", epochs=1), show=False)
+    assert run.run(run_spec(model, data, tmp_path / "run", epochs=1), show=False)["epochs"]
 
 
 @pytest.mark.parametrize(

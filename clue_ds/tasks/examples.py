@@ -16,7 +16,7 @@ from typing import NamedTuple
 from clue_ds import files
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks.features import Text
-from clue_ds.tasks.registry import Row, Split, Task
+from clue_ds.tasks.registry import Record, Split, Task
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 ID_FIELDS = ("id", "idx")
@@ -52,28 +52,28 @@ def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
     the task has not; naming the file: it is missing, empty, or of another format.
     """
     path = existing_file(path, f"{task.name} file")
-    examples = collect(task, path, rows(path), labelled)
+    examples = collect(task, path, records(path), labelled)
     examples.sha256 = files.sha256(path)
     return examples
 
 
 def collect(
-    task: Task, path: Path, numbered_rows: Iterable[tuple[int, Row]], labelled: bool
+    task: Task, path: Path, numbered_records: Iterable[tuple[int, Record]], labelled: bool
 ) -> Examples:
     """The examples that rows make, numbered by their lines; `path` names them in messages."""
     examples = Examples()
     examples.path, examples.names = path, {}
-    for line, row in numbered_rows:
+    for line, record in numbered_records:
         where = f"{path}:{line}"
-        label = _label(task, row, where) if labelled else None
+        label = _label(task, record, where) if labelled else None
         if label in task.skipped_labels:
             examples.num_skipped += 1
             continue
-        text = text_of(task, row, where)
+        text = text_of(task, record, where)
         number = len(examples) + examples.num_skipped
-        examples.append(Example(id_of(row, number), text, label))
-        if label is not None and task.name_field is not None and row.get(task.name_field):
-            examples.names[label] = str(row[task.name_field])
+        examples.append(Example(id_of(record, number), text, label))
+        if label is not None and task.name_field is not None and record.get(task.name_field):
+            examples.names[label] = str(record[task.name_field])
     if not examples:
         skipped = f"all {examples.num_skipped:,} lines are without a label"
         raise UserError(
@@ -91,20 +91,31 @@ def find(task: Task, data: str | Path, split: Split, version: str = "1.1") -> Pa
     if not data.is_dir():
         reason = "is a file" if data.exists() else "does not exist"
         raise UserError(f"data directory {data} {reason}; give the directory of the tasks' files")
-    stems = task.stems[split]
-    if split == "test":
-        if version not in task.test_stems:
-            known = ", ".join(task.test_stems)
-            raise UserError(f"{task.name} has no test set {version}; versions: {known}")
-        stems = (task.test_stems[version],)
-    names = [stem + suffix for stem in stems for suffix in SUFFIXES]
+    if split == "test" and version not in task.test_stems:
+        known = ", ".join(task.test_stems)
+        raise UserError(f"{task.name} has no test set {version}; versions: {known}")
+    found = candidates(task, data, split, version)
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1]} both exist; remove one")
+    if not found:
+        names = _file_names(task, split, version)
+        raise UserError(f"{data} has no {task.folder}/{names[0]}, nor {', '.join(names)}")
+    return found[0]
+
+
+def candidates(task: Task, data: Path, split: Split, version: str) -> list[Path]:
+    """The files of a split in the first directory of `data` that has any, best name first."""
+    names = _file_names(task, split, version)
     for directory in (data / task.folder, data / task.name, data):
         found = [directory / name for name in names if (directory / name).is_file()]
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]} are both there; remove one")
         if found:
-            return found[0]
-    raise UserError(f"{data} has no {task.folder}/{names[0]}, nor {', '.join(names)}")
+            return found
+    return []
+
+
+def _file_names(task: Task, split: Split, version: str) -> list[str]:
+    stems = (task.test_stems[version],) if split == "test" else task.stems[split]
+    return [stem + suffix for stem in stems for suffix in SUFFIXES]
 
 
 def version_of(task: Task, path: str | Path) -> str:
@@ -115,17 +126,17 @@ def version_of(task: Task, path: str | Path) -> str:
     if len(task.test_stems) == 1:
         return next(iter(task.test_stems))
     path = existing_file(path, f"{task.name} file")
-    return "1.0" if any(row.get("keywords") for _, row in rows(path)) else "1.1"
+    return "1.0" if any(record.get("keywords") for _, record in records(path)) else "1.1"
 
 
-def rows(path: Path) -> Iterator[tuple[int, Row]]:
+def records(path: Path) -> Iterator[tuple[int, Record]]:
     """(line number from 1, fields) of every line that is not blank; holds one line at a time.
 
     UserError naming file and line: not UTF-8, wrong JSON, a line with another number of columns.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
-    yield from (_table_rows if path.suffix in (".csv", ".tsv") else _json_rows)(path)
+    yield from (_table_records if path.suffix in (".csv", ".tsv") else _json_records)(path)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -140,22 +151,22 @@ def _lines(path: Path) -> Iterator[str]:
                 ) from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _json_records(path: Path) -> Iterator[tuple[int, Record]]:
     for line, content in enumerate(_lines(path), start=1):
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            record = json.loads(content)
         except ValueError as error:
             raise UserError(f"{path}:{line}: not JSON: {error}") from None
-        if not isinstance(row, dict):
+        if not isinstance(record, dict):
             raise UserError(
                 f"{path}:{line}: a line must be a JSON object, not {content.strip()[:40]!r}"
             )
-        yield line, row
+        yield line, record
 
 
-def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _table_records(path: Path) -> Iterator[tuple[int, Record]]:
     """CSV as spreadsheets write it; TSV has no quoting. The first line names the columns."""
     csv.field_size_limit(1 << 30)  # the default refuses texts beyond 131,072 characters
     if path.suffix == ".tsv":
@@ -181,13 +192,13 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path}:{begin}: not {path.suffix[1:].upper()}: {error}") from None
 
 
-def _label(task: Task, row: Row, where: str) -> str:
-    if task.label_field not in row:
+def _label(task: Task, record: Record, where: str) -> str:
+    if task.label_field not in record:
         raise UserError(
-            f"{where}: no field {task.label_field!r} (has {', '.join(row)}); "
+            f"{where}: no field {task.label_field!r} (has {', '.join(record)}); "
             "a file without labels can only be predicted"
         )
-    value = row[task.label_field]
+    value = record[task.label_field]
     label = str(value).lower() if isinstance(value, bool) else str(value)
     if label not in task.labels and label not in task.skipped_labels:
         few = ", ".join(task.labels[:20]) + (", ..." if len(task.labels) > 20 else "")
@@ -195,18 +206,18 @@ def _label(task: Task, row: Row, where: str) -> str:
     return label
 
 
-def id_of(row: Row, number: int) -> int | str:
-    """The row's own id, else the number of its line from 0."""
-    return next((row[f] for f in ID_FIELDS if isinstance(row.get(f), int | str)), number)
+def id_of(record: Record, number: int) -> int | str:
+    """The record's own id, else the number of its line from 0."""
+    return next((record[f] for f in ID_FIELDS if isinstance(record.get(f), int | str)), number)
 
 
-def text_of(task: Task, row: Row, where: str) -> Text:
-    """What the model reads of a row; UserError beginning with `where` when fields are missing."""
+def text_of(task: Task, record: Record, where: str) -> Text:
+    """What the model reads of a record; a UserError begins with `where`: a field is missing."""
     for name in task.fields:
-        if name not in row:
-            raise UserError(f"{where}: no field {name!r} (has {', '.join(row)})")
+        if name not in record:
+            raise UserError(f"{where}: no field {name!r} (has {', '.join(record)})")
     try:
-        text = task.text(row)
+        text = task.text(record)
     except (KeyError, TypeError, ValueError) as error:
         fields = " and ".join(task.fields)
         raise UserError(f"{where}: {fields} can't be read for {task.name}: {error!r}") from None

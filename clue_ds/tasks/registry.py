@@ -18,7 +18,7 @@ from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.tasks.features import Text
 
-Row = dict[str, Any]  # one line of a task's file, its fields by name
+Record = dict[str, Any]  # one line of a task's file: field name -> value
 Kind = Literal["single", "pair"]
 Split = Literal["train", "dev", "test"]
 
@@ -48,7 +48,7 @@ class Task:
     labels: tuple[str, ...]
     settings: Settings = Settings()
     small_settings: Settings | None = None  # instead of upstream's advice, for small models
-    build: Callable[[Row], Text] | None = None  # default: the fields as they are
+    build: Callable[[Record], Text] | None = None  # default: the fields as they are
     label_field: str = "label"
     skipped_labels: frozenset[str] = frozenset()  # annotators disagreed: no label
     name_field: str | None = None  # says in words what a label means
@@ -66,13 +66,13 @@ class Task:
         """Where CLUE's archives put the task's files."""
         return f"{self.name}_public"
 
-    def text(self, row: Row) -> Text:
-        """What the model reads of a row; its `fields` are there."""
+    def text(self, record: Record) -> Text:
+        """What the model reads of a record, which has all of `fields`."""
         if self.build is not None:
-            return self.build(row)
+            return self.build(record)
         if self.kind == "single":
-            return row[self.fields[0]]
-        return row[self.fields[0]], row[self.fields[1]]
+            return record[self.fields[0]]
+        return record[self.fields[0]], record[self.fields[1]]
 
     def settings_for(self, model: ModelConfig) -> Settings:
         """The settings for a model of this size."""
@@ -85,16 +85,16 @@ class Task:
         return Settings(plain.max_length, plain.batch_size, SMALL_MODEL_LR, epochs)
 
 
-def csl_text(row: Row) -> Text:
+def csl_text(record: Record) -> Text:
     """Keywords, joined by spaces, and the abstract that they may or may not belong to."""
-    if isinstance(row["keyword"], str):
+    if isinstance(record["keyword"], str):
         raise TypeError("keyword must be a list of texts")
-    return " ".join(row["keyword"]), row["abst"]
+    return " ".join(record["keyword"]), record["abst"]
 
 
-def wsc_text(row: Row) -> Text:
+def wsc_text(record: Record) -> Text:
     """One text in which _span1_ and the [pronoun] are marked."""
-    text, target = row["text"], row["target"]
+    text, target = record["text"], record["target"]
     marks = []
     for span, (before, after) in (("span1", "__"), ("span2", "[]")):
         begin, words = target[f"{span}_index"], target[f"{span}_text"]

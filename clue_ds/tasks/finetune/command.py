@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from rich.console import Console
@@ -29,8 +29,8 @@ from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.tasks import registry
 from clue_ds.tasks.finetune import run
-from clue_ds.tasks.finetune.loop import Recipe, Stopped
-from clue_ds.tasks.finetune.run import Request
+from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
+from clue_ds.tasks.finetune.run import RunSpec
 
 BEST = "best"
 GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay")
@@ -49,7 +49,7 @@ def finetune(
     warmup_ratio: float | None = None,
     weight_decay: float | None = None,
     patience: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     kernels: ops.Kernels = "torch",
     seed: int = 42,
     seeds: int = 1,
@@ -113,8 +113,8 @@ def finetune(
     ]
     names = [n for name in task for n in (registry.ALL if name == "all" else (name,))]
     varied = {part.partition("=")[0] for part in grid}
-    requests = [
-        Request(
+    specs = [
+        RunSpec(
             task=name,
             model=pair_model if pair_model and registry.get(name).kind == "pair" else model,
             data=data,
@@ -128,9 +128,9 @@ def finetune(
         for point in points
     ]
     with watchdog.reporting(), dist.one_voice():
-        stopped = _do(_share(requests, array_task), workers, kernels, health)
+        stopped = _run_all(_array_share(specs, array_task), workers, kernels, health)
         for name in dict.fromkeys(names) if not stopped else ():
-            of_task = [r for r in requests if registry.get(r.task).name == registry.get(name).name]
+            of_task = [r for r in specs if registry.get(r.task).name == registry.get(name).name]
             _keep_best(output / registry.get(name).name, of_task)
         dist.barrier()
     dist.report_end(stopped)
@@ -159,27 +159,29 @@ def _run_name(point: dict[str, Any], varied: set[str]) -> str:
     return ",".join(f"{key}={point[key]}" for key in (*sorted(varied), "seed"))
 
 
-def _share(requests: list[Request], array_task: str | None) -> list[Request]:
+def _array_share(specs: list[RunSpec], array_task: str | None) -> list[RunSpec]:
     if array_task is None:
-        return requests
+        return specs
     index, slash, count = array_task.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--array-task {array_task!r} must be I/N with I from 0 to N - 1")
-    return requests[int(index) :: int(count)]
+    return specs[int(index) :: int(count)]
 
 
-def _do(requests: list[Request], workers: int, kernels: ops.Kernels, health: HealthSection) -> bool:
+def _run_all(
+    specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
+) -> bool:
     """Do the runs; whether the job was asked to stop before all were done."""
     ops.choose_kernels(kernels)
     if dist.world_size() > 1 and workers > 1:
         raise UserError("--workers is for one process; launched ranks do one run together")
-    _start(health)
-    if workers <= 1 or len(requests) <= 1:
-        return _one_by_one(requests)
-    return _in_a_pool(requests, workers, kernels, health)
+    _start_watching(health)
+    if workers <= 1 or len(specs) <= 1:
+        return _one_by_one(specs)
+    return _in_a_pool(specs, workers, kernels, health)
 
 
-def _start(health: HealthSection) -> None:
+def _start_watching(health: HealthSection) -> None:
     """Meet the other ranks; a single process that was launched hears requests to stop, too."""
     if dist.world_size() > 1 or dist.job_dir() is not None:
         watchdog.start(health, "clue-ds finetune")
@@ -189,46 +191,48 @@ def _start(health: HealthSection) -> None:
         engine.start()
 
 
-def _one_by_one(requests: list[Request]) -> bool:
-    for request in requests:
+def _one_by_one(specs: list[RunSpec]) -> bool:
+    for spec in specs:
         try:
-            _say(request, run.run(request))
+            _print_result(spec, run.run(spec))
         except Stopped as reason:
-            _say_stopped(request, reason)
+            _print_stopped(spec, reason)
             return True
     return False
 
 
 def _in_a_pool(
-    requests: list[Request], workers: int, kernels: ops.Kernels, health: HealthSection
+    specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
 ) -> bool:
     """Every process of the pool hears for itself that the job is asked to stop."""
     # The cores that this job may use, which may be fewer than the host has (a Slurm cpuset).
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
     stopped = False
-    with spawned(workers, _prepare, num_started, threads, kernels, health) as pool:
-        jobs = {pool.submit(run.run, request, False): request for request in requests}
+    with spawned(workers, _start_worker, num_started, threads, kernels, health) as pool:
+        jobs = {pool.submit(run.run, spec, False): spec for spec in specs}
         for job in concurrent.futures.as_completed(jobs):
             if job.cancelled():
                 continue
             try:
-                _say(jobs[job], job.result())
+                _print_result(jobs[job], job.result())
             except Stopped as reason:
-                _say_stopped(jobs[job], reason)
+                _print_stopped(jobs[job], reason)
                 stopped = True
                 for waiting in jobs:
                     waiting.cancel()
     return stopped
 
 
-def _prepare(num_started: Any, threads: int, kernels: ops.Kernels, health: HealthSection) -> None:
+def _start_worker(
+    num_started: Any, threads: int, kernels: ops.Kernels, health: HealthSection
+) -> None:
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
     # A world of its own, not at the address where the pool's maker listens.
     os.environ.pop("MASTER_PORT", None)
-    _start(health)
+    _start_watching(health)
 
 
 def take_device(num_started: Any) -> None:
@@ -240,30 +244,30 @@ def take_device(num_started: Any) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def _say_stopped(request: Request, reason: Stopped) -> None:
+def _print_stopped(spec: RunSpec, reason: Stopped) -> None:
     if dist.rank() == 0:
-        print(f"{request.directory}: {reason}; the same command continues", flush=True)
+        print(f"{spec.directory}: {reason}; the same command continues", flush=True)
 
 
-def _say(request: Request, result: dict[str, Any]) -> None:
+def _print_result(spec: RunSpec, result: dict[str, Any]) -> None:
     if dist.rank() > 0:
         return
     best, majority = result["best"], result["majority"]
     Console(highlight=False, soft_wrap=True).print(
-        f"{request.directory}: dev accuracy {best['accuracy']:.2%} and macro F1 {best['f1']:.2%} "
+        f"{spec.directory}: dev accuracy {best['accuracy']:.2%} and macro F1 {best['f1']:.2%} "
         f"in epoch {best['epoch']}; always the commonest label: {majority['accuracy']:.2%} and "
         f"{majority['f1']:.2%}"
     )
 
 
-def _keep_best(directory: Path, requests: list[Request]) -> None:
+def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
     """Point DIRECTORY/best at the best run and delete the other models, once all runs are done."""
     if dist.rank() > 0:
         return
-    done = [r.directory for r in requests if (r.directory / run.RESULT).is_file()]
-    if len(done) < len(requests):
+    done = [r.directory for r in specs if (r.directory / run.RESULT).is_file()]
+    if len(done) < len(specs):
         print(
-            f"{len(done)} of {len(requests)} runs in {directory} are done; the job of the array "
+            f"{len(done)} of {len(specs)} runs in {directory} are done; the job of the array "
             "that ends last chooses the best"
         )
         return

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clue_ds import dist
+from clue_ds import dist, files
 from clue_ds.errors import UserError
 from clue_ds.job import watchdog
 from clue_ds.pretrain import optim, schedule
@@ -34,6 +33,7 @@ from clue_ds.tasks.features import Features
 from clue_ds.tasks.finetune import measures
 from clue_ds.tasks.heads import BertForSequenceClassification
 
+Precision = Literal["fp32", "bf16"]
 OnStep = Callable[[int, int, float], None]
 OnEpoch = Callable[[dict[str, Any]], None]
 
@@ -55,7 +55,7 @@ class Recipe:
     max_length: int = 128  # tokens; never more than the model's positions
     seed: int = 42  # of the head, the order and dropout
     patience: int = 0  # epochs without a better dev accuracy before it stops; 0: never
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass; weights are fp32
+    precision: Precision = "fp32"  # of the forward pass; weights are fp32
     save_every: int = 500  # steps between states to resume from, beside the end of each epoch
 
 
@@ -281,14 +281,13 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 def _save(path: Path, updater: Any, progress: Progress) -> None:
     """Replace the state at once; a kill leaves the old one or the new one."""
     if dist.rank() == 0:
-        temporary = path.with_name(path.name + ".tmp")
         state = {
             "network": updater.network.state_dict(),
             "optimizer": updater.optimizer.state_dict(),
             "progress": vars(progress),
         }
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with files.writing(path) as file:
+            torch.save(state, file)
     dist.barrier()
 
 

@@ -41,7 +41,7 @@ RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.jso
 
 
 @dataclass(frozen=True)
-class Request:
+class RunSpec:
     """What a run is asked to do. `changes`: fields of Recipe that replace the task's settings."""
 
     task: str  # a name, or the path of a YAML row
@@ -67,7 +67,7 @@ def read(task: Task, data: str, split: Split) -> Examples:
     return examples.read(task, examples.find(task, data, split))
 
 
-def run(request: Request, show: bool = True) -> dict[str, Any]:
+def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
     """Do, continue or just read a run; returns the content of its result.json.
 
     `show`: a progress bar and a line an epoch on the console. training.Stopped when the job was
@@ -75,25 +75,25 @@ def run(request: Request, show: bool = True) -> dict[str, Any]:
     """
     watch = watchdog.current()
     watch.begin(watch.health)
-    task = registry.get(request.task)
-    train, dev = (read(task, request.data, split) for split in ("train", "dev"))
-    kept = _limited(train, request.limit)
-    with opened(request.model) as source:
-        recipe = recipe_for(task, source, request.changes)
-        asked = _asked(request, task, recipe, train, dev)
+    task = registry.get(spec.task)
+    train, dev = (read(task, spec.data, split) for split in ("train", "dev"))
+    kept = _limited(train, spec.limit)
+    with opened(spec.model) as source:
+        recipe = recipe_for(task, source, spec.changes)
+        run_json = _run_json(spec, task, recipe, train, dev)
         # Rank 0 decides, and prepares the directory, for all.
-        message, done = dist.broadcast(_prepare(request, asked) if dist.rank() == 0 else None)
+        message, done = dist.broadcast(_prepare(spec, run_json) if dist.rank() == 0 else None)
         if message is not None:
             raise UserError(message)
         if done is not None:
             return done
         began = time.perf_counter()
-        outcome = _fit(request, task, recipe, source, kept, dev, show)
+        outcome = _fit(spec, task, recipe, source, kept, dev, show)
     seconds = time.perf_counter() - began
     with watch.section("save"):
-        result = _result(asked, task, kept, dev, outcome, seconds)
+        result = _result(run_json, task, kept, dev, outcome, seconds)
         if dist.rank() == 0:
-            _finish(request.directory, result)
+            _finish(spec.directory, result)
         dist.barrier()
     return result
 
@@ -114,18 +114,18 @@ def _describe_file(read: Examples) -> dict[str, Any]:
     }
 
 
-def _asked(
-    request: Request, task: Task, recipe: Recipe, train: Examples, dev: Examples
+def _run_json(
+    spec: RunSpec, task: Task, recipe: Recipe, train: Examples, dev: Examples
 ) -> dict[str, Any]:
     return {
         "task": task.name,
         "labels": list(task.labels),
-        "model": request.model,
-        "from_scratch": request.from_scratch,
-        "limit": request.limit,
+        "model": spec.model,
+        "from_scratch": spec.from_scratch,
+        "limit": spec.limit,
         "recipe": dataclasses.asdict(recipe),
         "data": {"train": _describe_file(train), "dev": _describe_file(dev)},
-        "test_versions": _test_versions(task, request.data),
+        "test_versions": _test_versions(task, spec.data),
     }
 
 
@@ -142,15 +142,15 @@ def _test_versions(task: Task, data: str) -> dict[str, str]:
     return found
 
 
-def _prepare(request: Request, asked: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+def _prepare(spec: RunSpec, run_json: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
     """(what forbids the run, the result when it is done already)."""
-    directory = request.directory
+    directory = spec.directory
     if (directory / RUN).is_file():
         earlier = json.loads((directory / RUN).read_text(encoding="utf-8"))
-        different = [key for key in asked if earlier.get(key) != asked[key]]
+        different = [key for key in run_json if earlier.get(key) != run_json[key]]
         trained = any((directory / name).exists() for name in (STATE, RESULT))
-        if different and trained and not request.force:
-            return _differs(directory, different, earlier, asked), None
+        if different and trained and not spec.force:
+            return _differs(directory, different, earlier, run_json), None
         if different:
             shutil.rmtree(directory)
         elif (directory / RESULT).is_file():
@@ -158,16 +158,16 @@ def _prepare(request: Request, asked: dict[str, Any]) -> tuple[str | None, dict[
     elif directory.exists() and any(directory.iterdir()):
         return f"{directory} holds something else; choose another --output", None
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_json(directory / RUN, asked)
+    files.write_json(directory / RUN, run_json)
     return None, None
 
 
 def _differs(
-    directory: Path, keys: list[str], earlier: dict[str, Any], asked: dict[str, Any]
+    directory: Path, keys: list[str], earlier: dict[str, Any], run_json: dict[str, Any]
 ) -> str:
     details = []
     for key in keys:
-        before, now = earlier.get(key), asked[key]
+        before, now = earlier.get(key), run_json[key]
         if isinstance(now, dict) and isinstance(before, dict):
             details += [f"{key}.{k}" for k in now if before.get(k) != now[k]]
         else:
@@ -179,7 +179,7 @@ def _differs(
 
 
 def _fit(
-    request: Request,
+    spec: RunSpec,
     task: Task,
     recipe: Recipe,
     source: OpenedModel,
@@ -187,7 +187,7 @@ def _fit(
     dev: Examples,
     show: bool,
 ) -> Outcome:
-    directory = request.directory
+    directory = spec.directory
     console = Console(quiet=not show or dist.rank() > 0, highlight=False)
     (directory / EPOCHS).unlink(missing_ok=True) if not (directory / STATE).exists() else None
 
@@ -210,10 +210,10 @@ def _fit(
             [(e.text, str(e.label)) for e in dev],
             task.labels,
             recipe,
-            name=request.model,
+            name=spec.model,
             output=directory / "model",
             task=task.name,
-            from_scratch=request.from_scratch,
+            from_scratch=spec.from_scratch,
             force=True,
             state_file=directory / STATE,
             on_step=on_step,
@@ -227,11 +227,11 @@ def _write_epochs(path: Path, line: dict[str, Any]) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = lines[: line["epoch"] - 1]
-    path.write_text("\n".join([*kept, json.dumps(line)]) + "\n", encoding="utf-8")
+    files.write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
 
 
 def _result(
-    asked: dict[str, Any],
+    run_json: dict[str, Any],
     task: Task,
     train: list[examples.Example],
     dev: Examples,
@@ -243,7 +243,7 @@ def _result(
     counts = measures.confusion(truth, outcome.predictions, len(ids))
     majority = measures.majority([ids[str(e.label)] for e in train], truth, len(ids))
     return {
-        **asked,
+        **run_json,
         "num_trained_on": len(train),
         "best": outcome.best,
         "majority": majority,

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from clue_ds import dist
+from clue_ds import dist, files
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError, existing_file, run_command
 from clue_ds.job import watchdog
@@ -36,7 +34,7 @@ from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
 from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.predict.predictor import MASK, Prediction, Predictor
-from clue_ds.tasks.registry import Row
+from clue_ds.tasks.registry import Record
 
 CHUNK = 4096  # lines that are read, sorted by length and answered together
 FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
@@ -96,7 +94,7 @@ def predict(
     if out is not None and file is None:
         raise UserError("--out is for the answers to a --file; those to a --text are printed")
     with watchdog.reporting(), warnings.catch_warnings():
-        warnings.showwarning = _say_warning
+        warnings.showwarning = _print_warning
         if dist.world_size() > 1:
             _join_ranks(out, health)
         ops.choose_kernels(kernels)
@@ -123,7 +121,7 @@ def _join_ranks(out: Path | None, health: HealthSection) -> None:
     engine.start()
 
 
-def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"clue-ds predict: {message}", file=sys.stderr)
 
 
@@ -150,25 +148,25 @@ def _given(predictor: Predictor, texts: tuple[str, ...]) -> list[Example]:
 def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
     """The texts of a file, a line at a time; UserError names file and line."""
     number = -1
-    for number, (line, row) in enumerate(examples.rows(path)):
+    for number, (line, record) in enumerate(examples.records(path)):
         where = f"{path}:{line}"
-        text = text_of_row(predictor, row, where)
-        yield Example(examples.id_of(row, number), text, None)
+        text = text_of_record(predictor, record, where)
+        yield Example(examples.id_of(record, number), text, None)
     if number < 0:
         raise UserError(f"{path} has no examples: it is empty; give one JSON object a line")
 
 
-def text_of_row(predictor: Predictor, row: Row, where: str) -> Text:
-    """What the model reads of a row: the task's text, or without a task that of plain fields."""
+def text_of_record(predictor: Predictor, record: Record, where: str) -> Text:
+    """What the model reads of a record: the task's text, or without a task that of plain fields."""
     if predictor.task is not None:
-        return examples.text_of(predictor.task, row, where)
+        return examples.text_of(predictor.task, record, where)
     for fields in FIELDS_WITHOUT_TASK:
-        if all(name in row for name in fields):
-            parts = [row[name] for name in fields]
+        if all(name in record for name in fields):
+            parts = [record[name] for name in fields]
             return examples.checked(parts[0] if len(parts) == 1 else (parts[0], parts[1]), where)
     raise UserError(
         f"{where}: no field 'sentence' or 'text', nor 'sentence1' and 'sentence2' "
-        f"(has {', '.join(row) or 'none'})"
+        f"(has {', '.join(record) or 'none'})"
     )
 
 
@@ -183,11 +181,11 @@ def predict_file(
         write_answers(chunks, sys.stdout)
         return
     if dist.rank() > 0:
-        _check_free(out, force)
+        _check_output(out, force)
         for _ in chunks:
             pass  # rank 0 writes them
         return
-    with appearing(out, force) as stream:
+    with output_file(out, force) as stream:
         if embed and out.suffix == ".npy":
             num_texts, num_cut = write_array(chunks, predictor.config.hidden_size, stream)
         else:
@@ -198,7 +196,7 @@ def predict_file(
     print(f"wrote {out}: {num_texts:,} answers{cut}, {rate:,.0f} a second")
 
 
-def _check_free(out: Path, force: bool) -> None:
+def _check_output(out: Path, force: bool) -> None:
     if out.is_dir():
         raise UserError(f"{out} is a directory; give the path of a file for the answers")
     if out.exists() and not force:
@@ -206,16 +204,13 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def appearing(out: Path, force: bool) -> Iterator[IO[bytes]]:
+def output_file(out: Path, force: bool) -> Iterator[IO[bytes]]:
     """A file that takes its name only when it is complete."""
-    _check_free(out, force)
+    _check_output(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            place = Path(scratch) / out.name
-            with place.open("wb") as stream:
-                yield stream
-            os.replace(place, out)
+        with files.writing(out, shared=True) as stream:
+            yield stream
     except OSError as error:
         raise UserError(f"can't write {out}: {error}; free some space or choose another") from None
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 from clue_ds.tasks.examples import Examples
-from clue_ds.tasks.predict.command import appearing
+from clue_ds.tasks.predict.command import output_file
 from clue_ds.tasks.predict.predictor import Predictor
 from clue_ds.tasks.registry import Task
 
@@ -77,7 +77,7 @@ def submit(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"two models answer {', '.join(twice)}; give one for each task")
-    with appearing(output, force) as stream, zipfile.ZipFile(stream, "w") as archive:
+    with output_file(output, force) as stream, zipfile.ZipFile(stream, "w") as archive:
         for test, labels in found:
             info = zipfile.ZipInfo(test.name, DATE)
             info.compress_type = zipfile.ZIP_DEFLATED
@@ -119,17 +119,11 @@ def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
     task = predictor.task
     if task is None:
         raise UserError(f"{model} is not fine-tuned for a task of CLUE; there is nothing to submit")
-    versions = [v for v in task.test_stems if _is_there(task, data, v)]
+    versions = [v for v in task.test_stems if examples.candidates(task, data, "test", v)]
     for version in versions or list(task.test_stems)[:1]:
         test = open_test(task, data, version)
         encoded = predictor.encode([example.text for example in test.examples])
         yield test, [prediction.label for prediction in predictor.classify(encoded)]
-
-
-def _is_there(task: Task, data: Path, version: str) -> bool:
-    names = [task.test_stems[version] + suffix for suffix in examples.SUFFIXES]
-    folders = (data / task.folder, data / task.name, data)
-    return any((folder / name).is_file() for folder in folders for name in names)
 
 
 def read_predictions(directory: Path, data: Path) -> list[tuple[TestSet, list[str]]]:

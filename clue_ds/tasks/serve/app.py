@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from clue_ds.errors import UserError
 from clue_ds.tasks import examples
 from clue_ds.tasks.features import Text
-from clue_ds.tasks.predict.command import text_of_row
+from clue_ds.tasks.predict.command import text_of_record
 from clue_ds.tasks.predict.predictor import MASK, Predictor
 from clue_ds.tasks.serve.batcher import Closed, Counters, Full
 from clue_ds.tasks.serve.http_errors import REFUSALS, Gate, Refusal, add_refusals
@@ -213,7 +213,7 @@ def _texts(predictor: Predictor, items: list[Item], limits: Limits) -> list[Text
         where = f"texts.{number}"
         if isinstance(item, dict):
             try:
-                item = text_of_row(predictor, item, where)
+                item = text_of_record(predictor, item, where)
             except UserError as error:
                 what = str(error).removeprefix(f"{where}: ")
                 raise Refusal(422, what, where, "give the fields of the task") from None
