@@ -1,4 +1,4 @@
-"""Fine-tuning runs: resumed bit for bit, best epoch kept, ranks agree, requests are not mixed."""
+"""Fine-tuning runs: resumed bit for bit, best epoch kept, ranks agree, runs are not mixed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_killed_run_continues_bit_for_bit(model: Path, data: Path, tmp_path: Pat
     assert not state.exists()
 
 
-def test_finished_run_is_read_and_another_request_is_refused(
+def test_finished_run_is_read_and_another_run_is_refused(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     spec = run_spec(model, data, tmp_path / "run", epochs=1)

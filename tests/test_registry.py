@@ -1,4 +1,4 @@
-"""The rows of CLUE's tasks, and custom ones from YAML."""
+"""The table of CLUE's tasks, and custom ones from YAML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clue_ds.tasks import registry
 GOOD = "name: mine\ntext: [title, body]\nlabels: [0, 1]\nlabel: sentiment\nlr: 3e-4\n"
 
 
-def test_csl_is_spelled_csl_and_every_row_is_under_its_own_name() -> None:
+def test_csl_is_spelled_csl_and_every_task_is_under_its_own_name() -> None:
     """Upstream's metric table said "cls", so CSL's scores were never computed."""
     assert "csl" in registry.TASKS and "cls" not in registry.TASKS
     assert all(name == task.name for name, task in registry.TASKS.items())
@@ -77,7 +77,7 @@ def test_custom_task_from_yaml(tmp_path: Path) -> None:
         (GOOD.replace("text: [title, body]\n", ""), "missing key text"),
     ],
 )
-def test_mistakes_in_a_yaml_row(text: str, message: str, tmp_path: Path) -> None:
+def test_mistakes_in_a_yaml_file(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):

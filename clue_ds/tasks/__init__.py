@@ -1,4 +1,4 @@
-"""What a trained encoder is for: filling masks, embedding, classifying."""
+"""Using a trained encoder: fine-tune it, fill masks, embed, classify, serve, submit."""
 
 from clue_ds.tasks.predict.predictor import Predictor
 

@@ -1,8 +1,8 @@
-"""A task's files, as examples: JSON lines, CSV and TSV, read and checked line by line.
+"""Read a task's files (JSON lines, CSV, TSV) into examples, checking every line.
 
-Guarantees: order and ids are the file's; every mistake is one UserError that names file and line;
-lines whose annotators disagreed ("-") are left out and counted, never guessed. The lines of a file
-end with a line feed: other separators (U+2028) are text.
+Guarantees: examples keep the file's order and ids; every mistake is one UserError that names file
+and line; lines whose annotators disagreed ("-") are left out and counted, never guessed. Only a
+line feed ends a line: other separators (U+2028) belong to the text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from clue_ds.tasks.registry import Record, Split, Task
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 ID_FIELDS = ("id", "idx")
-# A hundred times what a model reads: line feeds or quotes of the file are wrong.
+# A model reads a hundredth of this. A longer text means that line feeds or quotes are missing.
 MAX_CHARACTERS = 50_000
 
 
 class Example(NamedTuple):
-    """One line of a task's file. `id`: the file's own, else the number of the line, from 0."""
+    """One line of a task's file. `id`: the one in the file, else the line's number from 0."""
 
     id: int | str
     text: Text
@@ -33,10 +33,10 @@ class Example(NamedTuple):
 
 
 class Examples(list[Example]):
-    """The examples of one file, in its order, and what else is known of it.
+    """The examples of one file, in its order, with facts about the file.
 
-    `path` and `sha256`: the file. `num_skipped`: lines without an agreed label. `names`: what the
-    labels mean, where the file says so.
+    `path` and `sha256` identify it. `num_skipped`: lines whose annotators did not agree on a label.
+    `names`: the meaning of each label, if the file has it.
     """
 
     path: Path
@@ -46,10 +46,11 @@ class Examples(list[Example]):
 
 
 def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
-    """The examples of one file; `labelled`: whether every line must have one of the task's labels.
+    """The examples of one file; with `labelled`, every line must have one of the task's labels.
 
-    UserError naming file and line: not UTF-8, wrong JSON, a missing or empty field, a label that
-    the task has not; naming the file: it is missing, empty, or of another format.
+    A UserError names file and line for text that is not UTF-8, invalid JSON, a missing or empty
+    field, and a label that the task does not have. It names the file when that is missing, empty,
+    or in another format.
     """
     path = existing_file(path, f"{task.name} file")
     examples = collect(task, path, records(path), labelled)
@@ -60,7 +61,7 @@ def read(task: Task, path: str | Path, labelled: bool = True) -> Examples:
 def collect(
     task: Task, path: Path, numbered_records: Iterable[tuple[int, Record]], labelled: bool
 ) -> Examples:
-    """The examples that rows make, numbered by their lines; `path` names them in messages."""
+    """The examples of (line number, record) pairs; messages give `path` as their file."""
     examples = Examples()
     examples.path, examples.names = path, {}
     for line, record in numbered_records:
@@ -83,14 +84,17 @@ def collect(
 
 
 def find(task: Task, data: str | Path, split: Split, version: str = "1.1") -> Path:
-    """The file of a split in `data`, or in the task's own folder there; UserError lists the names.
+    """The file of a split, in the task's folder of `data` or in `data` itself.
 
-    `version`: of the test set, where the task has several.
+    `version`: which test set, for a task that has several. The UserError for a missing file lists
+    the names that were tried.
     """
     data = Path(data)
     if not data.is_dir():
         reason = "is a file" if data.exists() else "does not exist"
-        raise UserError(f"data directory {data} {reason}; give the directory of the tasks' files")
+        raise UserError(
+            f"data directory {data} {reason}; give the directory that holds the tasks' files"
+        )
     if split == "test" and version not in task.test_stems:
         known = ", ".join(task.test_stems)
         raise UserError(f"{task.name} has no test set {version}; versions: {known}")
@@ -119,7 +123,7 @@ def _file_names(task: Task, split: Split, version: str) -> list[str]:
 
 
 def version_of(task: Task, path: str | Path) -> str:
-    """Which version of the test set a file is, by what it says, not by its name.
+    """Which version of the test set a file is, judged by its content and not by its name.
 
     TNEWS 1.0 has keywords and 1.1 has none; the other tasks have one version, 1.1.
     """
@@ -130,12 +134,12 @@ def version_of(task: Task, path: str | Path) -> str:
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:
-    """(line number from 1, fields) of every line that is not blank; holds one line at a time.
+    """(line number from 1, record) of every line that is not blank; holds one line at a time.
 
-    UserError naming file and line: not UTF-8, wrong JSON, a line with another number of columns.
+    A UserError names file and line: not UTF-8, invalid JSON, or a wrong number of columns.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which says what is in it")
+        raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which tells its format")
     yield from (_table_records if path.suffix in (".csv", ".tsv") else _json_records)(path)
 
 
@@ -167,8 +171,8 @@ def _json_records(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def _table_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """CSV as spreadsheets write it; TSV has no quoting. The first line names the columns."""
-    csv.field_size_limit(1 << 30)  # the default refuses texts beyond 131,072 characters
+    """CSV as spreadsheets write it, or TSV, which has no quoting. Line 1 names the columns."""
+    csv.field_size_limit(1 << 30)  # the default refuses texts of more than 131,072 characters
     if path.suffix == ".tsv":
         reader = csv.reader(_lines(path), strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
@@ -196,7 +200,7 @@ def _label(task: Task, record: Record, where: str) -> str:
     if task.label_field not in record:
         raise UserError(
             f"{where}: no field {task.label_field!r} (has {', '.join(record)}); "
-            "a file without labels can only be predicted"
+            "a file without labels is only good for clue-ds predict"
         )
     value = record[task.label_field]
     label = str(value).lower() if isinstance(value, bool) else str(value)
@@ -212,7 +216,7 @@ def id_of(record: Record, number: int) -> int | str:
 
 
 def text_of(task: Task, record: Record, where: str) -> Text:
-    """What the model reads of a record; a UserError begins with `where`: a field is missing."""
+    """What the model reads of a record. A UserError begins with `where`: fields are missing."""
     for name in task.fields:
         if name not in record:
             raise UserError(f"{where}: no field {name!r} (has {', '.join(record)})")
@@ -225,21 +229,22 @@ def text_of(task: Task, record: Record, where: str) -> Text:
 
 
 def checked(text: Text, where: str) -> Text:
-    """`text` itself; UserError beginning with `where`: empty, far too long, or no text at all."""
-    parts = text if isinstance(text, tuple) else (text,)
-    for part in parts:
-        if not isinstance(part, str):
-            raise UserError(f"{where}: {part!r} is not text")
-        if len(part) > MAX_CHARACTERS:
+    """Return `text`. A UserError begins with `where`: it is empty, far too long, or not text."""
+    texts = text if isinstance(text, tuple) else (text,)
+    for one in texts:
+        if not isinstance(one, str):
+            raise UserError(f"{where}: {one!r} is not text")
+        if len(one) > MAX_CHARACTERS:
             raise UserError(
-                f"{where}: a text of {len(part):,} characters, more than {MAX_CHARACTERS:,}; the "
-                "model reads a few hundred of them: are line feeds or quotes missing? Cut it"
+                f"{where}: a text of {len(one):,} characters, which is more than "
+                f"{MAX_CHARACTERS:,}; the model reads only a few hundred. Check that no line feeds "
+                "or quotes are missing, or shorten the text"
             )
         try:
-            part.encode()
+            one.encode()
         except UnicodeEncodeError as error:
-            char = ascii(part[error.start])
+            char = ascii(one[error.start])
             raise UserError(f"{where}: {char} is half a character (a lone surrogate)") from None
-    if not any(part.strip() for part in parts):
+    if not any(one.strip() for one in texts):
         raise UserError(f"{where}: the text is empty")
     return text

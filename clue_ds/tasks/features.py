@@ -1,4 +1,6 @@
-"""Texts to batches: [CLS] a [SEP], or [CLS] a [SEP] b [SEP], sorted so that little is padded.
+"""Turn texts into batches: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
+
+Texts of similar length share a batch, so that little of it is padding.
 
 B: sequences   S: positions, the longest of the batch
 """
@@ -27,13 +29,13 @@ class Features(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, text: Text, max_length: int) -> Features:
-    """At most `max_length` tokens; of a pair, the longer text loses tokens first."""
-    parts = [tokenizer.encode(part) for part in ((text,) if isinstance(text, str) else text)]
-    return assemble(tokenizer, parts, max_length)
+    """The text in at most `max_length` tokens; of a pair, the longer text loses tokens first."""
+    ids = [tokenizer.encode(one) for one in ((text,) if isinstance(text, str) else text)]
+    return assemble(tokenizer, ids, max_length)
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[Text], max_length: int) -> list[Features]:
-    """`encode` of every text, which may take minutes."""
+    """`encode` every text. This may take minutes, so each text is reported to the watchdog."""
     watch = watchdog.current()
     encoded: list[Features] = []
     for text in texts:
@@ -42,19 +44,19 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[Text], max_length: int) -> 
     return encoded
 
 
-def assemble(tokenizer: Tokenizer, parts: Sequence[np.ndarray], max_length: int) -> Features:
-    """Ids without special tokens, of one text or two, to Features."""
-    room = max_length - 1 - len(parts)
-    kept = shares([len(part) for part in parts], room)
-    pieces = [np.array([tokenizer.cls_id])]
-    for part, length in zip(parts, kept, strict=True):
-        pieces += [part[:length], np.array([tokenizer.sep_id])]
-    truncated = sum(kept) < sum(map(len, parts))
-    return Features(np.concatenate(pieces).astype(np.int64), kept[0] + 2, truncated)
+def assemble(tokenizer: Tokenizer, ids: Sequence[np.ndarray], max_length: int) -> Features:
+    """Features of the token ids of one text or of two, given without special tokens."""
+    room = max_length - 1 - len(ids)
+    kept = shares([len(one) for one in ids], room)
+    sequence = [np.array([tokenizer.cls_id])]
+    for one, length in zip(ids, kept, strict=True):
+        sequence += [one[:length], np.array([tokenizer.sep_id])]
+    truncated = sum(kept) < sum(map(len, ids))
+    return Features(np.concatenate(sequence).astype(np.int64), kept[0] + 2, truncated)
 
 
 def shares(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens of one text or of two fit into `room`: the longer one is shortened first."""
+    """How many tokens each of one or two texts keeps in `room`; the longer one loses first."""
     if len(lengths) == 1:
         return [min(lengths[0], room)]
     first, second = lengths
@@ -77,6 +79,6 @@ def collate(features: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
 
 
 def batches_by_length(features: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """Indices of every text once, neighbours in length together, longest first."""
+    """Batches of indices: every text once, sorted by length, longest first."""
     order = sorted(range(len(features)), key=lambda i: (-len(features[i].input_ids), i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,4 +1,4 @@
-"""What sits on the encoder when it is fine-tuned. Parameter names are transformers'.
+"""The head that fine-tuning puts on the encoder. Parameters have the names of transformers.
 
 B: sequences   S: positions   H: hidden size   C: classes
 """
@@ -16,9 +16,9 @@ from clue_ds.presets import ModelConfig
 
 
 class BertForSequenceClassification(nn.Module):
-    """A class for each text or pair of texts, from the pooled [CLS].
+    """Predicts a class for each text or pair of texts from the pooled [CLS] vector.
 
-    Of the last block only the [CLS] row is computed. Weights start as `initialize(model, seed)`.
+    The last block computes only the [CLS] position. `initialize(model, seed)` sets the weights.
     """
 
     def __init__(self, config: ModelConfig, num_labels: int, seed: int = 42) -> None:

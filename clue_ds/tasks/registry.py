@@ -1,7 +1,8 @@
-"""The tasks: every classification task of CLUE as one row, and custom ones from a YAML row.
+"""The table of tasks: CLUE's classification tasks, one entry each, and custom ones from YAML.
 
-Adding a task is adding a row. Labels stand in the order of their ids in a fine-tuned model. Fields,
-labels and settings are those of CLUE's own files and scripts; OCNLI's settings are ours.
+To add a task, add an entry to TASKS. The order of a task's labels is the order of their ids in a
+fine-tuned model. Fields, labels and settings come from CLUE's own files and scripts, except the
+settings of OCNLI, which are ours.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Record = dict[str, Any]  # one line of a task's file: field name -> value
 Kind = Literal["single", "pair"]
 Split = Literal["train", "dev", "test"]
 
-# Upstream's advice for small models: a larger rate, 5 to 8 epochs, and the best epoch kept.
+# Upstream's advice for small models: a larger learning rate, 5 to 8 epochs, keep the best epoch.
 SMALL_MODEL_LAYERS = 4
 SMALL_MODEL_LR = 1e-4
 SMALL_MODEL_EPOCHS = 5
@@ -30,7 +31,7 @@ SMALL_MODEL_EPOCHS = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task is fine-tuned where the user says nothing else."""
+    """How a task is fine-tuned unless the user asks for something else."""
 
     max_length: int = 128  # tokens, special ones included
     batch_size: int = 16
@@ -40,20 +41,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: what is read, what may come out, how it is trained."""
+    """A classification task: the fields to read, the labels to predict, how to train."""
 
     name: str
-    kind: Kind  # one text, or two that are told apart by token types
-    fields: tuple[str, ...]  # of a line, all needed
+    kind: Kind  # one text, or two with different token types
+    fields: tuple[str, ...]  # that every record must have
     labels: tuple[str, ...]
     settings: Settings = Settings()
-    small_settings: Settings | None = None  # instead of upstream's advice, for small models
-    build: Callable[[Record], Text] | None = None  # default: the fields as they are
+    small_settings: Settings | None = None  # for small models, instead of upstream's advice
+    build: Callable[[Record], Text] | None = None  # makes the text; default: the fields unchanged
     label_field: str = "label"
-    skipped_labels: frozenset[str] = frozenset()  # annotators disagreed: no label
-    name_field: str | None = None  # says in words what a label means
+    skipped_labels: frozenset[str] = frozenset()  # mean that the annotators disagreed
+    name_field: str | None = None  # the field with the label's meaning in words
     metric: str = "accuracy"
-    # Stems of the files, best first; the suffix says the format (examples.SUFFIXES).
+    # Stems of the file names, best first; the suffix tells the format (examples.SUFFIXES).
     stems: dict[Split, tuple[str, ...]] = field(
         default_factory=lambda: {s: (s,) for s in ("train", "dev", "test")}
     )
@@ -86,14 +87,14 @@ class Task:
 
 
 def csl_text(record: Record) -> Text:
-    """Keywords, joined by spaces, and the abstract that they may or may not belong to."""
+    """The pair of keywords (joined by spaces) and abstract; the task: do they belong together?"""
     if isinstance(record["keyword"], str):
         raise TypeError("keyword must be a list of texts")
     return " ".join(record["keyword"]), record["abst"]
 
 
 def wsc_text(record: Record) -> Text:
-    """One text in which _span1_ and the [pronoun] are marked."""
+    """The text, with marks around _span1_ and the [pronoun]."""
     text, target = record["text"], record["target"]
     marks = []
     for span, (before, after) in (("span1", "__"), ("span2", "[]")):
@@ -179,12 +180,12 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-# What `--task all` means: the classification tasks of CLUE 1.0 and 1.1.
+# The tasks of `--task all`: the classification tasks of CLUE 1.0 and 1.1.
 ALL = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020")
 
 
 def get(name: str | Path) -> Task:
-    """The task called `name`, or described by the YAML file `name`."""
+    """The task called `name`, or the one that the YAML file `name` describes."""
     if str(name) in TASKS:
         return TASKS[str(name)]
     if str(name).endswith((".yaml", ".yml")):
@@ -196,7 +197,7 @@ def get(name: str | Path) -> Task:
 
 
 class CustomTask(BaseModel):
-    """A YAML row that describes a task of the user's own."""
+    """The keys of a YAML file that describes a user's own task."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -206,8 +207,8 @@ class CustomTask(BaseModel):
     label: str = "label"
     skip: list[str] = []
     label_name: str | None = None
-    max_length: int = Field(128, ge=8)
-    batch_size: int = Field(16, ge=1)
+    max_length: int = Field(Settings.max_length, ge=8)
+    batch_size: int = Field(Settings.batch_size, ge=1)
     lr: float | None = Field(None, gt=0)
     epochs: int | None = Field(None, ge=1)
 
@@ -220,26 +221,26 @@ class CustomTask(BaseModel):
 
 
 def custom(path: str | Path) -> Task:
-    """The task that a YAML file describes; a UserError lists what is wrong with it."""
+    """The task that a YAML file describes; a UserError lists everything wrong with the file."""
     values = config.read_yaml(path)
     try:
-        row = CustomTask.model_validate(values)
+        given = CustomTask.model_validate(values)
     except ValidationError as error:
         raise UserError(config.explain(error, CustomTask, str(path))) from None
-    if row.name in TASKS:
-        raise UserError(f"{path}: name {row.name} is taken by CLUE's own task; choose another")
+    if given.name in TASKS:
+        raise UserError(f"{path}: name {given.name} is taken by CLUE's own task; choose another")
     plain, small = (
-        Settings(row.max_length, row.batch_size, row.lr or lr, row.epochs or epochs)
-        for lr, epochs in ((2e-5, 3), (SMALL_MODEL_LR, SMALL_MODEL_EPOCHS))
+        Settings(given.max_length, given.batch_size, given.lr or lr, given.epochs or epochs)
+        for lr, epochs in ((Settings.lr, Settings.epochs), (SMALL_MODEL_LR, SMALL_MODEL_EPOCHS))
     )
     return Task(
-        row.name,
-        "pair" if len(row.text) == 2 else "single",
-        tuple(row.text),
-        tuple(row.labels),
+        given.name,
+        "pair" if len(given.text) == 2 else "single",
+        tuple(given.text),
+        tuple(given.labels),
         plain,
         small,
-        label_field=row.label,
-        skipped_labels=frozenset(row.skip),
-        name_field=row.label_name,
+        label_field=given.label,
+        skipped_labels=frozenset(given.skip),
+        name_field=given.label_name,
     )

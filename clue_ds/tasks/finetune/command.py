@@ -1,8 +1,9 @@
-"""`clue-ds finetune`: tasks x settings x seeds, each one run; the best of a task kept.
+"""`clue-ds finetune`: one run for each task, setting and seed; keep the best model of each task.
 
-Guarantees: results are files, so a killed grid continues where it was; processes of one pool, or
-jobs of an array, share nothing but the output directory; the best settings are those with the
-highest mean dev accuracy over the seeds, and the kept model is the best of its seeds.
+Guarantees: every result is a file, so the same command continues after a kill without repeating a
+finished run; the processes of a pool and the jobs of an array share only the output directory; the
+best settings are those with the highest mean dev accuracy over the seeds, and the model that is
+kept is the best of their seeds.
 """
 
 from __future__ import annotations
@@ -61,39 +62,40 @@ def finetune(
     force: bool = False,
     health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
-    """Fine-tune a model for tasks of CLUE or your own, and keep the epoch that is best on dev.
+    """Fine-tune a model on tasks of CLUE or your own; keep the epoch with the best dev accuracy.
 
-    The same command again continues what was interrupted. On several GPUs or ranks:
+    After an interruption, run the same command again to continue. To use several GPUs or ranks:
     clue-ds launch --local 2 -- finetune ...
 
     Args:
-        task: names (afqmc tnews iflytek cmnli csl cluewsc2020 ocnli), all (the first six), or YAML
-            files that describe your own (docs/finetuning.md).
+        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 ocnli), all for the first six,
+            or YAML files that describe your own tasks (docs/finetuning.md).
         model: a run directory, one of its checkpoints, a model directory or zip, or a name on the
             Hugging Face hub.
-        data: the directory of the tasks' files, or hub: CLUE's own on the Hugging Face hub.
-        output: where the runs go, each in TASK/NAME; TASK/best/model is the best model.
-        pair_model: where tasks of pairs start instead: a model trained further on labelled pairs
-            (train.objective pair).
-        lr: peak learning rate; this and the next five default to the task's own.
+        data: the directory that holds the tasks' files, or hub to read CLUE's from the Hugging
+            Face hub.
+        output: the directory for the runs, each in TASK/NAME; TASK/best/model is the best model.
+        pair_model: the model to start from for tasks of text pairs, instead of --model: one that
+            was trained further on labelled pairs (train.objective pair).
+        lr: peak learning rate. This option and the next three default to the task's settings.
         epochs: passes over the training examples.
-        batch_size: examples a step, over all ranks.
-        max_length: tokens of a text, or of a pair together; what is beyond is cut.
-        warmup_ratio: share of the steps in which the learning rate rises.
-        weight_decay: not on LayerNorm and biases.
+        batch_size: examples per step, over all ranks.
+        max_length: most tokens of a text, or of both texts of a pair; longer ones are truncated.
+        warmup_ratio: fraction of the steps in which the learning rate rises; default 0.1.
+        weight_decay: weight decay, except on LayerNorm and biases; default 0.01.
         patience: stop after this many epochs without a better dev accuracy; default never.
-        precision: of the forward pass; bf16 is faster where the hardware has it.
-        kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
-        seed: of the head, the order and dropout; the first one where there are several.
-        seeds: number of seeds: seed, seed + 1, ...
-        grid: values to try, every combination: lr=1e-4,4e-4 epochs=5,8.
-        workers: runs at a time, each in a process of its own; where there are several GPUs, in turn
-            on each.
-        array_task: I/N: do only every N-th run, from the I-th (from 0): for job arrays.
+        precision: precision of the forward pass; bf16 is faster on hardware that supports it.
+        kernels: implementation of the fused operations: triton, torch, or auto (triton on a GPU).
+        seed: seed of the head's weights, the order of examples and dropout; the first of --seeds.
+        seeds: number of seeds to run: seed, seed + 1, ...
+        grid: values to try in every combination: lr=1e-4,4e-4 epochs=5,8.
+        workers: number of runs at a time, each in its own process; on several GPUs, the processes
+            are spread over them.
+        array_task: I/N, for job arrays: do only every N-th run, starting with the I-th from 0.
         limit: train on this many examples only, drawn at random.
-        from_scratch: random weights of the model's shape, for comparison.
-        force: discard runs that are there with other settings.
-        health: deadlines, of several ranks.
+        from_scratch: start from random weights of the model's shape, for comparison.
+        force: discard earlier runs in the output directory that have other settings.
+        health: deadlines for the ranks of a job.
     """
     given: dict[str, Any] = dict(
         lr=lr,
@@ -112,13 +114,14 @@ def finetune(
         for number in range(seeds)
     ]
     names = [n for name in task for n in (registry.ALL if name == "all" else (name,))]
-    varied = {part.partition("=")[0] for part in grid}
+    tasks = {name: registry.get(name) for name in names}
+    varied = {word.partition("=")[0] for word in grid}
     specs = [
         RunSpec(
             task=name,
-            model=pair_model if pair_model and registry.get(name).kind == "pair" else model,
+            model=pair_model if pair_model and tasks[name].kind == "pair" else model,
             data=data,
-            directory=output / registry.get(name).name / _run_name(point, varied),
+            directory=output / tasks[name].name / _run_name(point, varied),
             changes=point,
             from_scratch=from_scratch,
             limit=limit,
@@ -129,15 +132,14 @@ def finetune(
     ]
     with watchdog.reporting(), dist.one_voice():
         stopped = _run_all(_array_share(specs, array_task), workers, kernels, health)
-        for name in dict.fromkeys(names) if not stopped else ():
-            of_task = [r for r in specs if registry.get(r.task).name == registry.get(name).name]
-            _keep_best(output / registry.get(name).name, of_task)
+        for directory in dict.fromkeys(spec.directory.parent for spec in specs if not stopped):
+            _keep_best(directory, [spec for spec in specs if spec.directory.parent == directory])
         dist.barrier()
     dist.report_end(stopped)
 
 
 def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of `key=value,value` words; [{}] without any."""
+    """Every combination of the values in `key=value,value` words; [{}] without words."""
     hints = get_type_hints(Recipe)
     choices: list[list[tuple[str, Any]]] = []
     for word in grid:
@@ -147,7 +149,9 @@ def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, A
                 f"--grid {word!r}: write KEY=VALUE,VALUE with a key of {', '.join(GRID_KEYS)}"
             )
         if key in fixed:
-            raise UserError(f"--grid {key}= and --{key.replace('_', '-')} are both given")
+            raise UserError(
+                f"--grid {key}= and --{key.replace('_', '-')} are both given; give only one"
+            )
         try:
             choices.append([(key, hints[key](value)) for value in values.split(",")])
         except ValueError as error:
@@ -164,17 +168,20 @@ def _array_share(specs: list[RunSpec], array_task: str | None) -> list[RunSpec]:
         return specs
     index, slash, count = array_task.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--array-task {array_task!r} must be I/N with I from 0 to N - 1")
+        raise UserError(f"--array-task {array_task!r} must be I/N, with I from 0 to N - 1")
     return specs[int(index) :: int(count)]
 
 
 def _run_all(
     specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
 ) -> bool:
-    """Do the runs; whether the job was asked to stop before all were done."""
+    """Do the runs; return whether the job was asked to stop before the last one ended."""
     ops.choose_kernels(kernels)
     if dist.world_size() > 1 and workers > 1:
-        raise UserError("--workers is for one process; launched ranks do one run together")
+        raise UserError(
+            "--workers is for a command without clue-ds launch: launched ranks train one run "
+            "together; drop --workers"
+        )
     _start_watching(health)
     if workers <= 1 or len(specs) <= 1:
         return _one_by_one(specs)
@@ -182,7 +189,10 @@ def _run_all(
 
 
 def _start_watching(health: HealthSection) -> None:
-    """Meet the other ranks; a single process that was launched hears requests to stop, too."""
+    """Start the watchdog and meet the other ranks.
+
+    A single process under `clue-ds launch` starts the watchdog too, for requests to stop.
+    """
     if dist.world_size() > 1 or dist.job_dir() is not None:
         watchdog.start(health, "clue-ds finetune")
     if dist.world_size() > 1:
@@ -204,7 +214,7 @@ def _one_by_one(specs: list[RunSpec]) -> bool:
 def _in_a_pool(
     specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
 ) -> bool:
-    """Every process of the pool hears for itself that the job is asked to stop."""
+    """Each process of the pool learns by itself that the job is asked to stop."""
     # The cores that this job may use, which may be fewer than the host has (a Slurm cpuset).
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
@@ -230,13 +240,13 @@ def _start_worker(
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
-    # A world of its own, not at the address where the pool's maker listens.
+    # Each process is a job of one rank and must not use the parent's rendezvous port.
     os.environ.pop("MASTER_PORT", None)
     _start_watching(health)
 
 
 def take_device(num_started: Any) -> None:
-    """Spread the processes of a pool over the GPUs; `num_started`: a Value that they share."""
+    """Spread the processes of a pool over the GPUs; they share the Value `num_started`."""
     with num_started.get_lock():
         number = num_started.value
         num_started.value += 1
@@ -246,7 +256,7 @@ def take_device(num_started: Any) -> None:
 
 def _print_stopped(spec: RunSpec, reason: Stopped) -> None:
     if dist.rank() == 0:
-        print(f"{spec.directory}: {reason}; the same command continues", flush=True)
+        print(f"{spec.directory}: {reason}; the same command continues it", flush=True)
 
 
 def _print_result(spec: RunSpec, result: dict[str, Any]) -> None:
@@ -255,20 +265,20 @@ def _print_result(spec: RunSpec, result: dict[str, Any]) -> None:
     best, majority = result["best"], result["majority"]
     Console(highlight=False, soft_wrap=True).print(
         f"{spec.directory}: dev accuracy {best['accuracy']:.2%} and macro F1 {best['f1']:.2%} "
-        f"in epoch {best['epoch']}; always the commonest label: {majority['accuracy']:.2%} and "
-        f"{majority['f1']:.2%}"
+        f"in epoch {best['epoch']}; always predicting the most frequent label would give "
+        f"{majority['accuracy']:.2%} and {majority['f1']:.2%}"
     )
 
 
 def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
-    """Point DIRECTORY/best at the best run and delete the other models, once all runs are done."""
+    """Once all runs are done, link DIRECTORY/best to the best one and delete the other models."""
     if dist.rank() > 0:
         return
     done = [r.directory for r in specs if (r.directory / run.RESULT).is_file()]
     if len(done) < len(specs):
         print(
-            f"{len(done)} of {len(specs)} runs in {directory} are done; the job of the array "
-            "that ends last chooses the best"
+            f"{len(done)} of {len(specs)} runs in {directory} are done; the last job of the array "
+            "to end chooses the best"
         )
         return
     results = {
@@ -287,15 +297,15 @@ def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
     for run_dir in results:
         if run_dir != best:
             shutil.rmtree(run_dir / "model", ignore_errors=True)
-    # Two jobs may end at once; they choose the same one.
+    # Two jobs may end at the same time; both choose the same run, so either link is right.
     link = directory / f".{BEST}-{socket.gethostname()}-{os.getpid()}"
     link.symlink_to(best.name)
     link.replace(directory / BEST)
-    print(f"best: {directory / BEST / 'model'} ({best.name})")
+    print(f"best model: {directory / BEST / 'model'} ({best.name})")
 
 
 def main(argv: list[str]) -> None:
-    """What `clue-ds launch` starts on every rank."""
+    """The entry point that `clue-ds launch` starts on every rank."""
     import tyro
 
     tyro.cli(finetune, prog="clue-ds finetune", args=argv, use_underscores=False)

@@ -1,7 +1,8 @@
-"""Fine-tune an encoder to classify texts, and measure it on held-out ones.
+"""Fine-tune an encoder to classify texts, and measure it on held-out texts.
 
-What is saved loads as transformers' BertForSequenceClassification, and holds the epoch that was
-best on the held-out examples. The loop is loop.py's; the verb's directories are run.py's.
+The saved directory loads as transformers' BertForSequenceClassification and holds the epoch that
+was best on the held-out examples. This is the call for Python: examples in, a model out. loop.py
+has the training loop, and run.py the directory of a run of `clue-ds finetune`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ DEFAULT_RECIPE = Recipe()
 
 
 class FinetuneResult(NamedTuple):
-    """How well the held-out examples were classified by the best epoch."""
+    """How well the best epoch classified the held-out examples."""
 
     accuracy: float
-    predictions: list[str]  # a label for each of `dev`, in its order
+    predictions: list[str]  # a label for each example of `dev`, in its order
     labels: list[str]
     losses: list[float]  # training loss of each step
 
@@ -52,11 +53,12 @@ def fit(
 ) -> FinetuneResult:
     """Train on (text or pair of texts, label) examples and classify `dev`.
 
-    `model`: a run directory, a checkpoint, a model directory or zip, or a name on the hub;
-    `from_scratch` takes its shape and vocabulary only and starts from random weights, for
-    comparison. `output`: where the fine-tuned model goes, with `task` as its name (`force` replaces
-    one that is there). `on_step` hears (step, number of steps, loss). UserError: no examples, a
-    single label, a label in `dev` that `train` lacks, bad directories.
+    `model`: a run directory, a checkpoint, a model directory or zip, or a name on the hub. With
+    `from_scratch` only its shape and vocabulary are used and training starts from random weights,
+    for comparison. `output`: the directory for the fine-tuned model, which records `task` as the
+    name of its task; `force` replaces an existing model. `on_step` is called with (step, number of
+    steps, loss). UserError: no examples, only one label, a label in `dev` that `train` lacks, bad
+    directories.
     """
     labels = _labels(train, dev)
     with opened(model) as source:
@@ -93,7 +95,10 @@ def fit_source(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
-    """Train an opened model, called `name` in messages; `labels` in the order of their ids."""
+    """`fit` for a model that is already open; messages call it `name`.
+
+    `labels` are in the order of their ids. `state_file` and `on_epoch`: see `loop.train`.
+    """
     config = source.config
     huggingface.read_tokens(source.vocab_file, config.vocab_size)
     tokenizer = Tokenizer(source.vocab_file, source.lower_case)
@@ -126,13 +131,18 @@ def fit_source(
 
 
 def _labels(train: Sequence[LabelledText], dev: Sequence[LabelledText]) -> list[str]:
-    """The classes, sorted; they are what the examples to train on say."""
+    """The labels of the training examples, sorted."""
     if not train or not dev:
         raise UserError("there are no examples to train on, or none to measure with; give both")
     labels = sorted({label for _, label in train})
     if len(labels) < 2:
-        raise UserError(f"every example to train on has the label {labels[0]!r}; give two or more")
+        raise UserError(
+            f"every training example has the label {labels[0]!r}; give two or more labels"
+        )
     unknown = sorted({label for _, label in dev} - set(labels))
     if unknown:
-        raise UserError(f"labels {unknown} are in dev but not in train ({labels})")
+        raise UserError(
+            f"labels {unknown} are in dev but not in train, which has {labels}; give training "
+            "examples of them"
+        )
     return labels

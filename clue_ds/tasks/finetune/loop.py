@@ -1,12 +1,12 @@
-"""The loop of fine-tuning: epochs over examples, the best one on dev kept, stopped when it is over.
+"""The training loop of fine-tuning: train for some epochs, keep the one with the best dev accuracy.
 
-Guarantees: everything follows from the recipe's seed, without touching torch's global generator;
-a run that was killed continues bit for bit from `state_file` (dropout is a function of seed and
-step, so there is no generator to restore); one that is asked to stop saves its state;
-padding only to the longest text of a batch; no weight decay on LayerNorm and biases; on several
-ranks the update is that of one rank.
+Guarantees: the recipe's seed determines everything, and torch's global generator is left alone; a
+killed run continues bit for bit from `state_file` (dropout is a function of seed and step, so there
+is no generator state to restore); a run that is asked to stop saves its state first; batches are
+padded only to their longest text; LayerNorm and biases have no weight decay; several ranks make the
+same update as one.
 
-Rejected: keeping every epoch's weights on disk (only the best are ever wanted).
+Rejected: keeping every epoch's weights on disk (nobody needs any but the best).
 """
 
 from __future__ import annotations
@@ -37,51 +37,51 @@ Precision = Literal["fp32", "bf16"]
 OnStep = Callable[[int, int, float], None]
 OnEpoch = Callable[[dict[str, Any]], None]
 
-# Texts are shuffled, then sorted by length within runs of this many batches.
+# Texts are shuffled, then sorted by length within buckets of this many batches.
 BATCHES_PER_BUCKET = 16
 EVALUATION_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the weights move. The defaults suit a few thousand short texts."""
+    """The hyperparameters of a run. The defaults suit a few thousand short texts."""
 
     epochs: int = 3
-    batch_size: int = 32  # examples a step, all ranks together
+    batch_size: int = 32  # examples per step, over all ranks
     lr: float = 5e-5  # peak of a linear warm-up and decay
-    warmup_ratio: float = 0.1  # share of the steps
+    warmup_ratio: float = 0.1  # fraction of the steps
     weight_decay: float = 0.01
     gradient_clipping: float = 1.0
     max_length: int = 128  # tokens; never more than the model's positions
-    seed: int = 42  # of the head, the order and dropout
-    patience: int = 0  # epochs without a better dev accuracy before it stops; 0: never
+    seed: int = 42  # of the head's weights, the order of examples and dropout
+    patience: int = 0  # epochs without a better dev accuracy before training stops; 0: never
     precision: Precision = "fp32"  # of the forward pass; weights are fp32
-    save_every: int = 500  # steps between states to resume from, beside the end of each epoch
+    save_every: int = 500  # steps between saved states; each epoch's end is saved as well
 
 
 class Encoded(NamedTuple):
-    """Examples as the model reads them, with their classes [texts]."""
+    """Tokenized examples with the ids of their classes."""
 
     texts: Sequence[Features]
-    targets: Tensor
+    targets: Tensor  # int64 [texts]
 
 
 class Stopped(Exception):
-    """Somebody asked the job to stop; the state is saved, and the same request continues."""
+    """The job was asked to stop; its state is saved, and the same run can be continued."""
 
 
 class Outcome(NamedTuple):
-    """What training left: the network holds the best epoch's weights."""
+    """The results of training; the network itself holds the best epoch's weights."""
 
-    epochs: list[dict[str, Any]]  # one line an epoch, see `_line`
-    best: dict[str, Any]
-    predictions: list[int]  # of dev, by the best epoch
+    epochs: list[dict[str, Any]]  # the line of each epoch, see `_measure`
+    best: dict[str, Any]  # the best epoch's line
+    predictions: list[int]  # the best epoch's class for each example of dev
     losses: list[float]  # of each step
 
 
 @dataclass
 class Progress:
-    """All that changes while it trains, beside weights and moments."""
+    """Everything that changes during training except weights and optimizer moments."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -100,11 +100,11 @@ def train(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
-    """Train in place and leave the weights of the epoch that was best on `dev`.
+    """Train `network` in place and leave it with the weights of the epoch that was best on `dev`.
 
-    `state_file`: where the state to resume from lies; taken up when it is there, gone at the end.
-    Without it a request to stop is not heard.
-    `on_step` hears (step, number of steps, loss), `on_epoch` each epoch's line.
+    `state_file`: the file for the state to resume from; training continues from it if it exists,
+    and the caller removes it in the end. Without it, requests to stop are ignored. `on_step` is
+    called with (step, number of steps, loss), `on_epoch` with each epoch's line.
     """
     plan = [_epoch(examples.texts, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
     ends = np.cumsum([len(batches) for batches in plan]).tolist()
@@ -155,8 +155,8 @@ def _is_over(epochs: list[dict[str, Any]], recipe: Recipe) -> bool:
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise UserError(
-            f"the loss is {loss} at step {step + 1}: training diverged; take a smaller learning "
-            "rate, or another seed"
+            f"the loss is {loss} at step {step + 1}: training diverged; try a smaller learning "
+            "rate or another seed"
         )
 
 
@@ -168,7 +168,7 @@ def _measure(
     epoch: int,
     num_steps: int,
 ) -> None:
-    """Add the epoch's line; keep its weights when they are the best so far."""
+    """Add the epoch's line {epoch, step, loss, accuracy, f1}; keep its weights if they are best."""
     predictions = classify(network, dev.texts, pad_id)
     scores = measures.scores(dev.targets.tolist(), predictions, network.classifier.out_features)
     loss = float(np.mean(progress.losses[-num_steps:]))
@@ -222,12 +222,13 @@ def _step(
     step: int,
     num_steps: int,
 ) -> float:
-    """One update from the examples `rows`; returns their mean loss, over all ranks."""
+    """Update the weights with the examples `rows`; return their mean loss over all ranks."""
     network = updater.network
     device = next(network.parameters()).device
     rank, num_ranks = dist.rank(), dist.world_size()
-    mine = rows[rank::num_ranks] or rows[:1]  # a short last batch may leave a rank without
-    # The engine takes the mean over ranks, which here hold unequal parts of the batch.
+    mine = rows[rank::num_ranks] or rows[:1]  # a short last batch may leave none for this rank
+    # The engine averages over ranks, which may hold different numbers of examples. A rank without
+    # any computes the first one with weight 0.
     weight = len(rows[rank::num_ranks]) * num_ranks / len(rows)
     inputs = features.collate([examples.texts[i] for i in mine], pad_id)
     with _dropout(recipe.seed, step, device), _precision(recipe, device):
@@ -242,7 +243,7 @@ def _step(
 
 @contextlib.contextmanager
 def _dropout(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Draws of this step and rank; the global generator is as before afterwards."""
+    """Seed dropout for this step and rank; restore the global generator afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.rank())
         yield
@@ -253,7 +254,7 @@ def _precision(recipe: Recipe, device: torch.device) -> torch.autocast:
 
 
 def _epoch(encoded: Sequence[Features], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of indices: every example once, texts of like length together, all shuffled."""
+    """Shuffled batches of indices: every example once, texts of similar length together."""
     draws = np.random.default_rng((seed, epoch))
     order = draws.permutation(len(encoded))
     bucket = batch_size * BATCHES_PER_BUCKET
@@ -279,7 +280,7 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 
 
 def _save(path: Path, updater: Any, progress: Progress) -> None:
-    """Replace the state at once; a kill leaves the old one or the new one."""
+    """Replace the state file as one step: a kill leaves the old state or the new one."""
     if dist.rank() == 0:
         state = {
             "network": updater.network.state_dict(),
@@ -305,7 +306,7 @@ def _resume(path: Path, updater: Any) -> Progress:
 def classify(
     network: BertForSequenceClassification, encoded: Sequence[Features], pad_id: int
 ) -> list[int]:
-    """The likeliest class of every text, in order; ranks share the work and all know the result."""
+    """The most probable class of every text, in order. Ranks share the work; all get the result."""
     network.eval()
     watch = watchdog.current()
     device = next(network.parameters()).device
@@ -319,6 +320,6 @@ def classify(
             mine[row] = choice
         watch.mark()
     result = [0] * len(encoded)
-    for number, part in enumerate(dist.all_gather(mine)):
-        result[number::num_ranks] = part
+    for number, classes in enumerate(dist.all_gather(mine)):
+        result[number::num_ranks] = classes
     return result

@@ -1,4 +1,4 @@
-"""How well classes were predicted: accuracy, F1, and what guessing would have scored."""
+"""How well classes were predicted: accuracy, F1, and the scores of the majority class."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ def confusion(truth: Sequence[int], predictions: Sequence[int], num_classes: int
 
 
 def f1_of_classes(counts: np.ndarray) -> np.ndarray:
-    """F1 of every class of a confusion matrix; 0 for one that never occurs and is never said."""
+    """F1 of every class of a confusion matrix; 0 for one that is neither true nor predicted."""
     right = np.diag(counts).astype(float)
-    said_or_true = counts.sum(0) + counts.sum(1)
-    return np.divide(2 * right, said_or_true, out=np.zeros_like(right), where=said_or_true > 0)
+    predicted_and_true = counts.sum(0) + counts.sum(1)
+    return np.divide(
+        2 * right, predicted_and_true, out=np.zeros_like(right), where=predicted_and_true > 0
+    )
 
 
 def scores(truth: Sequence[int], predictions: Sequence[int], num_classes: int) -> dict[str, float]:
-    """accuracy; f1: the mean over the classes that occur (macro F1), so rare ones count alike."""
+    """accuracy, and f1: the mean F1 over the classes that occur (macro F1).
+
+    Rare classes count as much in it as frequent ones.
+    """
     counts = confusion(truth, predictions, num_classes)
     occurs = counts.sum(1) > 0
     return {
@@ -32,6 +37,6 @@ def scores(truth: Sequence[int], predictions: Sequence[int], num_classes: int) -
 
 
 def majority(train: Sequence[int], dev: Sequence[int], num_classes: int) -> dict[str, float]:
-    """The scores on dev of always saying the commonest class of train."""
-    commonest = Counter(train).most_common(1)[0][0]
-    return scores(dev, [commonest] * len(dev), num_classes)
+    """The scores on dev of always predicting the most frequent class of train."""
+    most_frequent = Counter(train).most_common(1)[0][0]
+    return scores(dev, [most_frequent] * len(dev), num_classes)

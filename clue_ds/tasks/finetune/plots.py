@@ -1,6 +1,6 @@
-"""Pictures of a run, with matplotlib (an extra: pip install 'clue_ds[plots]').
+"""Plots of a run. They need matplotlib: pip install 'clue_ds[plots]'.
 
-Labels that are not ASCII are drawn by their ids: fonts with Chinese are rarely installed.
+A label that is not ASCII is shown by its id, because fonts with Chinese are rarely installed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-MAX_TICKS = 30  # beyond, the labels of classes would lie on each other
+MAX_TICKS = 30  # more class labels than this would overlap
 
 
 def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
-    """Each row: where the examples of one true class went, as shares of the class."""
+    """The confusion matrix; each row shows how one true class was predicted, as fractions."""
     counts = np.array(result["confusion"], dtype=float)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     labels = [n if n.isascii() else str(i) for i, n in enumerate(result["labels"])]
@@ -35,14 +35,14 @@ def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     accuracy, guess = result["best"]["accuracy"], result["majority"]["accuracy"]
-    axis.set_title(f"{result['task']} dev: {accuracy:.1%} (always the commonest: {guess:.1%})")
-    figure.colorbar(image, shrink=0.7, label="share of the true class")
+    axis.set_title(f"{result['task']} dev: {accuracy:.1%} (majority class: {guess:.1%})")
+    figure.colorbar(image, shrink=0.7, label="fraction of the true class")
     figure.savefig(target, dpi=110, format="png")
     plt.close(figure)
 
 
 def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
-    """Training loss by step (smoothed) and dev accuracy and F1 by epoch."""
+    """The smoothed training loss by step; dev accuracy and F1 by epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     losses = np.array(result["losses"])
     width = max(1, len(losses) // 50)
@@ -53,7 +53,9 @@ def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
     epochs = [line["epoch"] for line in result["epochs"]]
     for key, name in (("accuracy", "accuracy"), ("f1", "macro F1")):
         right.plot(epochs, [line[key] for line in result["epochs"]], marker="o", label=name)
-    right.axhline(result["majority"]["accuracy"], color="grey", linestyle=":", label="majority")
+    right.axhline(
+        result["majority"]["accuracy"], color="grey", linestyle=":", label="majority class"
+    )
     right.set_xticks(epochs)
     right.set_xlabel("epoch")
     right.set_ylabel("dev")

@@ -1,13 +1,14 @@
-"""One fine-tuning run in one directory, which says everything about it and can be continued.
+"""One fine-tuning run in its directory, which records everything about it and can be continued.
 
-    run.json       what was asked: task, model, recipe, hashes of the data
-    epochs.jsonl   a line an epoch      state.pt    while it trains: where it stands
+    run.json       what to do: task, model, recipe, hashes of the data
+    epochs.jsonl   one line per epoch
+    state.pt       the state to resume from, while the run trains
     result.json    scores, confusion matrix, versions; written last
     model/         the best epoch, for `clue-ds predict` and transformers
-    confusion.png  where matplotlib is installed
+    confusion.png  a plot, if matplotlib is installed
 
-Guarantees: the same request on the same directory continues it, or is done already; another request
-is refused, so that no directory mixes two.
+Guarantees: the same run in the same directory continues it, or finds that it is finished; a
+different run is refused, so that no directory mixes two.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.jso
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run is asked to do. `changes`: fields of Recipe that replace the task's settings."""
+    """What a run is to do. `changes`: fields of Recipe that replace the task's settings."""
 
-    task: str  # a name, or the path of a YAML row
+    task: str  # a name, or the path of a YAML file
     model: str
     data: str  # a directory, or "hub"
     directory: Path
     changes: dict[str, Any]
     from_scratch: bool = False
-    limit: int | None = None  # examples to train on, drawn with the seed 0
-    force: bool = False  # discard another request's run
+    limit: int | None = None  # number of training examples, drawn with seed 0
+    force: bool = False  # discard a different run in the directory
 
 
 def recipe_for(task: Task, source: OpenedModel, changes: dict[str, Any]) -> Recipe:
@@ -68,10 +69,10 @@ def read(task: Task, data: str, split: Split) -> Examples:
 
 
 def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
-    """Do, continue or just read a run; returns the content of its result.json.
+    """Do or continue a run, or read a finished one; return the content of its result.json.
 
-    `show`: a progress bar and a line an epoch on the console. training.Stopped when the job was
-    asked to stop.
+    `show`: print a progress bar and a line per epoch. Raises loop.Stopped when the job was asked
+    to stop.
     """
     watch = watchdog.current()
     watch.begin(watch.health)
@@ -81,7 +82,7 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
     with opened(spec.model) as source:
         recipe = recipe_for(task, source, spec.changes)
         run_json = _run_json(spec, task, recipe, train, dev)
-        # Rank 0 decides, and prepares the directory, for all.
+        # Rank 0 prepares the directory and decides for all ranks.
         message, done = dist.broadcast(_prepare(spec, run_json) if dist.rank() == 0 else None)
         if message is not None:
             raise UserError(message)
@@ -99,7 +100,7 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
 
 
 def _limited(train: Examples, limit: int | None) -> list[examples.Example]:
-    """All examples, or `limit` of them, the same ones whatever the seed of the run."""
+    """All examples, or `limit` of them; the choice does not depend on the run's seed."""
     if limit is None or limit >= len(train):
         return train
     return random.Random(0).sample(train, limit)
@@ -130,12 +131,12 @@ def _run_json(
 
 
 def _test_versions(task: Task, data: str) -> dict[str, str]:
-    """SHA-256 of each version of the test set that lies beside the data."""
+    """SHA-256 of each version of the test set in the data directory."""
     found = {}
     for version in task.test_stems if data != "hub" else ():
         try:
             path = examples.find(task, data, "test", version)
-        except UserError:  # no test set is needed to train
+        except UserError:  # training needs no test set
             continue
         digest = files.sha256(path)
         found[examples.version_of(task, path)] = digest
@@ -143,7 +144,7 @@ def _test_versions(task: Task, data: str) -> dict[str, str]:
 
 
 def _prepare(spec: RunSpec, run_json: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
-    """(what forbids the run, the result when it is done already)."""
+    """(the error message if the run is refused, the result if it is already finished)."""
     directory = spec.directory
     if (directory / RUN).is_file():
         earlier = json.loads((directory / RUN).read_text(encoding="utf-8"))
@@ -156,7 +157,7 @@ def _prepare(spec: RunSpec, run_json: dict[str, Any]) -> tuple[str | None, dict[
         elif (directory / RESULT).is_file():
             return None, json.loads((directory / RESULT).read_text(encoding="utf-8"))
     elif directory.exists() and any(directory.iterdir()):
-        return f"{directory} holds something else; choose another --output", None
+        return f"{directory} exists and is not a fine-tuning run; choose another --output", None
     directory.mkdir(parents=True, exist_ok=True)
     files.write_json(directory / RUN, run_json)
     return None, None
@@ -222,7 +223,7 @@ def _fit(
 
 
 def _write_epochs(path: Path, line: dict[str, Any]) -> None:
-    """Add an epoch's line; after a kill it may be there already."""
+    """Add an epoch's line, or replace it: after a kill the file may already have it."""
     if dist.rank() > 0:
         return
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
