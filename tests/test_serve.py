@@ -228,5 +228,5 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
 def test_a_taken_port_is_one_message() -> None:
     with command.bind("127.0.0.1", 0) as listener:
         listener.listen()
-        with pytest.raises(UserError, match="can't listen at 127.0.0.1 port"):
+        with pytest.raises(UserError, match="can't listen on 127.0.0.1 port"):
             command.bind("127.0.0.1", listener.getsockname()[1])

@@ -1,11 +1,11 @@
-"""The HTTP side of `clue-ds serve`: what may be asked, how much of it, and what is answered.
+"""The HTTP API of `clue-ds serve`: its endpoints, the forms of requests and answers, the limits.
 
-Guarantees: every request is answered; a refused one says why (refusals.py); one text's mistake
-never reaches the requests that it is computed with; the event loop computes nothing, so health is
-answered while the model works.
+Guarantees: every request gets an answer; a refused one gets the reason (http_errors.py); a bad text
+never affects the other requests in its batch; the event loop computes nothing, so the health
+endpoints answer while the model works.
 
-FastAPI's own pages for trying an API load their scripts from elsewhere, so they are off: `/` is a
-page of ours, and /openapi.json describes the API.
+FastAPI's interactive pages load their scripts from another site, so they are turned off: `/` is our
+own page, and /openapi.json describes the API.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Item = str | tuple[str, str] | dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold."""
+    """The largest request that is accepted."""
 
     body_bytes: int = 1 << 20
     texts: int = 64
@@ -46,7 +46,7 @@ class Limits:
 
 
 class Queue(Protocol):
-    """What stands between a request and the model: a Batcher, or a peer in a benchmark."""
+    """What the API submits texts to: a Batcher, or its rival in a benchmark."""
 
     @property
     def num_waiting(self) -> int: ...
@@ -57,7 +57,7 @@ class Queue(Protocol):
 
 
 class Texts(BaseModel):
-    """What to answer: texts, pairs of texts, or rows with the task's fields."""
+    """Texts, pairs of texts, or objects with the task's fields."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"texts": ["今天天气很好"]}]}
@@ -66,7 +66,7 @@ class Texts(BaseModel):
 
 
 class MaskedTexts(BaseModel):
-    """Texts with [MASK] where a token is wanted."""
+    """Texts with [MASK] for each token to fill in."""
 
     model_config = ConfigDict(extra="forbid")
     texts: list[str] = Field(min_length=1)
@@ -74,11 +74,11 @@ class MaskedTexts(BaseModel):
 
 
 class Class(BaseModel):
-    """The likeliest class of a text and the probability of each."""
+    """The most probable class of a text and the probability of every class."""
 
     label: str
     probabilities: dict[str, float]
-    truncated: bool = Field(description="whether the model read only the beginning")
+    truncated: bool = Field(description="whether the model read only the beginning of the text")
 
 
 class Predictions(BaseModel):
@@ -91,7 +91,7 @@ class Candidate(BaseModel):
 
 
 class Fillings(BaseModel):
-    """For each text, for each [MASK], the likeliest tokens."""
+    """For each text and each [MASK] in it, the most probable tokens."""
 
     fillings: list[list[list[Candidate]]]
 
@@ -102,7 +102,10 @@ class Embeddings(BaseModel):
 
 
 def compute(predictor: Predictor) -> Callable[[Hashable, list[Any]], Sequence[Any]]:
-    """What the model's thread does for each kind of request; a text's own mistake is its result."""
+    """The function that the batcher's thread calls for each kind of request.
+
+    A text with a mistake gets the UserError as its result, so the others of its batch are computed.
+    """
 
     def fill(text: str, top_k: int) -> Any:
         try:
@@ -123,7 +126,7 @@ def compute(predictor: Predictor) -> Callable[[Hashable, list[Any]], Sequence[An
 
 
 def create_app(predictor: Predictor, waiting: Queue, limits: Limits = Limits()) -> FastAPI:
-    """The service for a model; `waiting` is closed, all answered, when the service ends."""
+    """The service for a model. When it shuts down it closes `waiting`, which answers everything."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -132,7 +135,7 @@ def create_app(predictor: Predictor, waiting: Queue, limits: Limits = Limits()) 
 
     app = FastAPI(
         title="clue_ds", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
-        description=f"Answers of the model {predictor.directory.name}.",
+        description=f"Predictions of the model {predictor.directory.name}.",
     )  # fmt: skip
     statuses: Counter[tuple[str, int]] = Counter()
     app.add_middleware(Gate, limit=limits.body_bytes, statuses=statuses)
@@ -148,7 +151,7 @@ async def _ask(waiting: Queue, kind: Hashable, items: list[Any]) -> list[Any]:
     except Full as error:
         raise Refusal(
             503,
-            f"the server has more to do than it can hold: {error}",
+            f"the server is overloaded: {error}",
             "server",
             f"send the request again in {error.retry_after} s",
             error.retry_after,
@@ -171,7 +174,7 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
 
     @app.post("/embed", responses=REFUSALS)
     async def embed(body: Texts) -> Embeddings:
-        """The mean of every text's token vectors, in order."""
+        """The embedding of every text (the mean of its token vectors), in order."""
         found = await _ask(waiting, "embed", _texts(predictor, body.texts, limits))
         return Embeddings.model_construct(
             embeddings=[vector for vector, _ in found], truncated=[cut for _, cut in found]
@@ -179,7 +182,7 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
 
     @app.post("/fill-mask", responses=REFUSALS)
     async def fill_mask(body: MaskedTexts) -> Fillings:
-        """The likeliest tokens for every [MASK] of every text."""
+        """The most probable tokens for every [MASK] of every text."""
         if not predictor.can_fill_mask:
             raise _wrong_model("/fill-mask", "has no MLM head", "serve a pretrained model")
         _check_sizes(body.texts, limits)
@@ -205,7 +208,7 @@ def _wrong_model(where: str, what: str, what_to_do: str) -> Refusal:
 
 
 def _texts(predictor: Predictor, items: list[Item], limits: Limits) -> list[Text]:
-    """Texts as the model reads them; Refusal naming the place of one that it can't."""
+    """The texts as the model reads them; a Refusal names the place of one that it can't read."""
     _check_sizes(items, limits)
     kind = predictor.task.kind if predictor.task and not predictor.task.build else None
     texts: list[Text] = []
@@ -220,7 +223,10 @@ def _texts(predictor: Predictor, items: list[Item], limits: Limits) -> list[Text
         elif predictor.task is not None and predictor.task.build is not None:
             fields = ", ".join(predictor.task.fields)
             raise Refusal(
-                422, f"{predictor.task.name} reads {fields}", where, "give an object with them"
+                422,
+                f"{predictor.task.name} reads {fields}",
+                where,
+                "give an object with these fields",
             )
         is_pair = isinstance(item, tuple)
         if kind is not None and is_pair != (kind == "pair"):
@@ -245,22 +251,22 @@ def _check_sizes(items: Sequence[Item], limits: Limits) -> None:
             413, f"{len(items):,} texts", "texts", f"send at most {limits.texts:,} in a request"
         )
     for number, item in enumerate(items):
-        parts = item.values() if isinstance(item, dict) else [item]
-        size = max((_length(part) for part in parts), default=0)
+        fields = item.values() if isinstance(item, dict) else [item]
+        size = max(map(_length, fields), default=0)
         if size > limits.text_chars:
             raise Refusal(
                 413,
                 f"a text of {size:,} characters",
                 f"texts.{number}",
-                f"send at most {limits.text_chars:,} characters a text",
+                f"send at most {limits.text_chars:,} characters per text",
             )
 
 
-def _length(part: Any) -> int:
-    """Characters of a text, or of the texts of a list (a pair, keywords)."""
-    if isinstance(part, str):
-        return len(part)
-    return sum(map(_length, part)) if isinstance(part, list | tuple) else 0
+def _length(value: Any) -> int:
+    """The characters of a text, or of all texts of a list (a pair, keywords)."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_length, value)) if isinstance(value, list | tuple) else 0
 
 
 def _add_health(
@@ -281,12 +287,12 @@ def _add_health(
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
-        """The process answers."""
+        """The process is running."""
         return {"status": "live"}
 
     @app.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """The model is loaded: what it is, what it can do, and how much a request may hold."""
+        """The model is loaded: its name, task, endpoints and limits."""
         task = predictor.task
         return {
             "status": "ready",

@@ -1,14 +1,16 @@
-"""A queue in front of a model: requests that arrive together are computed together.
+"""Dynamic batching: requests that arrive at about the same time are computed in one batch.
 
-One thread owns the model. It takes what is waiting, up to `max_batch` texts, waits at most
-`max_wait_s` for more, computes each kind of work in one go, and hands every request its own part.
+One thread owns the model. It takes the waiting requests, up to `max_batch` texts, waits at most
+`max_wait_s` for more, computes one batch for each kind of request, and gives every request its own
+results.
 
-Guarantees: what `submit` took is answered, with a result or an exception, also when the batcher is
-closed; what it can't take it refuses at once (Full), before any work; results are in the request's
-order; a request whose client has cancelled is not computed.
+Guarantees: every request that `submit` accepts gets a result or an exception, also when the batcher
+is closed; a request that does not fit is refused at once (Full), before any work; results are in
+the request's order; a request that its client has cancelled is not computed.
 
-Rejected: asyncio queues (the model would share a thread with the sockets, or need locks), a pool of
-threads (torch parallelises inside an operation; two forward passes at once only share the caches).
+Rejected: asyncio queues (the model would share a thread with the sockets, or need locks) and a pool
+of threads (torch already uses all cores inside an operation; two forward passes at a time would
+only compete for the caches).
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# All texts of one kind of work -> a result for each, in order.
+# (kind, all texts of that kind) -> a result for each text, in order.
 Compute = Callable[[Hashable, list[Any]], Sequence[Any]]
 
 
 class Full(RuntimeError):
-    """As many texts wait as may; try again in `retry_after` seconds."""
+    """The queue holds as many texts as it may; try again in `retry_after` seconds."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after} s")
@@ -35,7 +37,7 @@ class Full(RuntimeError):
 
 
 class Closed(RuntimeError):
-    """The batcher takes nothing any more."""
+    """The batcher accepts no more requests."""
 
 
 class _Request(NamedTuple):
@@ -56,7 +58,7 @@ class Counters:
 
 
 class Batcher:
-    """Computes what is submitted, on a thread of its own, until `close`."""
+    """Computes submitted requests on its own thread, until `close`."""
 
     def __init__(
         self,
@@ -79,14 +81,14 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Texts that were taken and not yet answered."""
+        """Number of texts that were accepted and are not yet answered."""
         return self._num_waiting
 
     def submit(self, kind: Hashable, items: list[Any]) -> Future[list[Any]]:
-        """Results for `items`, later; Full or Closed at once when they can't be taken.
+        """A future with the results for `items`; raises Full or Closed if they are refused.
 
-        Requests of equal `kind` are computed together. One request is never split; it may hold more
-        than `max_batch` items, and is then computed alone.
+        Requests of equal `kind` are computed together. A request is never split: one with more
+        than `max_batch` items is computed alone.
         """
         future: Future[list[Any]] = Future()
         with self._lock:
@@ -97,12 +99,12 @@ class Batcher:
                 raise Full(self._seconds_to_drain())
             self._num_waiting += len(items)
             self.counters.num_requests += 1
-            # Inside the lock, so that nothing comes after the end mark of `close`.
+            # Inside the lock, so that no request can follow the end marker (None) of `close`.
             self._queue.put(_Request(kind, items, future))
         return future
 
     def close(self) -> None:
-        """Answer everything that was taken, then end the thread."""
+        """Answer every accepted request, then end the thread."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -129,7 +131,7 @@ class Batcher:
                 return
 
     def _gather(self, first: _Request) -> tuple[list[_Request], bool]:
-        """`first` and what else is there or comes in time; whether the end mark was among it."""
+        """(`first` and the requests that arrive in time, whether the end marker was among them)."""
         requests, num_items = [first], len(first.items)
         deadline = time.monotonic() + self.max_wait_s
         while num_items < self.max_batch:
@@ -149,7 +151,7 @@ class Batcher:
         try:
             results = list(self._compute(kind, items))
             assert len(results) == len(items), f"{len(results)} results for {len(items)} items"
-        except BaseException as error:  # whatever it is, somebody waits for it
+        except BaseException as error:  # of any kind: the clients wait for an answer
             for request in group:
                 request.future.set_exception(error)
             return
@@ -157,7 +159,8 @@ class Batcher:
             self.counters.busy_s += time.perf_counter() - begin
             self.counters.num_items += len(items)
             self.counters.num_batches += 1
-        place = 0
+        begin_item = 0
         for request in group:
-            request.future.set_result(results[place : place + len(request.items)])
-            place += len(request.items)
+            end_item = begin_item + len(request.items)
+            request.future.set_result(results[begin_item:end_item])
+            begin_item = end_item

@@ -1,8 +1,8 @@
-"""`clue-ds serve`: a model behind HTTP, on this machine only unless told otherwise.
+"""`clue-ds serve`: serve a model over HTTP, by default only to clients on this machine.
 
-Guarantees: the address is printed when requests are taken; TERM and INT stop taking connections,
-answer everything in flight and end. torch takes the cores that it would take alone
-(OMP_NUM_THREADS): the event loop computes nothing and needs little of one.
+Guarantees: the address is printed once requests are accepted; on TERM and INT the server accepts no
+more connections, answers the requests in flight and exits. torch uses as many cores as it would
+without the server (OMP_NUM_THREADS), because the event loop computes nothing and needs little time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from clue_ds.errors import UserError
 from clue_ds.tasks.predict.predictor import Predictor
 
-# After this many seconds a client that doesn't read its answer is left.
+# At shutdown, wait at most this long for clients to read their answers.
 SECONDS_TO_DRAIN = 60
 
 
@@ -33,22 +33,22 @@ def serve(
     texts: int = 64,
     text_chars: int = 10_000,
 ) -> None:
-    """Answer requests over HTTP: /predict, /fill-mask, /embed, and a page to try them at /.
+    """Serve a model over HTTP: /predict, /fill-mask, /embed, and a page at / to try them.
 
     Args:
         model: a run directory, one of its checkpoints, or a Hugging Face directory.
-        task: what a classifier answers: a task of CLUE or a YAML file; default what it was
-            fine-tuned for.
-        host: address to listen at. There is no password: beyond loopback, who reaches the port
-            may use the model.
-        port: TCP port; 0 takes a free one.
-        max_batch: texts that the model computes together.
-        max_wait_ms: how long a request may wait for others to be computed with.
-        max_waiting: texts that may wait; beyond them requests get 503 and Retry-After.
-        max_length: tokens read of a text; default what the task is trained with.
-        body_bytes: largest body of a request.
+        task: the task of a classifier: a task of CLUE or a YAML file; default the one that the
+            model was fine-tuned for.
+        host: address to listen on. There is no password: with any address but loopback, everyone
+            who can reach the port can use the model.
+        port: TCP port; 0 chooses a free one.
+        max_batch: most texts in a batch.
+        max_wait_ms: how long a request may wait for others to share its batch.
+        max_waiting: most texts in the queue; further requests get 503 and Retry-After.
+        max_length: most tokens to read of a text; default the length the task is trained with.
+        body_bytes: most bytes in the body of a request.
         texts: most texts in a request.
-        text_chars: longest text of a request.
+        text_chars: most characters in a text.
     """
     check_installed()
     import uvicorn
@@ -80,7 +80,7 @@ def serve(
 
 
 def check_installed() -> None:
-    """UserError when the extra is missing."""
+    """Raise a UserError if the packages of the [serve] extra are missing."""
     missing = [n for n in ("fastapi", "uvicorn") if importlib.util.find_spec(n) is None]
     if missing:
         raise UserError(
@@ -89,19 +89,22 @@ def check_installed() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with that address, before the model is loaded: a taken port is known at once."""
+    """A socket bound to that address.
+
+    Called before the model is loaded, so that a port in use is reported at once.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        # asyncio turns Nagle's algorithm off only for sockets that say they are TCP's; with it each
-        # answer waits 40 ms for the client's delayed acknowledgement.
+        # asyncio turns Nagle's algorithm off only for sockets whose protocol is set to TCP. With it
+        # each answer would wait 40 ms for the client's delayed acknowledgement.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"can't listen at {host} port {port}: {error}; give another --host or --port"
+            f"can't listen on {host} port {port}: {error}; give another --host or --port"
         ) from None
     return listener
 
@@ -111,12 +114,12 @@ def _announce(listener: socket.socket, predictor: Predictor) -> None:
     if not ipaddress.ip_address(host).is_loopback:
         print(
             f"clue-ds serve: WARNING: {host} can be reached from other machines, and there is no "
-            "password and no encryption; put a proxy that has both in front",
+            "password and no encryption; put a proxy that has both in front of the server",
             file=sys.stderr,
         )
     shown = f"[{host}]" if ":" in host else host
     task = f", task {predictor.task.name}" if predictor.task else ""
     print(
-        f"serving {predictor.directory.name}{task} at http://{shown}:{port}   (Ctrl-C ends it)",
+        f"serving {predictor.directory.name}{task} at http://{shown}:{port}   (Ctrl-C to stop)",
         flush=True,
     )

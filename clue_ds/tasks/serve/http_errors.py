@@ -1,8 +1,8 @@
-"""What a request hears that gets no result: one form for every error, and the gate before the app.
+"""HTTP errors: one JSON form for all of them, and the middleware that limits request bodies.
 
-Guarantees: a refused request is answered with what was wrong, where, and what to do, as JSON
-({"error": {"what", "where", "what_to_do"}}); no more of a body is kept than the limit, however the
-client sends it; a slow client holds a connection for SECONDS_FOR_A_BODY and nothing else.
+Guarantees: the answer to a refused request states what was wrong, where, and what to do
+({"error": {"what", "where", "what_to_do"}}); no more of a body than the limit is kept in memory,
+however the client sends it; a slow client occupies one connection, for at most SECONDS_FOR_A_BODY.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 SECONDS_FOR_A_BODY = 20.0
-# A body up to this many times too large is read and thrown away: most clients read an answer only
-# when they have sent everything, and would see a broken connection instead of the 413.
-DISCARDED = 16
+# A body of up to this many times the limit is read to its end and discarded. Most clients read the
+# answer only after sending everything, and would see a broken connection instead of the 413.
+MAX_DISCARDED = 16
 
 
 class Refusal(Exception):
-    """A request that gets no result: status, and what its sender should know."""
+    """An error answer: its status, and what the client needs to know."""
 
     def __init__(
         self, status: int, what: str, where: str, what_to_do: str, retry_after: int | None = None
@@ -51,14 +51,14 @@ class ErrorBody(BaseModel):
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the body is not JSON"},
-    413: {"model": ErrorBody, "description": "more bytes, texts or characters than the limits"},
-    422: {"model": ErrorBody, "description": "a field or a text that can't be used"},
+    413: {"model": ErrorBody, "description": "more bytes, texts or characters than allowed"},
+    422: {"model": ErrorBody, "description": "a field or a text is invalid"},
     503: {"model": ErrorBody, "description": "the queue is full; see Retry-After"},
 }
 
 
 def add_refusals(app: FastAPI) -> None:
-    """Answer every kind of error of `app` in the one form."""
+    """Give the answers to all errors of `app` the same form."""
 
     @app.exception_handler(Refusal)
     async def refusal(request: Request, error: Refusal) -> JSONResponse:
@@ -71,14 +71,14 @@ def add_refusals(app: FastAPI) -> None:
             where = f"body, character {first['loc'][-1]}"
             what = f"not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
             return Refusal(400, what, where, "send a JSON object").response()
-        place = [str(part) for part in first["loc"] if part != "body"]
-        if place[:1] == ["texts"]:  # without the names of the alternatives of a union
+        place = [str(step) for step in first["loc"] if step != "body"]
+        if place[:1] == ["texts"]:  # drop pydantic's names of the types that an item may have
             place = place[:2]
         return Refusal(
             422,
             first["msg"],
             ".".join(place) or "body",
-            "send a JSON object as application/json; /openapi.json has its fields",
+            "send a JSON object as application/json; /openapi.json lists its fields",
         ).response()
 
     @app.exception_handler(HTTPException)
@@ -86,7 +86,7 @@ def add_refusals(app: FastAPI) -> None:
         path = request.url.path
         refused = Refusal(
             error.status_code, f"{error.detail}: {request.method} {path}", path,
-            "see /openapi.json for what there is",
+            "see /openapi.json for the paths and methods",
         )  # fmt: skip
         return JSONResponse(refused.content, error.status_code, error.headers)
 
@@ -102,7 +102,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Gate:
-    """ASGI middleware: reads a whole body, within limits of size and time, and counts answers."""
+    """ASGI middleware: reads whole bodies within limits of size and time, and counts answers."""
 
     def __init__(self, app: Any, limit: int, statuses: Counter[tuple[str, int]]) -> None:
         self.app = app
@@ -116,7 +116,7 @@ class Gate:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Only paths that exist, or a stranger could fill the memory with names.
+                # Count only paths that exist, or a client could fill the memory with names.
                 known = message["status"] not in (404, 405)
                 self.statuses[scope["path"] if known else "other", message["status"]] += 1
             await send(message)
@@ -125,7 +125,7 @@ class Gate:
             body = await asyncio.wait_for(self._body(scope, receive), SECONDS_FOR_A_BODY)
         except asyncio.TimeoutError:
             refused = Refusal(
-                408, f"no whole body in {SECONDS_FOR_A_BODY:.0f} s", "body", "send it faster"
+                408, f"no complete body after {SECONDS_FOR_A_BODY:.0f} s", "body", "send it faster"
             )
             await self._refuse(refused, scope, receive, counted)
         except Refusal as error:
@@ -134,36 +134,36 @@ class Gate:
             await self.app(scope, self._replay(body, receive), counted)
 
     async def _refuse(self, error: Refusal, scope: Message, receive: Receive, send: Send) -> None:
-        # The rest of the body is not read, so the connection is of no use any more.
+        # The rest of the body stays unread, so the connection can't be used again.
         error.headers["Connection"] = "close"
         await error.response()(scope, receive, send)
 
     async def _body(self, scope: Message, receive: Receive) -> bytes:
-        """The whole body; Refusal when it is too large."""
+        """The whole body; a Refusal if it is too large."""
         refused = Refusal(
             413,
             f"a body of more than {self.limit:,} bytes",
             "body",
-            "send fewer or shorter texts in a request",
+            "send fewer or shorter texts per request",
         )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        most = DISCARDED * self.limit
+        most = MAX_DISCARDED * self.limit
         if declared.isdigit() and int(declared) > most:
             raise refused
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         size = 0
         while size <= most:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refusal(400, "the client left before its request was whole", "body", "")
+                raise Refusal(400, "the client disconnected before the end of the body", "body", "")
             size += len(message.get("body", b""))
             if size <= self.limit:
-                parts.append(message.get("body", b""))
+                chunks.append(message.get("body", b""))
             if not message.get("more_body", False):
                 break
         if size > self.limit:
             raise refused
-        return b"".join(parts)
+        return b"".join(chunks)
 
     @staticmethod
     def _replay(body: bytes, receive: Receive) -> Receive:
