@@ -154,7 +154,7 @@ def test_mistakes_get_one_clear_message(
         (lambda: predictor.embed("好"), "a list of texts"),
         (lambda: Predictor(finetuned).fill_mask("[MASK]"), "no masked-language-model head"),
         (lambda: Predictor(finetuned, task="tnews"), "fine-tuned for 'reviews', not 'tnews'"),
-        (lambda: Predictor(pretrained, task="tnews"), "not fine-tuned"),
+        (lambda: Predictor(pretrained, task="tnews"), "is not fine-tuned"),
         (lambda: Predictor(tmp_path / "none"), "not a directory"),
     ):
         with pytest.raises(UserError, match=message):

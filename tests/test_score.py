@@ -44,5 +44,5 @@ def test_the_report_needs_nothing_beside_it(output: Path) -> None:
 
 
 def test_no_runs_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no finished run"):
+    with pytest.raises(UserError, match="no finished run"):
         score.collect((tmp_path,))

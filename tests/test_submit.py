@@ -63,7 +63,7 @@ def test_both_versions_are_named_and_the_zip_has_the_published_form(
     ("spoil", "messages"),
     [
         (lambda rows: rows.pop(1), ["3 answers, but the test set has 4 lines", "ids missing: 1"]),
-        (lambda rows: rows.reverse(), ["id 3 stands where 0 belongs"]),
+        (lambda rows: rows.reverse(), ["id 3 instead of 0"]),
         (lambda rows: rows.append(rows[0]), ["ids twice: 0"]),
         (lambda rows: rows[2].update(label="105"), [":3: label '105' is not one of tnews's"]),
         (lambda rows: rows[2].update(label=102), [":3: label 102 is not one"]),
@@ -94,13 +94,13 @@ def test_mistakes_of_all_files_come_together(data: Path, tmp_path: Path) -> None
         submit.submit(data, check=path)
     for message in (
         "call it tnews11_predict.json or tnews10_predict.json",
-        "cls_predict.json is not a name of CLUE's",
+        "cls_predict.json is not a file name that CLUE accepts",
         "csl_predict.json:1: label '2'",
         "csl_predict.json:2: not {",
     ):
         assert message in str(caught.value)
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(UserError, match="not a whole zip"):
+    with pytest.raises(UserError, match="not a complete zip"):
         submit.submit(data, check=path)
 
 

@@ -1,7 +1,8 @@
-"""`clue-ds score` and `clue-ds report`: what runs achieved, beside what was published.
+"""`clue-ds score` and `clue-ds report`: tables of finished runs beside the published scores.
 
-Guarantees: only finished runs count; seeds of the same settings make one row, with their mean and
-deviation; data that is not CLUE's whole split is marked, since its score can't be compared.
+Guarantees: only finished runs count; runs that differ only in their seed make one row, with mean
+and standard deviation; a score from less than CLUE's whole split is marked, because it can't be
+compared.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ def score(
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> None:
-    """Table of fine-tuning runs over tasks and seeds, beside the published scores.
+    """Print a table of fine-tuning runs over tasks and seeds, beside the published scores.
 
     Args:
-        places: outputs of `clue-ds finetune`, or single runs in them.
-        markdown: also write the tables here, as Markdown.
-        html: also write a page here that needs nothing beside it.
+        places: output directories of `clue-ds finetune`, or directories of single runs.
+        markdown: a file to write the tables to, as Markdown.
+        html: a file to write the tables to, as one self-contained page.
     """
     from rich.console import Console
     from rich.table import Table
 
     groups = collect(places)
-    # Without a terminal rich would fold the hashes at 80 columns.
+    # When the output is not a terminal, rich would wrap the hashes at 80 columns.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     for title, columns, rows in tables(groups):
         table = Table(*columns, title=title)
@@ -84,11 +85,11 @@ def score(
 
 
 def report(place: tyro.conf.Positional[Path], output: Path | None = None) -> None:
-    """One page about runs: curves, confusion matrix, F1 of every class, data and settings.
+    """Write one page about runs: curves, confusion matrix, F1 of every class, data and settings.
 
     Args:
-        place: a run, or an output of `clue-ds finetune`.
-        output: where the page goes; default PLACE/report.html. It needs nothing beside it.
+        place: the directory of a run, or an output directory of `clue-ds finetune`.
+        output: the file to write, a self-contained page; default PLACE/report.html.
     """
     target = output if output is not None else place / "report.html"
     target.write_text(as_html(collect((place,)), details=True), encoding="utf-8")
@@ -96,11 +97,14 @@ def report(place: tyro.conf.Positional[Path], output: Path | None = None) -> Non
 
 
 def collect(places: tuple[Path, ...]) -> list[Group]:
-    """The finished runs in `places`, seeds together, CLUE's tasks in CLUE's order."""
+    """The finished runs in `places`, grouped over seeds, CLUE's tasks in CLUE's order."""
     paths = {path.resolve() for place in places for path in place.glob(f"**/{run.RESULT}")}
     if not paths:
-        given = ", ".join(map(str, places)) or "nothing"
-        raise UserError(f"{given} holds no finished run ({run.RESULT}); see clue-ds finetune")
+        where = f" in {', '.join(map(str, places))}" if places else ""
+        raise UserError(
+            f"there is no finished run ({run.RESULT}){where}; give an output directory of clue-ds "
+            "finetune"
+        )
     groups: dict[str, Group] = {}
     for path in sorted(paths):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -126,25 +130,25 @@ def _settings(result: dict[str, Any]) -> str:
 
 
 def _data(result: dict[str, Any]) -> str:
-    """How much of CLUE's data the score is made of: "whole", or both splits' counts."""
+    """How much of CLUE's data a run used: "whole", or the example counts of the splits."""
     task = registry.TASKS.get(result["task"])
     counts: dict[Split, int] = {
         "train": result["num_trained_on"],
         "dev": result["data"]["dev"]["num_examples"],
     }
-    parts = []
+    counted = []
     for split, count in counts.items():
         published = task.num_published.get(split) if task else None
         whole = count + (result["data"][split]["num_skipped"] if split == "dev" else 0)
         if published is None:
-            parts.append(f"{split} {count:,}")
+            counted.append(f"{split} {count:,}")
         elif whole < published:
-            parts.append(f"{split} {count:,} of {published:,}")
-    return ", ".join(parts) or "whole"
+            counted.append(f"{split} {count:,} of {published:,}")
+    return ", ".join(counted) or "whole"
 
 
 def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, column names, rows) of everything that is shown."""
+    """(title, column names, rows) of each table."""
     scores = []
     for group in groups:
         first = group.results[0]
@@ -171,18 +175,21 @@ def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
             files[group.task, version, digest] = [group.task, f"test {version}", "", "", "", digest]
     columns = ["task", "split", "file", "examples", "without label", "SHA-256"]
     return [
-        ("dev, mean ± deviation over seeds (%)", COLUMNS, scores),
-        ("accuracy (%) beside the published; * not on all of CLUE's data", *_beside(groups)),
+        ("dev scores, mean ± standard deviation over seeds (%)", COLUMNS, scores),
+        (
+            "accuracy (%) beside published models; * means less than all of CLUE's data",
+            *_beside_published(groups),
+        ),
         ("data", columns, list(files.values())),
     ]
 
 
-def _beside(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
-    """(column names, rows): a column a task; our models on dev, then the published on test."""
+def _beside_published(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows), one column per task: our models on dev, published ones on test."""
     published = list(next(iter(PUBLISHED.values())))
     tasks = list(dict.fromkeys([*published, *(group.task for group in groups)]))
     best: dict[str, dict[str, Group]] = {}
-    for group in groups:  # of several settings, the best
+    for group in groups:  # the best settings of each model and task
         row = best.setdefault(group.model, {})
         if group.task not in row or group.accuracy > row[group.task].accuracy:
             row[group.task] = group
@@ -201,15 +208,15 @@ def _beside(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
 
 def as_markdown(groups: list[Group]) -> str:
     """The tables as Markdown."""
-    parts = []
+    texts = []
     for title, columns, rows in tables(groups):
         lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
         lines.append("|" + "---|" * len(columns))
         lines += [
             "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
         ]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts) + "\n"
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
@@ -220,7 +227,7 @@ img{max-width:100%}h2{margin-top:2rem}"""
 
 
 def as_html(groups: list[Group], details: bool = False) -> str:
-    """The tables as a page of its own; `details`: with the pictures of every run."""
+    """The tables as a page; `details` adds the plots and settings of every run."""
     body = [f"<h2>{html.escape(title)}</h2>" + _table(c, r) for title, c, r in tables(groups)]
     if details:
         body += [_details(result) for group in groups for result in group.results]
@@ -237,7 +244,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Hashes narrow; paths may be broken after a slash."""
+    """A cell with hashes in small type and possible line breaks after the slashes of paths."""
     escaped = html.escape(text)
     return f"<code>{escaped}</code>" if len(text) == 64 else escaped.replace("/", "/<wbr>")
 
@@ -255,7 +262,7 @@ def _details(result: dict[str, Any]) -> str:
     settings += [[key, value] for key, value in result["versions"].items()]
     return (
         f"<h2>{html.escape(title)}</h2><p>Best in epoch {best['epoch']} of "
-        f"{len(result['epochs'])}, {result['seconds']:,.0f} s on {result['num_ranks']} "
+        f"{len(result['epochs'])}; {result['seconds']:,.0f} s on {result['num_ranks']} "
         f"rank(s).</p>{_pictures(result)}"
         f"{_table(['class', 'meaning', 'dev examples', 'F1 (%)'], classes)}"
         f"{_table(['setting', 'value'], settings)}"
@@ -267,12 +274,12 @@ def _pictures(result: dict[str, Any]) -> str:
         from clue_ds.tasks.finetune import plots
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the report's pictures need {error.name}: pip install 'clue_ds[plots]'"
+            f"the report's plots need {error.name}; run: pip install 'clue_ds[plots]'"
         ) from None
-    parts = []
+    images = []
     for draw, name in ((plots.curves, "curves"), (plots.confusion, "confusion matrix")):
         stream = io.BytesIO()
         draw(result, stream)
         data = base64.b64encode(stream.getvalue()).decode()
-        parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>')
-    return "".join(parts)
+        images.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>')
+    return "".join(images)

@@ -1,11 +1,11 @@
-"""`clue-ds predict`: texts and files in, answers out, one a line and in the same order.
+"""`clue-ds predict`: read texts or a file, write one answer per line in the same order.
 
-Guarantees: a file of any size takes the memory of a few thousand lines; the output appears complete
-or not at all; a mistake names file and line; every answer says whether its text was cut; several
-ranks write what one process writes.
+Guarantees: a file of any size needs the memory of a few thousand lines; the output appears complete
+or not at all; an error message names file and line; every answer records whether its text was
+truncated; several ranks write the same output as one process.
 
-Texts are sorted by length within CHUNK lines only. More would gain nothing (a batch is a hundredth
-of that) and would need the whole file.
+Texts are sorted by length only within CHUNK lines. Sorting more would gain nothing (a batch is a
+hundredth of that) and would need the whole file in memory.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.predict.predictor import MASK, Prediction, Predictor
 from clue_ds.tasks.registry import Record
 
-CHUNK = 4096  # lines that are read, sorted by length and answered together
+CHUNK = 4096  # lines that are read, sorted by length and computed together
 FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
 
 
 class Answered(NamedTuple):
-    """A line of the input, what the model read of it, and its class or embedding."""
+    """A line of the input, the tokens that the model read, and its class or embedding."""
 
     example: Example
     features: Features
@@ -64,35 +64,35 @@ def predict(
     force: bool = False,
     health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
-    """Classify texts, fill their masks, embed or compare them with a trained model.
+    """Classify texts, fill in masked tokens, or embed or compare texts with a trained model.
 
-    A large file on several GPUs or ranks:
+    To split a large file over several GPUs or ranks:
     clue-ds launch --local 2 -- predict --model M --file in.jsonl --out out.jsonl
 
     Args:
         model: a run directory, one of its checkpoints, or a Hugging Face directory.
-        task: what a classifier answers: a task of CLUE or a YAML file; default what it was
-            fine-tuned for.
-        text: texts to classify (or embed); for a task of pairs, first and second text in turn.
-        file: instead of texts: JSON lines, CSV or TSV with the task's fields; "sentence", "text" or
-            "sentence1" and "sentence2" where there is no task.
-        out: where the answers go, one JSON object a line; for --embed also an array (.npy). Without
-            it they are printed.
-        fill_mask: texts with [MASK] where a token is wanted.
-        embed: write the embedding of every text (mean of its tokens) instead of a class.
-        similarity: two texts, to be compared by the cosine of their embeddings.
-        top_k: candidates shown for each mask.
-        batch_size: texts that the model reads together.
-        max_length: tokens read of a text; default what the task is trained with.
-        kernels: the fused operations: Triton's, their torch twins, or auto: Triton on a GPU.
+        task: the task of a classifier: a task of CLUE or a YAML file; default the one that the
+            model was fine-tuned for.
+        text: texts to classify (or embed); for a task of pairs, alternate first and second texts.
+        file: instead of --text, a file of JSON lines, CSV or TSV with the task's fields; without a
+            task the fields are "sentence", "text", or "sentence1" and "sentence2".
+        out: the file for the answers, one JSON object per line, or with --embed also an array
+            (.npy). Without it the answers are printed.
+        fill_mask: texts with [MASK] for each token to fill in.
+        embed: write the embedding of every text (the mean over its tokens) instead of a class.
+        similarity: two texts to compare by the cosine of their embeddings.
+        top_k: number of candidates to show for each mask.
+        batch_size: number of texts that the model computes together.
+        max_length: most tokens to read of a text; default the length the task is trained with.
+        kernels: implementation of the fused operations: triton, torch, or auto (triton on a GPU).
         force: replace the output if it exists.
-        health: deadlines, of several ranks.
+        health: deadlines for the ranks of a job.
     """
-    wanted = [bool(text), file is not None, bool(fill_mask), similarity is not None]
-    if sum(wanted) != 1:
-        raise UserError("give one of --text, --file, --fill-mask and --similarity")
+    inputs = [bool(text), file is not None, bool(fill_mask), similarity is not None]
+    if sum(inputs) != 1:
+        raise UserError("give exactly one of --text, --file, --fill-mask and --similarity")
     if out is not None and file is None:
-        raise UserError("--out is for the answers to a --file; those to a --text are printed")
+        raise UserError("--out needs --file: other answers are printed; drop --out")
     with watchdog.reporting(), warnings.catch_warnings():
         warnings.showwarning = _print_warning
         if dist.world_size() > 1:
@@ -114,7 +114,7 @@ def predict(
 
 def _join_ranks(out: Path | None, health: HealthSection) -> None:
     if out is None:
-        raise UserError("several ranks share the work of a --file; give one, and --out")
+        raise UserError("several ranks can only share the lines of a file; give --file and --out")
     from clue_ds.pretrain import engine
 
     watchdog.start(health, "clue-ds predict", can_stop=False)
@@ -126,44 +126,44 @@ def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _given(predictor: Predictor, texts: tuple[str, ...]) -> list[Example]:
-    """The texts of the command line, in pairs where the task is one of pairs."""
+    """The texts of the command line, in pairs if the task is about pairs."""
     task = predictor.task
     if task is not None and task.build is not None:
         fields = ", ".join(task.fields)
         raise UserError(f"{task.name} reads {fields}; give them as JSON lines with --file")
-    parts: list[Text] = list(texts)
+    given: list[Text] = list(texts)
     if task is not None and task.kind == "pair":
         if len(texts) % 2:
             raise UserError(
-                f"{task.name} is about pairs of texts, and {len(texts)} are no pairs; "
-                "give first and second text in turn"
+                f"{task.name} is about pairs of texts, but {len(texts)} is an odd number of texts; "
+                "alternate first and second texts"
             )
-        parts = list(zip(texts[::2], texts[1::2], strict=True))
+        given = list(zip(texts[::2], texts[1::2], strict=True))
     return [
-        Example(number, examples.checked(part, f"--text {number + 1}"), None)
-        for number, part in enumerate(parts)
+        Example(number, examples.checked(one, f"--text {number + 1}"), None)
+        for number, one in enumerate(given)
     ]
 
 
 def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
-    """The texts of a file, a line at a time; UserError names file and line."""
+    """The texts of a file, one line at a time; a UserError names file and line."""
     number = -1
     for number, (line, record) in enumerate(examples.records(path)):
         where = f"{path}:{line}"
         text = text_of_record(predictor, record, where)
         yield Example(examples.id_of(record, number), text, None)
     if number < 0:
-        raise UserError(f"{path} has no examples: it is empty; give one JSON object a line")
+        raise UserError(f"{path} has no examples: it is empty; give one JSON object per line")
 
 
 def text_of_record(predictor: Predictor, record: Record, where: str) -> Text:
-    """What the model reads of a record: the task's text, or without a task that of plain fields."""
+    """What the model reads of a record: the task's text, or without a task the usual fields."""
     if predictor.task is not None:
         return examples.text_of(predictor.task, record, where)
     for fields in FIELDS_WITHOUT_TASK:
         if all(name in record for name in fields):
-            parts = [record[name] for name in fields]
-            return examples.checked(parts[0] if len(parts) == 1 else (parts[0], parts[1]), where)
+            texts = [record[name] for name in fields]
+            return examples.checked(texts[0] if len(texts) == 1 else (texts[0], texts[1]), where)
     raise UserError(
         f"{where}: no field 'sentence' or 'text', nor 'sentence1' and 'sentence2' "
         f"(has {', '.join(record) or 'none'})"
@@ -173,7 +173,7 @@ def text_of_record(predictor: Predictor, record: Record, where: str) -> Text:
 def predict_file(
     predictor: Predictor, file: Path, out: Path | None, embed: bool = False, force: bool = False
 ) -> None:
-    """Answer every line of a file, into `out` or to the terminal, and say how many."""
+    """Answer every line of a file, into `out` or on the terminal, and print how many."""
     begin = time.perf_counter()
     rows = read_unlabelled(predictor, existing_file(file, "input"))
     chunks = answered(predictor, rows, embed)
@@ -183,7 +183,7 @@ def predict_file(
     if dist.rank() > 0:
         _check_output(out, force)
         for _ in chunks:
-            pass  # rank 0 writes them
+            pass  # every rank computes its share; rank 0 writes
         return
     with output_file(out, force) as stream:
         if embed and out.suffix == ".npy":
@@ -193,7 +193,7 @@ def predict_file(
                 num_texts, num_cut = write_answers(chunks, lines)
     rate = num_texts / (time.perf_counter() - begin)
     cut = f", {num_cut:,} of them cut to {predictor.max_length} tokens" if num_cut else ""
-    print(f"wrote {out}: {num_texts:,} answers{cut}, {rate:,.0f} a second")
+    print(f"wrote {out}: {num_texts:,} answers{cut}, {rate:,.0f} per second")
 
 
 def _check_output(out: Path, force: bool) -> None:
@@ -205,20 +205,22 @@ def _check_output(out: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def output_file(out: Path, force: bool) -> Iterator[IO[bytes]]:
-    """A file that takes its name only when it is complete."""
+    """A new file that gets its name only when it is complete."""
     _check_output(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with files.writing(out, shared=True) as stream:
             yield stream
     except OSError as error:
-        raise UserError(f"can't write {out}: {error}; free some space or choose another") from None
+        raise UserError(
+            f"can't write {out}: {error}; free some space or use another path"
+        ) from None
 
 
 def answered(
     predictor: Predictor, rows: Iterable[Example], embed: bool = False
 ) -> Iterator[list[Answered]]:
-    """The examples with their answers, in order, a chunk of the file at a time."""
+    """The examples with their answers, in order, one chunk of the file at a time."""
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         encoded = predictor.encode([example.text for example in chunk])
@@ -228,21 +230,21 @@ def answered(
 def _answers(predictor: Predictor, encoded: list[Features], embed: bool) -> list[Any]:
     """A class or an embedding for each text.
 
-    Of several ranks each takes whole batches, the very ones of one process: the last bits of an
-    answer depend on what else is in its batch.
+    Ranks share whole batches, the same ones that a single process makes, because the last bits of
+    an answer depend on the other texts in its batch.
     """
     answer = predictor.pool if embed else predictor.classify
     batches = features.batches_by_length(encoded, predictor.batch_size)
     mine = [i for batch in batches[dist.rank() :: dist.world_size()] for i in batch]
     result: list[Any] = [None] * len(encoded)
-    for part in dist.all_gather((mine, answer([encoded[i] for i in mine]))):
-        for i, one in zip(*part, strict=True):
+    for indices, answers in dist.all_gather((mine, answer([encoded[i] for i in mine]))):
+        for i, one in zip(indices, answers, strict=True):
             result[i] = one
     return result
 
 
 def write_answers(chunks: Iterable[list[Answered]], stream: IO[str]) -> tuple[int, int]:
-    """One JSON object a line, in order; numbers of texts and of those cut."""
+    """Write one JSON object per line, in order; return the numbers of texts and of cut texts."""
     num_texts = num_cut = 0
     for chunk in chunks:
         for example, feature, answer in chunk:
@@ -261,9 +263,9 @@ def _answer(answer: Prediction | np.ndarray) -> dict[str, Any]:
 
 
 def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes]) -> tuple[int, int]:
-    """Embeddings as one .npy, float32 [texts, H]; numbers of texts and of those cut.
+    """Write embeddings as one .npy, float32 [texts, H]; return the numbers of texts and cut texts.
 
-    numpy leaves room in the header for the number of rows, which is known only at the end.
+    The number of rows is known only at the end; numpy pads the header so that it fits in later.
     """
     num_texts = num_cut = 0
     header = {"descr": "<f4", "fortran_order": False}
@@ -294,7 +296,7 @@ def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) 
 
 
 def main(argv: list[str]) -> None:
-    """What `clue-ds launch` starts on every rank."""
+    """The entry point that `clue-ds launch` starts on every rank."""
     import tyro
 
     with dist.one_voice():

@@ -1,10 +1,11 @@
-"""A trained model at work: fill masks, embed and compare texts, predict classes.
+"""Use a trained model: fill masks, embed and compare texts, predict classes.
 
-Guarantees: the tokenizer is the one the corpus was made with; results come in the order of the
-texts however they were batched; a text that was cut to the model's length is reported.
+Guarantees: texts are tokenized as the model's corpus was; results come in the order of the texts,
+however they were batched; a text that was truncated to the model's length is reported.
 
-`predict` and `embed` warn of cut texts. Who wants to know which (the verb, the server) takes the
-two steps apart: `encode` says it of every text, `classify` and `pool` do the rest.
+`predict` and `embed` only warn that some texts were truncated. To know which ones, take the two
+steps separately, as the verb and the server do: `encode` marks each text, `classify` and `pool`
+compute the results.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MASK = "[MASK]"
 
 
 class Prediction(NamedTuple):
-    """The likeliest class and the probability of every class."""
+    """The most probable class and the probability of every class."""
 
     label: str
     probabilities: dict[str, float]
@@ -40,12 +41,12 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A model from a run directory, a checkpoint or a Hugging Face directory, ready to answer.
+    """A model from a run directory, a checkpoint or a Hugging Face directory, ready for use.
 
-    `task`: what it answers: a name of `registry.TASKS`, a YAML file, or what the directory was
-    fine-tuned for, which is the default. `max_length`: tokens that are read of a text; default as
-    many as the task is trained with, and without a task all that the model can. It works on the GPU
-    when there is one. UserError: not a model directory, no vocabulary, another task.
+    `task`: a name of `registry.TASKS` or a YAML file; default the task that the model was
+    fine-tuned for. `max_length`: most tokens of a text that the model reads; default the length
+    that the task is trained with, and without a task the model's own limit. The model runs on the
+    GPU if there is one. UserError: not a model directory, no vocabulary, a different task.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = open_model(directory)
         self.config = source.config
-        # Its lines must be the model's words, or every id would mean another token.
+        # The vocabulary must have the model's size, or ids would stand for other tokens.
         huggingface.read_tokens(source.vocab_file, source.config.vocab_size)
         self.tokenizer = Tokenizer(source.vocab_file, source.lower_case)
         self.task: Task | None = None
@@ -71,19 +72,22 @@ class Predictor:
         if CLASSIFIER_WEIGHT in source.state_dict:
             self._open_classifier(source, task)
         elif task is not None:
-            raise UserError(f"{directory} is not fine-tuned, so not for {task!r} either")
+            raise UserError(
+                f"{directory} is not fine-tuned, so it has no classes for --task {task}; give a "
+                "fine-tuned model, or no task"
+            )
         else:
             self._open_pretrained(source)
         self.max_length = self._max_length(max_length)
 
-    def _max_length(self, wanted: int | None) -> int:
+    def _max_length(self, given: int | None) -> int:
         positions = self.config.max_position_embeddings
-        if wanted is None:
+        if given is None:
             of_task = self.task.settings_for(self.config).max_length if self.task else positions
             return min(of_task, positions)
-        if not 4 <= wanted <= positions:
-            raise UserError(f"max_length {wanted} must be from 4 to the model's {positions}")
-        return wanted
+        if not 4 <= given <= positions:
+            raise UserError(f"max_length {given} must be from 4 to the model's {positions}")
+        return given
 
     def _open_classifier(self, source: OpenedModel, task: str | None) -> None:
         values = read_config_json(self.directory)
@@ -98,7 +102,7 @@ class Predictor:
         self.bert = self.classifier.bert
 
     def _choose_task(self, trained_for: str | None, task: str | None, is_unnamed: bool) -> None:
-        """Set `task`; a model by others that names neither task nor labels gets the task's."""
+        """Set `task`. A model from elsewhere whose labels have no names gets those of the task."""
         if task is not None and (task in registry.TASKS or task != trained_for):
             self.task = registry.get(task)
         elif trained_for in registry.TASKS:
@@ -114,8 +118,8 @@ class Predictor:
         unknown = sorted(set(self.labels) - set(self.task.labels))
         if unknown:
             raise UserError(
-                f"{self.directory} has labels that {self.task.name} has not: {', '.join(unknown)}; "
-                "give the task that it was fine-tuned for"
+                f"{self.directory} has labels that {self.task.name} does not have: "
+                f"{', '.join(unknown)}; give the task that it was fine-tuned for"
             )
 
     def _open_pretrained(self, source: OpenedModel) -> None:
@@ -127,7 +131,7 @@ class Predictor:
 
     @torch.inference_mode()
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
-        """For every [MASK] in `text`, its `top_k` likeliest tokens with their probabilities."""
+        """For every [MASK] in `text`, the `top_k` most probable tokens with their probabilities."""
         if not self.can_fill_mask:
             raise UserError(
                 f"{self.directory} has no masked-language-model head, so it can't fill masks; "
@@ -137,17 +141,18 @@ class Predictor:
             raise UserError(f"top_k {top_k} must be from 1 to {self.config.vocab_size:,}")
         if MASK not in text:
             raise UserError(
-                f"there is no {MASK} in the text {text!r}; write it where a token is wanted"
+                f"there is no {MASK} in the text {text!r}; write one for each token to fill in"
             )
-        # The tokenizer treats special tokens in a text as text, so the masks go in by hand.
+        # The tokenizer treats a special token in a text as plain text, so the text between the
+        # masks is encoded and the masks' ids are put in between.
         mask_id = np.array([self.tokenizer.mask_id])
-        pieces = [self.tokenizer.encode(part) for part in text.split(MASK)]
-        joined = [pieces[0]] + [part for piece in pieces[1:] for part in (mask_id, piece)]
+        first, *others = (self.tokenizer.encode(between) for between in text.split(MASK))
+        joined = [first] + [ids for other in others for ids in (mask_id, other)]
         feature = features.assemble(self.tokenizer, [np.concatenate(joined)], self.max_length)
         positions = np.flatnonzero(feature.input_ids == self.tokenizer.mask_id)
-        if len(positions) != len(pieces) - 1:
+        if len(positions) != len(others):
             raise UserError(
-                f"a {MASK} lies beyond the {self.max_length} tokens that the model reads; "
+                f"a {MASK} is beyond the {self.max_length} tokens that the model reads; "
                 "shorten the text"
             )
         self._report_truncation([feature])
@@ -163,9 +168,9 @@ class Predictor:
         ]
 
     def embed(self, texts: Sequence[features.Text]) -> np.ndarray:
-        """Mean of the last hidden states over each text's tokens, float32 [texts, H].
+        """The mean of the last hidden states over each text's tokens, float32 [texts, H].
 
-        [CLS] and [SEP] count, as in sentence-transformers' mean pooling.
+        [CLS] and [SEP] are included, as in the mean pooling of sentence-transformers.
         """
         encoded = self.encode(texts)
         self._report_truncation(encoded)
@@ -174,7 +179,7 @@ class Predictor:
     def similarity(
         self, first: Sequence[features.Text], second: Sequence[features.Text]
     ) -> np.ndarray:
-        """Cosine of the embeddings of each text of `first` and its partner, float32 [texts]."""
+        """Cosine of the embeddings of first[i] and second[i] for every i, float32 [texts]."""
         if len(first) != len(second):
             raise UserError(f"{len(first)} texts can't be compared one by one with {len(second)}")
         both = self.embed([*first, *second])
@@ -188,9 +193,9 @@ class Predictor:
         return self.classify(encoded)
 
     def encode(self, texts: Sequence[features.Text]) -> list[features.Features]:
-        """What the model will read of every text, and whether that is all of it."""
+        """The tokens that the model will read of every text, and whether it was truncated."""
         if isinstance(texts, str):
-            raise UserError(f"give a list of texts, not the text {texts!r} alone")
+            raise UserError(f"give a list of texts, not the single text {texts!r}")
         return features.encode_all(self.tokenizer, texts, self.max_length)
 
     @torch.inference_mode()
@@ -222,7 +227,7 @@ class Predictor:
     def _batches(
         self, encoded: Sequence[features.Features]
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """(indices into `encoded`, inputs) of every batch, texts of like length together."""
+        """(indices into `encoded`, inputs) of batches of texts with similar lengths."""
         watch = watchdog.current()
         for rows in features.batches_by_length(encoded, self.batch_size):
             yield rows, self._inputs([encoded[i] for i in rows])

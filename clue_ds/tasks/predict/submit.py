@@ -1,15 +1,15 @@
-"""`clue-ds submit`: the zip that CLUE's leaderboard takes, written and checked.
+"""`clue-ds submit`: write and check the zip that CLUE's leaderboard accepts.
 
     tnews11_predict.json         {"id": 0, "label": "102", "label_desc": ""}
     afqmc_predict.json           {"id": 0, "label": "1"}
 
-Guarantees: no zip appears unless every file in it has a legal label for every line of its test set,
-in order; what is wrong is listed, all of it. The zip's comment says which version of each test set
-was answered, and its SHA-256.
+Guarantees: no zip is written unless every file in it has a valid label for every line of its test
+set, in order; all mistakes are listed at once. The zip's comment records the version and SHA-256 of
+each test set.
 
-CLUE scores line by line and reads the labels only. The id is the line's number from 0, as in its
-samples, also where the test file has ids of its own (CSL, CLUEWSC2020); predictions may carry
-either. A task with two test sets has the version in its file's name (CLUE's rule since 2021-09).
+CLUE scores line by line and reads only the labels. The id is the line's number from 0, as in CLUE's
+samples, even if the test file has its own ids (CSL, CLUEWSC2020); predictions may have either. If a
+task has two test sets, the file's name contains the version (CLUE's rule since 2021-09).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from clue_ds.tasks import examples, registry
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.predict.command import output_file
 from clue_ds.tasks.predict.predictor import Predictor
-from clue_ds.tasks.registry import Task
+from clue_ds.tasks.registry import Record, Task
 
-SHOWN = 10  # mistakes of one kind of file that are listed before the rest is only counted
-DATE = (1980, 1, 1, 0, 0, 0)  # equal answers give equal bytes
+SHOWN = 10  # ids in one message; more are only counted
+DATE = (1980, 1, 1, 0, 0, 0)  # a fixed date in the zip, so that equal answers give equal bytes
 
 
 class TestSet(NamedTuple):
-    """A test file, the version it is, and the name of its answers in the zip."""
+    """A test file and its version."""
 
     task: Task
     version: str
@@ -41,6 +41,7 @@ class TestSet(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of its answers in the zip."""
         return file_name(self.task, self.version)
 
 
@@ -52,20 +53,20 @@ def submit(
     check: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write the zip for CLUE's leaderboard, or check one; a wrong one is refused.
+    """Write the zip for CLUE's leaderboard, or check one; a zip with mistakes is refused.
 
     Args:
-        data: directory of CLUE's files ({task}_public/test.json; TNEWS also test1.0.json).
+        data: the directory of CLUE's files ({task}_public/test.json; TNEWS also test1.0.json).
         output: the zip to write.
-        predictions: directory of answers (`clue-ds predict --out`), named as in the zip:
+        predictions: a directory of answers from `clue-ds predict --out`, named as in the zip:
             afqmc_predict.json, tnews10_predict.json, tnews11_predict.json.
-        models: instead of answers: fine-tuned directories, which answer every version of their
-            task's test set that is in the data.
-        check: instead: an existing zip, to be checked against the data.
+        models: instead of --predictions, fine-tuned models; each answers every version of its
+            task's test set in the data directory.
+        check: instead of writing, check this zip against the data.
         force: replace the output if it exists.
     """
     if sum((predictions is not None, bool(models), check is not None)) != 1:
-        raise UserError("give one of --predictions, --models and --check")
+        raise UserError("give exactly one of --predictions, --models and --check")
     if check is not None:
         print(_report(check, check_zip(check, data)))
         return
@@ -87,7 +88,7 @@ def submit(
 
 
 def file_name(task: Task, version: str) -> str:
-    """{task}_predict.json, with the version where the task's test set has several."""
+    """{task}_predict.json, with the version in it if the task has several test sets."""
     number = version.replace(".", "") if len(task.test_stems) > 1 else ""
     return f"{task.name}{number}_predict.json"
 
@@ -102,19 +103,19 @@ def _by_name() -> dict[str, tuple[Task, str]]:
 
 
 def open_test(task: Task, data: Path, version: str) -> TestSet:
-    """A version of a test set; UserError when it is missing or another version by what it says."""
+    """A version of a test set; UserError when it is missing, or is another version by content."""
     path = examples.find(task, data, "test", version)
     found = examples.version_of(task, path)
     if found != version:
         raise UserError(
             f"{path} is test set {found} of {task.name} by its content, not {version}; "
-            f"call it {task.test_stems[found]}{path.suffix}"
+            f"rename it to {task.test_stems[found]}{path.suffix}"
         )
     return TestSet(task, version, examples.read(task, path, labelled=False))
 
 
 def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
-    """A model's labels for every version of its task's test set that is in the data."""
+    """A model's labels for every version of its task's test set in the data directory."""
     predictor = Predictor(model)
     task = predictor.task
     if task is None:
@@ -129,7 +130,7 @@ def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
 def read_predictions(directory: Path, data: Path) -> list[tuple[TestSet, list[str]]]:
     """The answers in a directory; one UserError lists every mistake in all of its files."""
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory of predictions")
+        raise UserError(f"{directory} is not a directory; give the directory of the predictions")
     files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
     mistakes, tests = _known_files(list(files), data, str(directory))
     found = []
@@ -150,10 +151,10 @@ def check_zip(path: Path, data: Path) -> list[TestSet]:
             contents = {name: archive.read(name) for name in archive.namelist()}
             num_files = len(archive.namelist())
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is not a whole zip: {error}") from None
+        raise UserError(f"{path} is not a complete zip: {error}; write or copy it again") from None
     mistakes, tests = _known_files(list(contents), data, str(path))
     if num_files != len(contents):
-        mistakes.append(f"{path} holds a file twice")
+        mistakes.append(f"{path} contains a file twice")
     for test in tests:
         mistakes += check_lines(test, contents[test.name], f"{path}:{test.name}")[1]
     _refuse(mistakes, str(path))
@@ -161,9 +162,9 @@ def check_zip(path: Path, data: Path) -> list[TestSet]:
 
 
 def _known_files(names: Sequence[str], data: Path, where: str) -> tuple[list[str], list[TestSet]]:
-    """What is wrong with the names, and the test sets of the others."""
+    """(mistakes in file names, test sets of the files with correct names)."""
     known = _by_name()
-    mistakes = [] if names else [f"{where} holds no predictions"]
+    mistakes = [] if names else [f"{where} contains no predictions"]
     tests = []
     for name in names:
         if name in known:
@@ -171,11 +172,11 @@ def _known_files(names: Sequence[str], data: Path, where: str) -> tuple[list[str
             tests.append(open_test(task, data, version))
             continue
         unversioned = registry.TASKS.get(name.removesuffix("_predict.json"))
-        hint = f"known: {', '.join(known)}"
+        hint = f"accepted names: {', '.join(known)}"
         if unversioned is not None:
             options = " or ".join(file_name(unversioned, v) for v in unversioned.test_stems)
             hint = f"{unversioned.name} has two test sets; call it {options}"
-        mistakes.append(f"{where}: {name} is not a name of CLUE's; {hint}")
+        mistakes.append(f"{where}: {name} is not a file name that CLUE accepts; {hint}")
     return mistakes, tests
 
 
@@ -187,37 +188,38 @@ def check_lines(test: TestSet, content: bytes, where: str) -> tuple[list[str], l
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
-        row = _row(line)
-        if row is None or "id" not in row or "label" not in row:
+        record = _json_object(line)
+        if record is None or "id" not in record or "label" not in record:
             mistakes.append(f'{where}:{number}: not {{"id": ..., "label": ...}}')
             continue
-        ids.append(row["id"])
-        labels.append(row["label"])
-        if row["label"] not in test.task.labels:
+        ids.append(record["id"])
+        labels.append(record["label"])
+        if record["label"] not in test.task.labels:
             mistakes.append(
-                f"{where}:{number}: label {row['label']!r} is not one of {test.task.name}'s"
+                f"{where}:{number}: label {record['label']!r} is not one of {test.task.name}'s"
             )
     mistakes += _wrong_ids(ids, [example.id for example in test.examples], where)
     return labels, mistakes
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _json_object(line: bytes) -> Record | None:
     try:
-        row = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _wrong_ids(ids: list[Any], own: list[Any], where: str) -> list[str]:
-    """What is wrong with the ids, which must be the test file's own or its line numbers."""
+    """Mistakes in the ids, which must be the test file's own ids or its line numbers."""
     numbers = list(range(len(own)))
     if ids in (own, numbers):
         return []
     mistakes = []
     if len(ids) != len(own):
         mistakes.append(f"{where}: {len(ids):,} answers, but the test set has {len(own):,} lines")
-    expected = min((own, numbers), key=lambda wanted: len({*map(str, wanted)} ^ {*map(str, ids)}))
+    # Compare with whichever of the two the ids resemble more.
+    expected = min((own, numbers), key=lambda either: len({*map(str, either)} ^ {*map(str, ids)}))
     given = [str(i) for i in ids]
     missing = sorted({*map(str, expected)} - {*given}, key=lambda i: (len(i), i))
     unknown = sorted({*given} - {*map(str, expected)}, key=lambda i: (len(i), i))
@@ -229,8 +231,8 @@ def _wrong_ids(ids: list[Any], own: list[Any], where: str) -> list[str]:
     if not mistakes:
         line = next(n for n, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b)
         mistakes.append(
-            f"{where}:{line + 1}: id {ids[line]!r} stands where {expected[line]!r} belongs; "
-            "answers must be in the order of the test set"
+            f"{where}:{line + 1}: id {ids[line]!r} instead of {expected[line]!r}; answers must be "
+            "in the order of the test set"
         )
     return mistakes
 
@@ -242,23 +244,23 @@ def _refuse(mistakes: list[str], what: str) -> None:
     more = f"\n  and {len(mistakes) - len(shown):,} more" if len(mistakes) > len(shown) else ""
     noun = "mistake" if len(mistakes) == 1 else "mistakes"
     listed = "\n  ".join(shown)
-    raise UserError(f"{what} can't be submitted, {len(mistakes):,} {noun}:\n  {listed}{more}")
+    raise UserError(f"{what} can't be submitted: {len(mistakes):,} {noun}:\n  {listed}{more}")
 
 
 def _lines(task: Task, labels: Iterable[str]) -> Iterator[str]:
-    # CLUE's samples have label_desc for TNEWS alone, and it may be empty.
+    # In CLUE's samples only TNEWS has label_desc, and it may be empty.
     extra = {"label_desc": ""} if task.name == "tnews" else {}
     for number, label in enumerate(labels):
         yield json.dumps({"id": number, "label": label, **extra}) + "\n"
 
 
 def _record(tests: Sequence[TestSet]) -> dict[str, Any]:
-    """Which test sets were answered, for the zip's comment."""
+    """The versions and hashes of the test sets, for the zip's comment."""
     return {test.name: {"test": test.version, "sha256": test.examples.sha256} for test in tests}
 
 
 def _report(path: Path, tests: Sequence[TestSet]) -> str:
-    lines = [f"{path} can be submitted:"]
+    lines = [f"{path} is ready to submit:"]
     for test in tests:
         lines.append(
             f"  {test.name}: {len(test.examples):,} answers to {test.task.name}'s test set "
@@ -266,5 +268,5 @@ def _report(path: Path, tests: Sequence[TestSet]) -> str:
         )
     absent = [name for name in registry.ALL if name not in {test.task.name for test in tests}]
     if absent:
-        lines.append(f"  not in it: {', '.join(absent)}")
+        lines.append(f"  tasks without answers: {', '.join(absent)}")
     return "\n".join(lines)
