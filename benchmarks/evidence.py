@@ -1,10 +1,11 @@
-"""`clue-ds bench evidence`: does pretraining help? The same network, pretrained and from scratch.
+"""`clue-ds bench evidence`: does pretraining help? Fine-tune one network, pretrained or not.
 
-The unlabelled training texts of the tasks, and text files of the user's, are pretrained on; then
-both networks are fine-tuned with the same examples, settings and seeds. With a recipe for pairs
-there is a third start for the pair tasks: the pretrained network, trained further on all labelled
-pairs of their train splits. Dev and test texts are never trained on. Every step is a verb that a
-user could type; a killed run continues.
+The network is pretrained on the training texts of the tasks, without labels, and on text files of
+the user. Then the pretrained network and one with random weights are fine-tuned with the same
+examples, settings and seeds. With a config for pairs there is a third start for the pair tasks: the
+pretrained network, trained further on all labelled pairs of their train splits. Dev and test texts
+are never trained on. Every step is a verb that a user could type; the same command continues after
+a kill.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 
 TASKS = ("tnews", "iflytek", "afqmc", "cmnli")
-# What a network starts from when it is fine-tuned, and its colour.
+# The weights that fine-tuning starts from -> their colour in the plot.
 STARTS = {"pretrained": "tab:blue", "pair": "tab:green", "from_scratch": "tab:orange"}
 
 
@@ -42,23 +43,25 @@ def evidence(
     lr: float = 3e-4,
     max_length: int = 64,
 ) -> None:
-    """Pretrain on the tasks' unlabelled texts, then fine-tune against random weights.
+    """Pretrain on the tasks' unlabelled texts, fine-tune, and compare with random weights.
 
     Args:
-        data: directory of the tasks' files.
+        data: the directory that holds the tasks' files.
         vocab: vocab.txt.
-        config: what to pretrain (recipes/evidence.yaml).
-        corpora: further text files, a sentence a line, a blank line between documents.
-        checkpoint: a run that is trained already, instead of pretraining one.
-        pair_config: how to train it further on labelled pairs (recipes/evidence_pair.yaml).
-        work: where texts, corpus and runs go; a killed command continues there.
-        output: JSON file for the figures; a picture goes beside it.
-        tasks: what is fine-tuned.
-        seeds: runs of each task and kind.
-        limit: most examples to fine-tune on; the dev split is always whole.
-        epochs: of fine-tuning.
-        lr: of fine-tuning.
-        max_length: tokens of a text when fine-tuning.
+        config: config of pretraining (recipes/evidence.yaml).
+        corpora: further text files, one sentence per line, a blank line between documents.
+        checkpoint: a pretrained run to use instead of pretraining one.
+        pair_config: config for training further on labelled pairs
+            (recipes/evidence_pair.yaml).
+        work: the directory for texts, corpus and runs; after a kill the same command continues
+            there.
+        output: JSON file for the figures; a plot is written beside it.
+        tasks: tasks to fine-tune on.
+        seeds: number of runs of each task and start.
+        limit: most examples to fine-tune on; the dev split is always used whole.
+        epochs: epochs of fine-tuning.
+        lr: peak learning rate of fine-tuning.
+        max_length: most tokens of a text in fine-tuning.
     """
     existing_file(vocab, "vocabulary")
     existing_file(config, "config file")
@@ -84,7 +87,7 @@ def evidence(
     if output is not None:
         write_results(output, {"benchmark": "evidence", **figures})
         draw(figures, output.with_suffix(".png"))
-        print(f"the picture is {output.with_suffix('.png')}")
+        print(f"wrote the plot {output.with_suffix('.png')}")
 
 
 def _verb(*words: object) -> None:
@@ -102,7 +105,7 @@ def _pretrain(
     config: Path,
     corpora: tuple[Path, ...],
 ) -> Path:
-    """The directory of the pretraining run."""
+    """Pretrain; return the directory of the run."""
     corpus, run_dir = work / "corpus", work / "run"
     if not corpus.exists():
         texts = [*_write_texts(work / "text", data), *corpora]
@@ -115,7 +118,7 @@ def _pretrain(
 def _train_on_pairs(
     work: Path, data: Path, config: Path, tasks: tuple[str, ...], model: Path
 ) -> Path:
-    """The pretrained model, trained further on the labelled pairs of the tasks' train splits."""
+    """Train the pretrained model further on the labelled pairs of the tasks' train splits."""
     existing_file(config, "config file")
     run_dir, pair_model = work / "pair-run", work / "pair-model"
     if not pair_model.exists():
@@ -127,24 +130,24 @@ def _train_on_pairs(
 
 
 def _write_texts(directory: Path, data: Path) -> list[Path]:
-    """One file a task: each training example a document, its label left out."""
+    """Write one file per task, with each training example as a document, without its label."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in TASKS:
         task = registry.get(name)
         documents = []
         for example in examples.read(task, examples.find(task, data, "train")):
-            parts = (example.text,) if isinstance(example.text, str) else example.text
-            documents.append("\n".join(" ".join(part.split()) for part in parts))
+            texts = (example.text,) if isinstance(example.text, str) else example.text
+            documents.append("\n".join(" ".join(text.split()) for text in texts))
         paths.append(directory / f"{name}.txt")
         paths[-1].write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return paths
 
 
 def _log(run_dir: Path) -> list[dict[str, float]]:
-    """Loss and accuracy of pretraining."""
+    """Loss and accuracy of pretraining by step."""
     path = run_dir / "log.jsonl"
-    if not path.is_file():  # a checkpoint that was copied away from its run
+    if not path.is_file():  # a checkpoint that was copied out of its run directory
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in lines]
@@ -153,7 +156,7 @@ def _log(run_dir: Path) -> list[dict[str, float]]:
 def _row(
     work: Path, task: str, starts: dict[str, tuple[tuple[str, ...], Path]], num_seeds: int
 ) -> dict[str, Any]:
-    """A task's dev accuracies by start: every run's by epoch, and the mean of their best."""
+    """A task's dev accuracies for each start: every run's by epoch, and the mean of their best."""
     row: dict[str, Any] = {}
     for start in (start for start, (names, _) in starts.items() if task in names):
         places = [work / start / task / f"seed={42 + i}" / "result.json" for i in range(num_seeds)]
@@ -176,7 +179,7 @@ def _print(figures: dict[str, Any]) -> None:
 
     starts = [s for s in STARTS if any(s in row for row in figures["tasks"].values())]
     titles = [start.replace("_", " ") for start in starts]
-    table = Table("task", "trained on", *titles, "majority", title="dev accuracy, best epoch")
+    table = Table("task", "trained on", *titles, "majority class", title="dev accuracy, best epoch")
     for task, row in figures["tasks"].items():
         cells = [
             f"{row[s]['accuracy']:.2%} ± {row[s]['deviation']:.2%}" if s in row else ""
@@ -187,7 +190,7 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def draw(figures: dict[str, Any], picture: Path) -> None:
-    """Dev accuracy by epoch of every seed, a colour for each start."""
+    """Plot every seed's dev accuracy by epoch, with a colour for each start."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,7 +206,7 @@ def draw(figures: dict[str, Any], picture: Path) -> None:
                 label = start.replace("_", " ") if number == 0 else None
                 epochs = range(1, len(line) + 1)
                 axis.plot(epochs, line, color=STARTS[start], marker="o", label=label, alpha=0.8)
-        axis.axhline(row["majority"], color="grey", linestyle=":", label="majority")
+        axis.axhline(row["majority"], color="grey", linestyle=":", label="majority class")
         axis.set_title(f"{task}, {row['num_trained_on']:,} examples")
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,13 +1,14 @@
-"""`clue-ds bench serve`: requests a second that a service holds, against transformers' pipeline.
+"""`clue-ds bench serve`: requests per second of a service, against transformers' pipeline.
 
-Both contenders stand behind the same FastAPI service, limits and answers included, each in a
-process of its own on loopback: ours with its queue, the peer with a `transformers` text
-classification pipeline that every request calls for itself, on a pool of threads or on one thread.
-Same model, same texts in the same order, one text a request. Labels are compared before anything is
-timed. The contenders take turns round by round, so that what else the machine does hits all.
+All contenders use the same FastAPI service with the same limits and answers, each in its own
+process: ours batches requests in its queue, while the peers call a `transformers`
+text-classification pipeline for each request, on a pool of threads or on one thread. They get the
+same model and the same texts in the same order, one text per request. Labels are compared before
+anything is timed. The contenders take turns round by round, so that other load on the machine
+affects all of them.
 
-Closed loop: `clients` connections that each send the next request when they have their answer.
-Overload: every contender gets requests at twice the best rate; each must get an answer, 200 or 503.
+Closed loop: `clients` connections, each of which sends its next request after an answer. Overload:
+every contender gets requests at twice our best rate, and must answer each one with 200 or 503.
 Everything stays on 127.0.0.1 and ends by itself after `rounds` x `requests`.
 """
 
@@ -33,7 +34,7 @@ from clue_ds.errors import UserError, existing_file
 
 CONTENDERS = {
     "clue_ds": "batcher",
-    "pipeline, 40 threads": "40",  # FastAPI's default for handlers that block
+    "pipeline, 40 threads": "40",  # FastAPI's default for blocking handlers
     "pipeline, 1 thread": "1",
 }
 CHILD = (
@@ -55,11 +56,11 @@ def serve(
 
     Args:
         model: a fine-tuned directory whose task takes one text.
-        text: JSON lines with the field "sentence", sent one a request
-        output: JSON file for the figures, with device, versions and command
-        requests: requests of each contender in each round
-        rounds: rounds of each number of clients; the contenders take turns
-        clients: connections that send at the same time
+        text: JSON lines with the field "sentence", one per request.
+        output: JSON file for the figures, with device, versions and command.
+        requests: requests of each contender in each round.
+        rounds: rounds for each number of clients; the contenders take turns.
+        clients: connections that send at the same time.
     """
     texts = _texts(text, requests)
     with contextlib.ExitStack() as stack:
@@ -75,12 +76,12 @@ def _texts(path: Path, count: int) -> list[str]:
     lines = existing_file(path, "texts").read_text(encoding="utf-8").splitlines()[:count]
     texts = [json.loads(line)["sentence"] for line in lines if line.strip()]
     if not texts:
-        raise UserError(f"{path} has no texts")
+        raise UserError(f"{path} has no texts; give JSON lines with the field sentence")
     return texts
 
 
 class PipelineQueue:
-    """The peer in the place of our Batcher: every request calls the pipeline by itself."""
+    """The peer instead of our Batcher: every request calls the pipeline by itself."""
 
     num_waiting = 0
 
@@ -114,7 +115,7 @@ class PipelineQueue:
 
 
 def serve_contender(model: str, kind: str) -> None:
-    """In a child: serve one contender on a free port, and print it."""
+    """Serve one contender on a free port and print the port; the child process runs this."""
     import uvicorn
 
     from clue_ds.tasks import Predictor
@@ -137,7 +138,7 @@ def serve_contender(model: str, kind: str) -> None:
 
 @contextlib.contextmanager
 def _running(model: Path, kind: str) -> Iterator[int]:
-    """The port of a contender that lives as long as the block."""
+    """Run a contender for the duration of the block; yields its port."""
     command = [sys.executable, "-c", CHILD, str(model), kind]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -158,7 +159,7 @@ def _running(model: Path, kind: str) -> Iterator[int]:
 
 
 class Connection:
-    """HTTP/1.1 on one kept connection. A client library would take more time than the service."""
+    """HTTP/1.1 over one kept connection. A client library would need more time than the service."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -185,7 +186,7 @@ class Connection:
 
 
 async def _closed_loop(port: int, texts: Sequence[str], clients: int) -> dict[str, Any]:
-    """All texts over `clients` connections; seconds in all and of each, statuses, labels."""
+    """Send all texts over `clients` connections; seconds (in all, of each), statuses, labels."""
     waiting = iter(enumerate(texts))
     seconds: list[float] = []
     statuses: Counter[int] = Counter()
@@ -208,7 +209,7 @@ async def _closed_loop(port: int, texts: Sequence[str], clients: int) -> dict[st
 
 
 async def _at_rate(port: int, texts: Sequence[str], rate: float) -> Counter[int]:
-    """Every text at its time, whether others are answered or not; statuses of the answers."""
+    """Send texts at a fixed rate without waiting for answers; return the answers' statuses."""
     statuses: Counter[int] = Counter()
 
     async def one(number: int, text: str) -> None:
@@ -222,7 +223,7 @@ async def _at_rate(port: int, texts: Sequence[str], rate: float) -> Counter[int]
 
 
 def _check_labels(ports: dict[str, int], texts: Sequence[str]) -> None:
-    """The same label for every text from every contender; it warms them up, too."""
+    """Assert that all contenders give every text the same label; this also warms them up."""
     found = {n: asyncio.run(_closed_loop(port, texts, 8))["labels"] for n, port in ports.items()}
     ours = found["clue_ds"]
     for name, labels in found.items():
@@ -267,7 +268,7 @@ def _measure(
 
 
 def _summary(runs: Sequence[dict[str, Any]], num_requests: int) -> dict[str, Any]:
-    """Medians over rounds of the rate; percentiles over all requests of all rounds."""
+    """The median rate over rounds, and percentiles over all requests of all rounds."""
     seconds = np.concatenate([run["seconds"] for run in runs])
     p50, p99 = np.percentile(seconds, [50, 99])
     num_answers = sum(run["statuses"].total() for run in runs)
@@ -301,5 +302,5 @@ def _print(figures: dict[str, Any]) -> None:
     console.print(table)
     for count, entry in figures["clients"].items():
         ratio = entry["ratio_to_the_better_peer"]
-        console.print(f"{count} clients: clue_ds takes {ratio} times the better peer's requests")
+        console.print(f"{count} clients: clue_ds answers {ratio} times as many as the better peer")
     console.print(f"overload: {figures['overload']}")

@@ -31,7 +31,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "RoBERTa-wwm-large": {"afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20},
     "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
 }
-COLUMNS = ["task", "model", "settings", "seeds", "accuracy", "macro F1", "majority", "data"]
+COLUMNS = ["task", "model", "settings", "seeds", "accuracy", "macro F1", "majority class", "data"]
 
 
 class Group(NamedTuple):
