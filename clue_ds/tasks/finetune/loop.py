@@ -4,7 +4,7 @@ Guarantees: the recipe's seed determines everything, and torch's global generato
 killed run continues bit for bit from `state_file` (dropout is a function of seed and step, so there
 is no generator state to restore); a run that is asked to stop saves its state first; batches are
 padded only to their longest text; LayerNorm and biases have no weight decay; several ranks make the
-same update as one.
+same update as one, up to rounding and dropout.
 
 Rejected: keeping every epoch's weights on disk (nobody needs any but the best).
 """

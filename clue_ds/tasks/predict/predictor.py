@@ -134,7 +134,7 @@ class Predictor:
         """For every [MASK] in `text`, the `top_k` most probable tokens with their probabilities."""
         if not self.can_fill_mask:
             raise UserError(
-                f"{self.directory} has no masked-language-model head, so it can't fill masks; "
+                f"{self.directory} has no masked-language-model head, so it can't fill in masks; "
                 "give a pretrained model, not a fine-tuned one or an encoder alone"
             )
         if not 1 <= top_k <= self.config.vocab_size:

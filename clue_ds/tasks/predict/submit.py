@@ -119,7 +119,7 @@ def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
     predictor = Predictor(model)
     task = predictor.task
     if task is None:
-        raise UserError(f"{model} is not fine-tuned for a task of CLUE; there is nothing to submit")
+        raise UserError(f"{model} is not fine-tuned for a task of CLUE; give a model that is")
     versions = [v for v in task.test_stems if examples.candidates(task, data, "test", v)]
     for version in versions or list(task.test_stems)[:1]:
         test = open_test(task, data, version)
