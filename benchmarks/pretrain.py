@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from clue_ds import presets
 from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.sampling import IGNORED_LABEL, num_predictions
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import IGNORED_LABEL, pad_vocab, without_full_lengths
+from clue_ds.model.bert import pad_vocab, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 
@@ -111,9 +112,8 @@ def random_rows(config: ModelConfig, num_rows: int, seq_length: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, seq_length)
     input_ids = torch.randint(FIRST_REAL_ID, config.vocab_size, shape, generator=generator)
-    num_predictions = int(np.ceil(MASK_PROB * seq_length))
     order = torch.rand(shape, generator=generator).argsort(1)
-    positions = order[:, :num_predictions].sort(1).values
+    positions = order[:, : num_predictions(seq_length, MASK_PROB)].sort(1).values
     return {
         "input_ids": input_ids,
         "lengths": torch.full((num_rows,), seq_length),

@@ -11,7 +11,7 @@ import torch
 from clue_ds import presets
 from clue_ds.benchmarks import pretrain as bench
 from clue_ds.cli import main
-from clue_ds.model.bert import IGNORED_LABEL
+from clue_ds.data.sampling import IGNORED_LABEL
 
 CONFIG = presets.get("roberta_tiny_clue").replace(num_hidden_layers=1)
 SETTING = bench.Setting(CONFIG, torch.device("cpu"), "fp32", compile=False)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.errors import UserError
 from clue_ds.model import ops
 from clue_ds.model.blocks import BertLayer, Dense, Table
@@ -27,9 +28,6 @@ from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 
 VOCAB_MULTIPLE = 64
-# torch's default ignore_index. Labels come with the same number from clue_ds.data, which has an
-# IGNORED_LABEL of its own, because model may not import data.
-IGNORED_LABEL = -100
 
 
 class PreTrainingOutput(NamedTuple):
