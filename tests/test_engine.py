@@ -176,8 +176,8 @@ def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[di
             result["losses"].append(dist.all_reduce([total])[0] / dist.world_size())
         result["skipped"] = engine.skipped_steps
         if dist.world_size() == SAVED_WORLD_SIZE:
-            source = resume.Source(config, MODEL, Path(vocab_file), "none", True, "none")
-            saving.save(engine, source, NUM_STEPS)
+            identity = resume.RunIdentity(config, MODEL, Path(vocab_file), "none", True, "none")
+            saving.save(engine, identity, NUM_STEPS)
         results.append(result)
     return results
 

@@ -1,4 +1,4 @@
-"""What counts as progress of the main thread: marks and bytes, and not that it is busy."""
+"""What counts as progress of the main thread: marks and bytes, but not processor time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clue_ds.config import DEFAULT_HEALTH
-from clue_ds.job.heartbeat import Progress
+from clue_ds.job.heartbeat import Activity
 
 
 def spin(seconds: float) -> None:
@@ -17,34 +17,34 @@ def spin(seconds: float) -> None:
         pass
 
 
-def idle(progress: Progress) -> float:
+def idle(activity: Activity) -> float:
     """Asked from another thread, as the watchdog does: to look is to read files."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: progress.report()["idle_s"]).result()
+        return pool.submit(lambda: activity.report()["idle_s"]).result()
 
 
 def test_a_thread_that_spins_makes_no_progress_and_one_that_writes_does(tmp_path: Path) -> None:
-    progress = Progress(DEFAULT_HEALTH)
-    idle(progress)  # what was read and written before
-    progress.mark()
+    activity = Activity(DEFAULT_HEALTH)
+    idle(activity)  # what was read and written before
+    activity.mark()
     spin(0.3)
     # Clocks of the kernel: a tick of 10 ms either way, and its statistics lag a little.
-    assert idle(progress) > 0.2
+    assert idle(activity) > 0.2
     (tmp_path / "file").write_bytes(bytes(1000))
-    assert idle(progress) < 0.1
+    assert idle(activity) < 0.1
     spin(0.3)
-    progress.mark()
-    assert idle(progress) < 0.2
+    activity.mark()
+    assert idle(activity) < 0.2
 
 
 def test_sections_have_their_own_deadlines_and_end(tmp_path: Path) -> None:
-    progress = Progress(DEFAULT_HEALTH.model_copy(update={"save_seconds": 1e-9}))
-    assert progress.report()["section"] == "setup" and not progress.report()["overdue"]
-    assert not progress.step(3)
-    with progress.section("save"):
-        report = progress.report()
+    activity = Activity(DEFAULT_HEALTH.model_copy(update={"save_seconds": 1e-9}))
+    assert activity.report()["section"] == "setup" and not activity.report()["overdue"]
+    assert not activity.step(3)
+    with activity.section("save"):
+        report = activity.report()
         assert report["section"] == "save" and report["overdue"] and report["step"] == 3
-    assert progress.report()["section"] == "step" and not progress.report()["overdue"]
-    assert progress.report()["idle_s"] == 0
-    progress.begin(DEFAULT_HEALTH)
-    assert progress.report()["section"] == "setup" and progress.report()["step"] == 0
+    assert activity.report()["section"] == "step" and not activity.report()["overdue"]
+    assert activity.report()["idle_s"] == 0
+    activity.begin(DEFAULT_HEALTH)
+    assert activity.report()["section"] == "setup" and activity.report()["step"] == 0

@@ -30,7 +30,7 @@ SLOWER_STEP = 5.0
 STACK_DEPTH = 12
 
 
-class Progress:
+class Activity:
     """Where this process' main thread is. `health`: the deadlines of the run."""
 
     def __init__(self, health: HealthSection) -> None:

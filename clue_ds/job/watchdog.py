@@ -41,7 +41,7 @@ from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError
 from clue_ds.job import diagnosis, procfs, rendezvous, run_lock
 from clue_ds.job.diagnosis import Verdict
-from clue_ds.job.heartbeat import Progress
+from clue_ds.job.heartbeat import Activity
 from clue_ds.job.stop import StopRequest
 
 SECONDS_BETWEEN_BEATS = 2.0
@@ -53,7 +53,7 @@ FAILED_COLLECTIVE = re.compile(
 )
 
 
-class Watchdog(Progress):
+class Watchdog(Activity):
     """The threads of one rank. `stop`: whether somebody asked this run to save and end.
 
     `can_stop`: whether the run saves and stops when it is asked; else TERM simply ends it.
@@ -316,9 +316,9 @@ def start(
     return _watchdog
 
 
-def current() -> Progress:
+def current() -> Activity:
     """This process' watchdog; where none was started, something that takes the same calls."""
-    return Progress(DEFAULT_HEALTH) if _watchdog is None else _watchdog
+    return Activity(DEFAULT_HEALTH) if _watchdog is None else _watchdog
 
 
 @contextlib.contextmanager

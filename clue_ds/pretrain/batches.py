@@ -19,7 +19,7 @@ from clue_ds.errors import UserError
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
 from clue_ds.pretrain.evaluate import Evaluator
-from clue_ds.pretrain.resume import Source
+from clue_ds.pretrain.resume import RunIdentity
 
 
 def open_data(config: RunConfig) -> Corpus | Mixture | LabelledPairs:
@@ -80,16 +80,16 @@ def make_evaluator(
 
 
 def make_model(
-    source: Source, corpus: Corpus | Mixture | LabelledPairs, padded_vocab_size: int
+    identity: RunIdentity, corpus: Corpus | Mixture | LabelledPairs, padded_vocab_size: int
 ) -> BertForPreTraining:
     """The network of the run's objective."""
-    attention = source.config.model.attention
+    attention = identity.config.model.attention
     if isinstance(corpus, LabelledPairs):
         sets = corpus.label_sets
-        model: BertForPreTraining = BertForPairs(source.model, sets, attention, padded_vocab_size)
+        model: BertForPreTraining = BertForPairs(identity.model, sets, attention, padded_vocab_size)
     else:
-        model = BertForPreTraining(source.model, attention, padded_vocab_size)
-    model.mlm_weight = source.config.train.mlm_weight
+        model = BertForPreTraining(identity.model, attention, padded_vocab_size)
+    model.mlm_weight = identity.config.train.mlm_weight
     return model
 
 

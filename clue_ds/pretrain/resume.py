@@ -50,7 +50,7 @@ MAY_CHANGE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class RunIdentity:
     """What a checkpoint must remember of the run, beside weights and step."""
 
     config: RunConfig
@@ -61,7 +61,7 @@ class Source:
     corpus_fingerprint: str
 
 
-def choose(source: Source) -> Choice | None:
+def choose(identity: RunIdentity) -> Choice | None:
     """The checkpoint that this run continues from; None when it starts from the beginning.
 
     Rank 0 reads and compares the files, all ranks get its answer. Damaged directories are set
@@ -70,9 +70,9 @@ def choose(source: Source) -> Choice | None:
     choice, error = None, None
     if dist.rank() == 0:
         try:
-            choice = manifests.newest(source.config.run_dir)
+            choice = manifests.newest(identity.config.run_dir)
             if choice is not None:
-                _check_same_run(choice, source)
+                _check_same_run(choice, identity)
                 _set_aside(choice)
         except UserError as refusal:
             error = str(refusal)
@@ -114,18 +114,19 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     return changed
 
 
-def _check_same_run(choice: Choice, source: Source) -> None:
+def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
     saved, where = choice.manifest, choice.directory
     elsewhere = "or give another run_dir to start a new run"
-    if saved.vocab_sha256 != source.vocab_sha256:
+    if saved.vocab_sha256 != identity.vocab_sha256:
         raise UserError(
             f"{where} was trained with another vocabulary than the corpus "
-            f"{source.config.data.corpus} has; give the corpus of that run, {elsewhere}"
+            f"{identity.config.data.corpus} has; give the corpus of that run, {elsewhere}"
         )
-    if saved.corpus_fingerprint != source.corpus_fingerprint:
+    if saved.corpus_fingerprint != identity.corpus_fingerprint:
         raise UserError(
-            f"the corpus {source.config.data.corpus} has changed since {where} was saved; restore "
-            f"it, {elsewhere} (model.init {where.parent.parent} starts it from these weights)"
+            f"the corpus {identity.config.data.corpus} has changed since {where} was saved; "
+            f"restore it, {elsewhere} (model.init {where.parent.parent} starts it from these "
+            "weights)"
         )
     if saved.stream_version != STREAM_VERSION:
         raise UserError(
@@ -134,13 +135,13 @@ def _check_same_run(choice: Choice, source: Source) -> None:
             f"that saved it, or start a new run_dir from its weights: --model.init {where}"
         )
     saved_config = run_config.validate(saved.config, f"config of {where}")
-    changed = differences(saved_config, source.config, saved.step)
+    changed = differences(saved_config, identity.config, saved.step)
     if changed:
         raise UserError(
             f"{where} was saved by a run with other settings: {'; '.join(changed)}. Set them back "
             f"to continue it, {elsewhere}"
         )
-    _check_same_shards(choice, ds_json.read(source.config.deepspeed))
+    _check_same_shards(choice, ds_json.read(identity.config.deepspeed))
 
 
 def _check_same_shards(choice: Choice, values: dict[str, Any]) -> None:

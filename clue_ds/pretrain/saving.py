@@ -29,7 +29,7 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.pretrain.engine import Engine
-from clue_ds.pretrain.resume import Source
+from clue_ds.pretrain.resume import RunIdentity
 
 VERSIONS_OF = ("clue_ds", "torch", "deepspeed", "numpy")
 
@@ -37,9 +37,9 @@ VERSIONS_OF = ("clue_ds", "torch", "deepspeed", "numpy")
 # ---------------------------------------------------------------------------------------- saving
 
 
-def save(engine: Engine, source: Source, step: int) -> Path:
+def save(engine: Engine, identity: RunIdentity, step: int) -> Path:
     """Publish the state after `step` updates and delete the oldest; every rank must call it."""
-    folder = Path(source.config.run_dir) / manifests.FOLDER
+    folder = Path(identity.config.run_dir) / manifests.FOLDER
     final = folder / manifests.name(step)
     staging = final.with_name(final.name + ".tmp")
     dist.agree(_prepare(staging, engine) if dist.rank() == 0 else None)
@@ -48,9 +48,9 @@ def save(engine: Engine, source: Source, step: int) -> Path:
             engine.deepspeed.save_checkpoint(str(staging), tag=TAG, save_latest=False)
         safetensors.torch.save_file(_random_state(), staging / _random_file(dist.rank()))
         if dist.rank() == 0:
-            run_config.save(source.config, staging / "config.yaml")
-            shutil.copyfile(source.vocab_file, staging / "vocab.txt")
-            tokenizer = json.dumps({"do_lower_case": source.lower_case})
+            run_config.save(identity.config, staging / "config.yaml")
+            shutil.copyfile(identity.vocab_file, staging / "vocab.txt")
+            tokenizer = json.dumps({"do_lower_case": identity.lower_case})
             (staging / "tokenizer_config.json").write_text(tokenizer + "\n", encoding="utf-8")
             safetensors.torch.save_file(engine.frozen, staging / FROZEN)
     dist.barrier()
@@ -59,8 +59,8 @@ def save(engine: Engine, source: Source, step: int) -> Path:
         error = _missing_shards(staging, engine)
         with _clear_write_errors(staging):
             if error is None:
-                manifests.publish(staging, final, _describe(engine, source, step))
-                manifests.delete_old(folder, source.config.checkpoint.keep)
+                manifests.publish(staging, final, _describe(engine, identity, step))
+                manifests.delete_old(folder, identity.config.checkpoint.keep)
     dist.agree(error)
     return final
 
@@ -124,19 +124,19 @@ def _missing_shards(staging: Path, engine: Engine) -> str | None:
     )
 
 
-def _describe(engine: Engine, source: Source, step: int) -> Manifest:
+def _describe(engine: Engine, identity: RunIdentity, step: int) -> Manifest:
     return Manifest(
         format=manifests.FORMAT,
         step=step,
-        samples=step * source.config.train.global_batch_size,
+        samples=step * identity.config.train.global_batch_size,
         world_size=dist.world_size(),
         zero_stage=engine.stage,
         offload=engine.offload,
         precision=engine.precision,
-        config=source.config.model_dump(),
-        model=dataclasses.asdict(source.model),
-        vocab_sha256=source.vocab_sha256,
-        corpus_fingerprint=source.corpus_fingerprint,
+        config=identity.config.model_dump(),
+        model=dataclasses.asdict(identity.model),
+        vocab_sha256=identity.vocab_sha256,
+        corpus_fingerprint=identity.corpus_fingerprint,
         group_names=engine.group_names,
         versions={package: importlib.metadata.version(package) for package in VERSIONS_OF},
         files={},

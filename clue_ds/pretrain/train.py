@@ -42,7 +42,7 @@ class Run:
     """Everything the loop needs. `start_step`: updates done before this process began."""
 
     config: RunConfig
-    source: resume.Source
+    identity: resume.RunIdentity
     engine: Engine
     stream: SampleStream
     loader: Loader
@@ -103,7 +103,7 @@ def train(run: Run) -> int:
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused(), run.watch.section("save"):
-                directory = saving.save(engine, run.source, done)
+                directory = saving.save(engine, run.identity, done)
             run.writers.note(f"saved {directory}")
         if stops or is_done:
             return done
@@ -129,7 +129,7 @@ def build(config: RunConfig) -> Run:
     check(config, model_config)
     stream = batches.make_stream(config, corpus)
     evaluator = batches.make_evaluator(config, corpus)
-    source = resume.Source(
+    identity = resume.RunIdentity(
         config=config,
         model=model_config,
         vocab_file=corpus.vocab_file,
@@ -141,10 +141,10 @@ def build(config: RunConfig) -> Run:
     device = start()
     note = preflight.check(watch, config, corpus.fingerprint, device)
     watch.claim(config.run_dir)
-    choice = resume.choose(source)
+    choice = resume.choose(identity)
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
-    model, notes = build_model(source, choice, corpus)
+    model, notes = build_model(identity, choice, corpus)
     engine = Engine(model, config, device)
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def build(config: RunConfig) -> Run:
     dist.agree(saving.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     writers.note(note)
-    writers.note(_describe(engine, source, stream))
+    writers.note(_describe(engine, identity, stream))
     saving.seed_dropout(config.seed, start_step)
     if choice is not None:
         saving.load(engine, choice)
@@ -163,7 +163,9 @@ def build(config: RunConfig) -> Run:
         writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
     meter = Meter(model_config, device)
-    return Run(config, source, engine, stream, loader, meter, writers, evaluator, start_step, watch)
+    return Run(
+        config, identity, engine, stream, loader, meter, writers, evaluator, start_step, watch
+    )
 
 
 def check(config: RunConfig, model: ModelConfig) -> None:
@@ -180,23 +182,25 @@ def check(config: RunConfig, model: ModelConfig) -> None:
 
 
 def build_model(
-    source: resume.Source, choice: resume.Choice | None, corpus: Corpus | Mixture | LabelledPairs
+    identity: resume.RunIdentity,
+    choice: resume.Choice | None,
+    corpus: Corpus | Mixture | LabelledPairs,
 ) -> tuple[BertForPreTraining, list[str]]:
     """The model on the CPU in fp32 with padded vocabulary rows, and what the user should know.
 
     Fresh or from `model.init`; a run that resumes gets its weights later and doesn't need either.
     """
-    section = source.config.model
-    rows = pad_vocab(source.model).vocab_size
-    model = batches.make_model(source, corpus, padded_vocab_size=rows)
+    section = identity.config.model
+    rows = pad_vocab(identity.model).vocab_size
+    model = batches.make_model(identity, corpus, padded_vocab_size=rows)
     notes = batches.describe(corpus)
     if choice is None:
-        initialize(model, source.config.seed)
+        initialize(model, identity.config.seed)
         if section.init is not None:
-            missing = start_weights.load(model, section.init, source.vocab_sha256)
+            missing = start_weights.load(model, section.init, identity.vocab_sha256)
             notes.append(f"starting from the weights in {section.init}")
             notes += [f"{section.init} has no {name}: it starts fresh" for name in missing]
-    optim.freeze_unused(model, source.config.train.objective)
+    optim.freeze_unused(model, identity.config.train.objective)
     if section.compile:
         model.compile_blocks()
     return model, notes
@@ -210,8 +214,8 @@ def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:
     return dict(zip(names, stream.samples_by_part(step), strict=True))
 
 
-def _describe(engine: Engine, source: resume.Source, stream: SampleStream) -> str:
-    config, corpus = source.config, stream.corpus
+def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream) -> str:
+    config, corpus = identity.config, stream.corpus
     order = "lanes" if stream.uses_lanes else "shuffle"
     return (
         f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "

@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Everything that changes during training except weights and optimizer moments."""
 
     step: int = 0
@@ -110,7 +110,7 @@ def train(
     ends = np.cumsum([len(batches) for batches in plan]).tolist()
     steps = [rows for batches in plan for rows in batches]
     updater = _updater(network, recipe, len(steps))
-    progress, watch = Progress(), watchdog.current()
+    progress, watch = TrainingState(), watchdog.current()
     if state_file is not None and state_file.exists():
         progress = _resume(state_file, updater)
     for step in range(progress.step, len(steps)):
@@ -164,7 +164,7 @@ def _measure(
     network: BertForSequenceClassification,
     dev: Encoded,
     pad_id: int,
-    progress: Progress,
+    progress: TrainingState,
     epoch: int,
     num_steps: int,
 ) -> None:
@@ -279,7 +279,7 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 # ------------------------------------------------------------------------------------ resuming
 
 
-def _save(path: Path, updater: Any, progress: Progress) -> None:
+def _save(path: Path, updater: Any, progress: TrainingState) -> None:
     """Replace the state file as one step: a kill leaves the old state or the new one."""
     if dist.rank() == 0:
         state = {
@@ -292,11 +292,11 @@ def _save(path: Path, updater: Any, progress: Progress) -> None:
     dist.barrier()
 
 
-def _resume(path: Path, updater: Any) -> Progress:
+def _resume(path: Path, updater: Any) -> TrainingState:
     state = torch.load(path, map_location="cpu", weights_only=True)
     updater.network.load_state_dict(state["network"])
     updater.optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
+    return TrainingState(**state["progress"])
 
 
 # ---------------------------------------------------------------------------------- classifying
