@@ -12,7 +12,7 @@ import argparse
 import difflib
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,9 @@ from clue_ds.presets import Attention, HiddenAct, Kernels, ModelConfig
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelSection(Section):
@@ -273,12 +276,17 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     return f"{where}: " + "; ".join(lines)
 
 
+def validate_section(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
+    """Build a section from nested dicts; a UserError starting with `where` lists all mistakes."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, section, where)) from None
+
+
 def validate(values: dict[str, Any], where: str) -> RunConfig:
     """Build a RunConfig from nested dicts; a UserError starting with `where` lists all mistakes."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(error, RunConfig, where)) from None
+    return validate_section(RunConfig, values, where)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
     try:
         corpus = batches.open_data(config)
         model = config.model.resolve(corpus.vocab_size)
-        train.check(config, model)
+        train.check(config, model, ds_json.read(config.deepspeed))
     except UserError as error:
         return config, "", [Check("bad", f"{path}: {error}")]
     checks = [

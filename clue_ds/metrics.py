@@ -126,10 +126,10 @@ class Meter:
         self._sum_squares += float(sequences.square().sum())
         self._num_predicted += float((batch["masked_labels"] >= 0).sum())
 
-    def add_part(
+    def add_micro_batch(
         self, loss: Tensor, num_correct: Tensor, share: float, pair_sums: Tensor | None = None
     ) -> None:
-        """Add one part's mean loss, `share` of this rank's step; nothing waits for the device.
+        """Add a micro-batch's mean loss, `share` of this rank's step; nothing waits for the device.
 
         pair_sums [3]: loss, hits and number of its sentence pairs.
         """

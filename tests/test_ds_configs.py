@@ -46,15 +46,15 @@ def test_every_shipped_file_has_a_name_and_every_name_a_file() -> None:
 
 def test_our_numbers_fill_the_autos() -> None:
     config = tiny_config("corpus", "run", train={"precision": "bf16", "gradient_clipping": 0.5})
-    filled = ds_json.fill(ds_json.read("zero2"), config, world_size=2)
+    filled = ds_json.fill(ds_json.read("zero2"), "zero2", config.train, world_size=2)
     assert [at(filled, key) for key in OWNED] == [8, 2, 2, 0.5, True, False, "fp32"]
 
 
 def test_numbers_may_be_left_out_or_repeated(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
-    config = tiny_config("corpus", "run", deepspeed=str(path))
-    filled = ds_json.fill(ds_json.read(str(path)), config, world_size=1)
+    train = tiny_config("corpus", "run").train
+    filled = ds_json.fill(ds_json.read(str(path)), str(path), train, world_size=1)
     assert at(filled, "gradient_accumulation_steps") == 4
 
 
@@ -67,9 +67,9 @@ def test_all_disagreements_are_listed_at_once(tmp_path: Path) -> None:
         "zero_optimization": {"stage": 1},
     }
     path.write_text(json.dumps(theirs))
-    config = tiny_config("corpus", "run", deepspeed=str(path))
+    train = tiny_config("corpus", "run").train
     with pytest.raises(UserError) as error:
-        ds_json.fill(ds_json.read(str(path)), config, world_size=1)
+        ds_json.fill(ds_json.read(str(path)), str(path), train, world_size=1)
     message = str(error.value)
     for part in (
         str(path),
@@ -94,7 +94,8 @@ def test_mistakes_in_a_file_name_it(tmp_path: Path, content: Any, expected: str)
     path = tmp_path / "mine.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=expected) as error:
-        ds_json.fill(ds_json.read(str(path)), tiny_config("corpus", "run", deepspeed=str(path)), 1)
+        train = tiny_config("corpus", "run").train
+        ds_json.fill(ds_json.read(str(path)), str(path), train, world_size=1)
     assert str(path) in str(error.value)
 
 

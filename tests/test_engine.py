@@ -96,6 +96,14 @@ def make_model() -> BertForPreTraining:
     return model
 
 
+def make_engine(config: RunConfig, device: torch.device) -> Any:
+    from clue_ds.pretrain import ds_json
+    from clue_ds.pretrain.engine import Engine
+
+    values = ds_json.read(config.deepspeed)
+    return Engine(make_model(), config.train, values, config.deepspeed, device)
+
+
 def global_batch(step: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(step)
     shape = (GLOBAL_BATCH_SIZE, SEQ_LENGTH)
@@ -154,24 +162,26 @@ def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[di
     """On every rank: train each case, save a checkpoint for some; losses and norms of each."""
     from clue_ds import dist
     from clue_ds.pretrain import resume, saving
-    from clue_ds.pretrain.engine import Engine, start
+    from clue_ds.pretrain.engine import start
 
     device = start()
     results = []
     for name, precision, optimizer in cases:
         config = make_config(name, precision, optimizer, dist.world_size())
         config = config.model_copy(update={"run_dir": f"{folder}/{name}-{precision}-{optimizer}"})
-        engine = Engine(make_model(), config, device)
+        engine = make_engine(config, device)
         engine.module.train()
         result: dict[str, Any] = {"losses": [], "norms": []}
         for step in range(NUM_STEPS):
             size = GLOBAL_BATCH_SIZE // dist.world_size()
             rows = slice(dist.rank() * size, (dist.rank() + 1) * size)
             total = 0.0
-            for part in engine.parts({k: v[rows] for k, v in global_batch(step).items()}):
-                output = engine.forward(**part)
+            for micro_batch in engine.micro_batches(
+                {k: v[rows] for k, v in global_batch(step).items()}
+            ):
+                output = engine.forward(**micro_batch)
                 engine.backward(output.loss)
-                total += output.loss.item() / engine.num_parts
+                total += output.loss.item() / engine.gradient_accumulation_steps
             result["norms"].append(float(engine.step(LR)))
             result["losses"].append(dist.all_reduce([total])[0] / dist.world_size())
         result["skipped"] = engine.skipped_steps
@@ -275,7 +285,7 @@ def rank_without_launcher() -> dict[str, Any]:
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    from clue_ds.pretrain.engine import PROCESS_GROUP_TIMEOUT, Engine, start
+    from clue_ds.pretrain.engine import PROCESS_GROUP_TIMEOUT, start
 
     device = start()
     group = torch.distributed.new_group([0])
@@ -284,7 +294,7 @@ def rank_without_launcher() -> dict[str, Any]:
     for name, precision in (("zero1", "fp16"), (os.environ["BAD_JSON"], "fp32")):
         config = make_config(name, precision, "adamw", 1)
         try:
-            Engine(make_model(), config, device)
+            make_engine(config, device)
         except UserError as error:
             messages.append(str(error))
     return {

@@ -74,7 +74,7 @@ def test_meter_counts_real_tokens_and_means_over_parts_and_steps() -> None:
     for losses, correct in (([4.0, 2.0], [1, 2]), ([1.0, 1.0], [3, 0])):
         meter.add_batch(a_batch([8, 4], 6))
         for loss, hits in zip(losses, correct, strict=True):
-            meter.add_part(torch.tensor(loss), torch.tensor(hits), share=0.5)
+            meter.add_micro_batch(torch.tensor(loss), torch.tensor(hits), share=0.5)
     line = meter.flush(10, grad_norm=torch.tensor(2.5))
     assert line["step"] == 10
     assert line["loss"] == pytest.approx((3.0 + 1.0) / 2)
@@ -89,7 +89,7 @@ def test_a_loss_that_is_no_number_names_its_step() -> None:
     meter = Meter(presets.get("roberta_tiny_clue"), torch.device("cpu"))
     for loss in (3.0, float("nan"), 3.0):
         meter.add_batch(a_batch([8], 1))
-        meter.add_part(torch.tensor(loss), torch.tensor(0), share=1.0)
+        meter.add_micro_batch(torch.tensor(loss), torch.tensor(0), share=1.0)
     with pytest.raises(UserError, match="loss is nan at step 9: training diverged"):
         meter.flush(10, 1.0)
 

@@ -13,7 +13,7 @@ import importlib.resources
 import json
 from typing import Any
 
-from clue_ds.config import RunConfig
+from clue_ds.config import TrainSection
 from clue_ds.errors import UserError, existing_file
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
@@ -54,9 +54,8 @@ def offloads(values: dict[str, Any]) -> bool:
     return section.get("device", "none") != "none"
 
 
-def our_numbers(config: RunConfig, world_size: int, stage: int) -> dict[str, Any]:
+def our_numbers(train: TrainSection, world_size: int, stage: int) -> dict[str, Any]:
     """Dotted DeepSpeed key -> the value that our config gives it."""
-    train = config.train
     # Stage 0 has no accumulation buffer of its own: gradients have the type of the weights.
     accumulate_in = train.precision if stage == 0 else "fp32"
     return {
@@ -80,9 +79,12 @@ def _our_key(key: str) -> str:
     }.get(key, "train.precision")
 
 
-def fill(values: dict[str, Any], config: RunConfig, world_size: int) -> dict[str, Any]:
-    """`values` with our numbers in place; a UserError lists everything that disagrees."""
-    where = f"DeepSpeed JSON {config.deepspeed}"
+def fill(values: dict[str, Any], name: str, train: TrainSection, world_size: int) -> dict[str, Any]:
+    """`values` of the JSON called `name`, with our numbers in place of "auto".
+
+    A UserError lists everything that disagrees.
+    """
+    where = f"DeepSpeed JSON {name}"
     for section, ours in OURS_INSTEAD.items():
         if section in values:
             raise UserError(
@@ -90,11 +92,11 @@ def fill(values: dict[str, Any], config: RunConfig, world_size: int) -> dict[str
             )
     filled = json.loads(json.dumps(values))
     mistakes = []
-    for key, ours in our_numbers(config, world_size, zero_stage(values)).items():
+    for key, ours in our_numbers(train, world_size, zero_stage(values)).items():
         *sections, last = key.split(".")
         section = filled
-        for name in sections:
-            section = section.setdefault(name, {})
+        for key_of_section in sections:
+            section = section.setdefault(key_of_section, {})
         theirs = section.get(last, "auto")
         if theirs != "auto" and (
             theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from clue_ds import dist
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
-from clue_ds.config import RunConfig
+from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
 from clue_ds.metrics import diverged
@@ -83,31 +83,35 @@ def _device() -> torch.device:
 
 
 class Engine:
-    """A model under DeepSpeed. A step is: forward and backward for each part, then `step`.
+    """A model under DeepSpeed. A step is forward and backward on each micro-batch, then `step`.
 
     `module`: the model, in the run's precision on the rank's device (sharded at stage 3).
     `group_names`: names of the trained parameters in the optimizer's order.
     `frozen`: fp32 copies of the parameters that are not trained, by name.
-    `num_parts`: forward passes a step on this rank.
+    `gradient_accumulation_steps`: micro-batches per step on this rank.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        config: RunConfig,
+        train: TrainSection,
+        ds_values: dict[str, Any],
+        ds_name: str,
         device: torch.device,
     ) -> None:
-        """Take over `model` (fp32, any device)."""
+        """Take over `model` (fp32, on any device).
+
+        `ds_values`: the DeepSpeed JSON as ds_json.read returns it; `ds_name` names it in errors.
+        """
         deepspeed = import_deepspeed()
-        self.precision = config.train.precision
+        self.precision = train.precision
         if self.precision == "fp16" and device.type == "cpu":
             raise UserError("train.precision fp16 needs a GPU; on a CPU set fp32 or bf16")
         self.device = device
-        values = ds_json.read(config.deepspeed)
-        self.stage = ds_json.zero_stage(values)
-        self.offload = ds_json.offloads(values)
-        self.num_parts = config.train.gradient_accumulation_steps(dist.world_size())
-        values = ds_json.fill(values, config, dist.world_size())
+        self.stage = ds_json.zero_stage(ds_values)
+        self.offload = ds_json.offloads(ds_values)
+        self.gradient_accumulation_steps = train.gradient_accumulation_steps(dist.world_size())
+        values = ds_json.fill(ds_values, ds_name, train, dist.world_size())
         # Taken before DeepSpeed rounds the model to the run's precision.
         self.frozen = {
             name: p.detach().float().cpu().clone()
@@ -119,9 +123,9 @@ class Engine:
         self.group_names = optim.group_names(model)
         model = model.to(device)
         fused = device.type == "cuda" and not self.offload
-        optimizer = optim.build(config.train, model, self.stage, fused)
-        self.deepspeed = _initialize(deepspeed, model, optimizer, values, config.deepspeed)
-        self.module: nn.Module = self.deepspeed.module
+        optimizer = optim.build(train, model, self.stage, fused)
+        self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
+        self.module: nn.Module = self._deepspeed.module
         if self.stage == 0 and self.precision != "fp32":
             self._undo_phantom_step()
 
@@ -130,29 +134,30 @@ class Engine:
 
         At learning rate 0 it moved no weight, but it left step = 1 in the bias correction.
         """
-        inner = self.deepspeed.optimizer.optimizer
+        inner = self._deepspeed.optimizer.optimizer
         inner.state.clear()
         for group in inner.param_groups:
             assert group["lr"] == 0.0
             group.pop("step", None)  # pytorch_optimizer counts here
 
-    def parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """A rank's batch [B, ...] on its device, cut into the parts of one accumulation."""
+    def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A rank's batch [B, ...], moved to its device and cut into the step's micro-batches."""
         moved = {
             k: v.to(self.device, non_blocking=True) for k, v in without_full_lengths(batch).items()
         }
-        cut = {k: v.chunk(self.num_parts) for k, v in moved.items()}
-        return [{k: v[part] for k, v in cut.items()} for part in range(self.num_parts)]
+        number = self.gradient_accumulation_steps
+        chunks = {k: v.chunk(number) for k, v in moved.items()}
+        return [{k: v[i] for k, v in chunks.items()} for i in range(number)]
 
     def forward(self, **inputs: Tensor) -> Any:
-        """The model's output on one part."""
-        return self.deepspeed(**inputs)
+        """The model's output on one micro-batch."""
+        return self._deepspeed(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of one part; the mean over parts and ranks is what counts."""
-        self.deepspeed.backward(loss)
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()  # how DeepSpeed counts the parts; moves nothing
+        """Accumulate the gradients of one micro-batch; `step` uses their mean over all ranks."""
+        self._deepspeed.backward(loss)
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()  # how DeepSpeed counts micro-batches; updates nothing
 
     def step(self, lr: float) -> float | Tensor:
         """Update the weights; returns the gradient's norm before clipping, over all ranks.
@@ -160,18 +165,18 @@ class Engine:
         It is inf or nan when the gradient was not finite: in fp16 the update was then skipped and
         the loss scale lowered, which is normal.
         """
-        for group in self.deepspeed.optimizer.param_groups:
+        for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
-        scale = float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
+        scale = float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
         try:
-            self.deepspeed.step()
+            self._deepspeed.step()
         except Exception as error:
             if self.precision == "fp16" and "minimum" in str(error):
                 raise UserError(_LOSS_SCALE_EXHAUSTED) from error
             raise
         if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
+            norm = self._deepspeed.get_global_grad_norm()
             if self.stage == 0:  # the unfused optimizer reports the norm of the scaled gradient
                 norm = norm / scale
         return norm
@@ -184,15 +189,25 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Updates that were left out because a gradient was not finite."""
-        return self.deepspeed.skipped_steps
+        return self._deepspeed.skipped_steps
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """DeepSpeed's optimizer; at stage 0 in fp32 it is torch's own."""
+        return self._deepspeed.optimizer
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write DeepSpeed's checkpoint `directory`/`tag`; every rank must call it."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, directory: Path, tag: str) -> None:
         """Read DeepSpeed's checkpoint `directory`/`tag`; once, and before the first step."""
-        path, _ = self.deepspeed.load_checkpoint(
+        path, _ = self._deepspeed.load_checkpoint(
             str(directory), tag=tag, load_lr_scheduler_states=False
         )
         assert path is not None, directory
-        kept_whole = getattr(self.deepspeed.optimizer, "persistent_parameters", [])
+        kept_whole = getattr(self._deepspeed.optimizer, "persistent_parameters", [])
         if kept_whole:  # stage 3: cut as in a fresh engine; the first forward gathers them
             kept_whole[0].partition(kept_whole)
 
@@ -204,7 +219,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process group."""
-        self.deepspeed.destroy()
+        self._deepspeed.destroy()
         _leave()
 
 

@@ -32,8 +32,8 @@ class Evaluator:
         with torch.no_grad():
             for step in range(self.num_batches):
                 batch = self.stream.batch(step, dist.rank(), dist.world_size())
-                for part in engine.parts(batch):
-                    output = engine.forward(**part)
+                for micro_batch in engine.micro_batches(batch):
+                    output = engine.forward(**micro_batch)
                     sums[0] += output.mlm_sum
                     sums[1] += output.num_correct
                     sums[2] += output.num_predicted

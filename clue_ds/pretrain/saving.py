@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -44,8 +43,7 @@ def save(engine: Engine, identity: RunIdentity, step: int) -> Path:
     staging = final.with_name(final.name + ".tmp")
     dist.agree(_prepare(staging, engine) if dist.rank() == 0 else None)
     with _clear_write_errors(staging):
-        with contextlib.redirect_stdout(io.StringIO()):
-            engine.deepspeed.save_checkpoint(str(staging), tag=TAG, save_latest=False)
+        engine.save(staging, TAG)
         safetensors.torch.save_file(_random_state(), staging / _random_file(dist.rank()))
         if dist.rank() == 0:
             run_config.save(identity.config, staging / "config.yaml")

@@ -18,6 +18,7 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clue_ds import config as run_config
 from clue_ds import dist
@@ -74,11 +75,11 @@ def train(run: Run) -> int:
             batch = next(run.loader)
         meter.add_batch(batch)
 
-        for part in engine.parts(batch):
-            output = engine.forward(**part)
+        for micro_batch in engine.micro_batches(batch):
+            output = engine.forward(**micro_batch)
             engine.backward(output.loss)
-            share = 1 / engine.num_parts
-            meter.add_part(output.loss, output.num_correct, share, output.pair_sums)
+            share = 1 / engine.gradient_accumulation_steps
+            meter.add_micro_batch(output.loss, output.num_correct, share, output.pair_sums)
             run.watch.mark()
 
         lr = schedule.learning_rate(config.train, step)
@@ -126,7 +127,8 @@ def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start the ranks, the model, the data."""
     corpus = batches.open_data(config)
     model_config = config.model.resolve(corpus.vocab_size)
-    check(config, model_config)
+    ds_values = ds_json.read(config.deepspeed)
+    check(config, model_config, ds_values)
     stream = batches.make_stream(config, corpus)
     evaluator = batches.make_evaluator(config, corpus)
     identity = resume.RunIdentity(
@@ -145,7 +147,7 @@ def build(config: RunConfig) -> Run:
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
     model, notes = build_model(identity, choice, corpus)
-    engine = Engine(model, config, device)
+    engine = Engine(model, config.train, ds_values, config.deepspeed, device)
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         run_config.save(config, Path(config.run_dir) / "config.yaml")
@@ -168,14 +170,14 @@ def build(config: RunConfig) -> Run:
     )
 
 
-def check(config: RunConfig, model: ModelConfig) -> None:
+def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> None:
     """A UserError for settings that don't fit each other or this machine; needs no other rank."""
     if config.data.seq_length > model.max_position_embeddings:
         raise UserError(
             f"data.seq_length {config.data.seq_length} exceeds the model's positions; set it to "
             f"{model.max_position_embeddings} or less, or raise model.max_position_embeddings"
         )
-    ds_json.fill(ds_json.read(config.deepspeed), config, dist.world_size())
+    ds_json.fill(ds_values, config.deepspeed, config.train, dist.world_size())
     ops.choose_kernels(config.model.kernels)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
@@ -219,8 +221,8 @@ def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream
     order = "lanes" if stream.uses_lanes else "shuffle"
     return (
         f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "
-        f"{engine.stage}, {dist.world_size()} ranks x {engine.num_parts} parts x "
-        f"{config.train.micro_batch_size} sequences of {config.data.seq_length}; "
+        f"{engine.stage}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
+        f"micro-batches x {config.train.micro_batch_size} sequences of {config.data.seq_length}; "
         f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
         f"{stream.steps_per_epoch:,} steps an epoch; order {order}"
     )

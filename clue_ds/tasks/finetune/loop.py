@@ -31,6 +31,7 @@ from clue_ds.pretrain import optim, schedule
 from clue_ds.tasks import features
 from clue_ds.tasks.features import Features
 from clue_ds.tasks.finetune import measures
+from clue_ds.tasks.finetune.updater import RanksUpdater, Updater
 from clue_ds.tasks.heads import BertForSequenceClassification
 
 Precision = Literal["fp32", "bf16"]
@@ -203,18 +204,16 @@ class LocalUpdater:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _updater(network: BertForSequenceClassification, recipe: Recipe, num_steps: int) -> Any:
+def _updater(network: BertForSequenceClassification, recipe: Recipe, num_steps: int) -> Updater:
     """LocalUpdater, or on several ranks DeepSpeed's engine with the same methods."""
     if dist.world_size() == 1:
         return LocalUpdater(network, recipe)
-    from clue_ds.tasks.finetune.updater import RanksUpdater
-
     decay, clipping = recipe.weight_decay, recipe.gradient_clipping
     return RanksUpdater(network, recipe.batch_size, decay, clipping, num_steps)
 
 
 def _step(
-    updater: Any,
+    updater: Updater,
     examples: Encoded,
     rows: list[int],
     pad_id: int,
@@ -279,7 +278,7 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 # ------------------------------------------------------------------------------------ resuming
 
 
-def _save(path: Path, updater: Any, progress: TrainingState) -> None:
+def _save(path: Path, updater: Updater, progress: TrainingState) -> None:
     """Replace the state file as one step: a kill leaves the old state or the new one."""
     if dist.rank() == 0:
         state = {
@@ -292,7 +291,7 @@ def _save(path: Path, updater: Any, progress: TrainingState) -> None:
     dist.barrier()
 
 
-def _resume(path: Path, updater: Any) -> TrainingState:
+def _resume(path: Path, updater: Updater) -> TrainingState:
     state = torch.load(path, map_location="cpu", weights_only=True)
     updater.network.load_state_dict(state["network"])
     updater.optimizer.load_state_dict(state["optimizer"])

@@ -6,21 +6,40 @@ the state file is the same as for one process.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from clue_ds import config as run_config
 from clue_ds import dist
-from clue_ds.config import RunConfig
+from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.pretrain.engine import Engine
 from clue_ds.tasks.heads import BertForSequenceClassification
 
 
+class Updater(Protocol):
+    """What the loop of fine-tuning needs in order to move the weights of `network`."""
+
+    @property
+    def network(self) -> BertForSequenceClassification: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits of a batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of the batch's loss."""
+
+    def step(self, lr: float) -> None:
+        """Update the weights and forget the gradients."""
+
+
 class RanksUpdater:
-    """What training.LocalUpdater does, on all ranks of the process group together."""
+    """The Updater that works on all ranks of the process group together."""
 
     def __init__(
         self,
@@ -36,13 +55,25 @@ class RanksUpdater:
                 "give a --batch-size that divides"
             )
         device = next(network.parameters()).device
-        values = _config(batch_size, weight_decay, gradient_clipping, num_steps)
-        self.engine = Engine(network, values, device)
-        self.network: Any = self.engine.module
+        train = run_config.validate_section(
+            TrainSection,
+            {
+                "steps": num_steps,
+                "global_batch_size": batch_size,
+                "micro_batch_size": batch_size // dist.world_size(),
+                "warmup_steps": 0,
+                "weight_decay": weight_decay,
+                "gradient_clipping": gradient_clipping,
+            },
+            "fine-tuning on several ranks",
+        )
+        zero0 = {"zero_optimization": {"stage": 0}}
+        self.engine = Engine(network, train, zero0, "of fine-tuning", device)
+        self.network = cast(BertForSequenceClassification, self.engine.module)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self.engine.deepspeed.optimizer
+        return self.engine.optimizer
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.engine.forward(**inputs)
@@ -52,19 +83,3 @@ class RanksUpdater:
 
     def step(self, lr: float) -> None:
         self.engine.step(lr)
-
-
-def _config(
-    batch_size: int, weight_decay: float, gradient_clipping: float, num_steps: int
-) -> RunConfig:
-    """What the engine reads of a pretraining run's config."""
-    train = {
-        "steps": num_steps,
-        "global_batch_size": batch_size,
-        "micro_batch_size": batch_size // dist.world_size(),
-        "warmup_steps": 0,
-        "weight_decay": weight_decay,
-        "gradient_clipping": gradient_clipping,
-    }
-    values = {"run_dir": "-", "deepspeed": "zero0", "data": {"corpus": "-"}, "train": train}
-    return run_config.validate(values, "fine-tuning on ranks")
