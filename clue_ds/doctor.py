@@ -13,7 +13,6 @@ makes before its first step.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import resource
 import shutil
@@ -58,7 +57,7 @@ class Check(NamedTuple):
 
 
 def _versions() -> Check:
-    found = {name: importlib.metadata.version(name) for name in preflight.PACKAGES}
+    found = preflight.versions()
     text = f"python {sys.version.split()[0]}, " + ", ".join(f"{n} {v}" for n, v in found.items())
     if tuple(map(int, found["torch"].split("+")[0].split(".")[:2])) < MIN_TORCH:
         return Check("bad", text, "pip install 'torch >= 2.10'")

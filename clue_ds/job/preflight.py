@@ -26,10 +26,16 @@ from clue_ds.errors import UserError
 from clue_ds.job.watchdog import Watchdog
 
 ALL_REDUCE_SECONDS = 60.0
+# Packages whose versions decide what a run computes; a checkpoint and a result record them.
 PACKAGES = ("clue_ds", "torch", "deepspeed", "numpy")
 # NCCL maps about this much of /dev/shm a rank; with less it ends in "Bus error".
 SHM_BYTES_PER_RANK = 64 << 20
 SHM = Path("/dev/shm")
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each of PACKAGES."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def report(
@@ -44,7 +50,7 @@ def report(
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "same": {
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
+            **versions(),
             "cuda": str(torch.version.cuda),
             "config": hashlib.sha256(values.encode()).hexdigest()[:16],
             "corpus": corpus_fingerprint[:16],

@@ -66,6 +66,11 @@ def start() -> torch.device:
     return device
 
 
+def dropout_seed(seed: int, step: int) -> int:
+    """Seed of this rank's dropout from `step` on: another one for every rank and every step."""
+    return (seed * 1_000_003 + step) * 65_537 + dist.rank()
+
+
 def _leave() -> None:
     """Before the interpreter ends: gloo's threads end the process with "terminate called"."""
     if torch.distributed.is_initialized():

@@ -46,17 +46,21 @@ def group_names(model: nn.Module) -> list[list[str]]:
     return [decaying, others]
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer's two groups: with weight decay, then without."""
+    parameters = dict(model.named_parameters())
+    return [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(group_names(model), (weight_decay, 0.0), strict=True)
+    ]
+
+
 def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> torch.optim.Optimizer:
     """The optimizer with its two parameter groups, at learning rate 0; the loop sets the rate.
 
     `fused`: one CUDA kernel an update; needs the parameters on a GPU.
     """
-    parameters = dict(model.named_parameters())
-    decays = (train.weight_decay, 0.0)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in names], "weight_decay": decay}
-        for names, decay in zip(group_names(model), decays, strict=True)
-    ]
+    groups = parameter_groups(model, train.weight_decay)
     # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
     settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":

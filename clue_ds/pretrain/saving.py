@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator
@@ -27,11 +26,9 @@ from clue_ds.checkpoint import manifest as manifests
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
-from clue_ds.pretrain.engine import Engine
+from clue_ds.job import preflight
+from clue_ds.pretrain.engine import Engine, dropout_seed
 from clue_ds.pretrain.resume import RunIdentity
-
-VERSIONS_OF = ("clue_ds", "torch", "deepspeed", "numpy")
-
 
 # ---------------------------------------------------------------------------------------- saving
 
@@ -136,15 +133,10 @@ def _describe(engine: Engine, identity: RunIdentity, step: int) -> Manifest:
         vocab_sha256=identity.vocab_sha256,
         corpus_fingerprint=identity.corpus_fingerprint,
         group_names=engine.group_names,
-        versions={package: importlib.metadata.version(package) for package in VERSIONS_OF},
+        versions=preflight.versions(),
         files={},
         stream_version=STREAM_VERSION,
     )
-
-
-def seed_dropout(seed: int, step: int) -> None:
-    """Start this rank's generators: other draws on every rank, and after every resume."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.rank())
 
 
 def _random_file(rank: int) -> str:
@@ -168,7 +160,7 @@ def load(engine: Engine, choice: Choice) -> None:
     engine.frozen = safetensors.torch.load_file(choice.directory / FROZEN)
     if choice.manifest.world_size != dist.world_size():
         # Stage 0 on another number of ranks: new, but reproducible, draws.
-        seed_dropout(int(choice.manifest.config["seed"]), choice.manifest.step)
+        torch.manual_seed(dropout_seed(int(choice.manifest.config["seed"]), choice.manifest.step))
         return
     states = safetensors.torch.load_file(choice.directory / _random_file(dist.rank()))
     torch.set_rng_state(states["cpu"])

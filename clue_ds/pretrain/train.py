@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import RunConfig
@@ -34,7 +36,7 @@ from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, start_weights
-from clue_ds.pretrain.engine import Engine, start
+from clue_ds.pretrain.engine import Engine, dropout_seed, start
 from clue_ds.pretrain.evaluate import Evaluator
 
 
@@ -157,7 +159,7 @@ def build(config: RunConfig) -> Run:
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     writers.note(note)
     writers.note(_describe(engine, identity, stream))
-    saving.seed_dropout(config.seed, start_step)
+    torch.manual_seed(dropout_seed(config.seed, start_step))
     if choice is not None:
         saving.load(engine, choice)
         notes += resume.describe(choice)

@@ -28,6 +28,7 @@ from clue_ds import dist, files
 from clue_ds.errors import UserError
 from clue_ds.job import watchdog
 from clue_ds.pretrain import optim, schedule
+from clue_ds.pretrain.engine import dropout_seed
 from clue_ds.tasks import features
 from clue_ds.tasks.features import Features
 from clue_ds.tasks.finetune import measures
@@ -244,7 +245,7 @@ def _step(
 def _dropout(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Seed dropout for this step and rank; restore the global generator afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.rank())
+        torch.manual_seed(dropout_seed(seed, step))
         yield
 
 
@@ -267,11 +268,7 @@ def _epoch(encoded: Sequence[Features], batch_size: int, seed: int, epoch: int) 
 
 
 def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    parameters = dict(network.named_parameters())
-    groups = [
-        {"params": [parameters[name] for name in names], "weight_decay": decay}
-        for names, decay in zip(optim.group_names(network), (weight_decay, 0.0), strict=True)
-    ]
+    groups = optim.parameter_groups(network, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
 
 

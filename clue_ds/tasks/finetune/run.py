@@ -14,7 +14,6 @@ different run is refused, so that no directory mixes two.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import random
@@ -31,7 +30,7 @@ from clue_ds import dist, files
 from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel
 from clue_ds.export.sources import opened
-from clue_ds.job import watchdog
+from clue_ds.job import preflight, watchdog
 from clue_ds.tasks import examples, hub_data, registry
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.finetune import fit, measures
@@ -255,7 +254,7 @@ def _result(
         "confusion": counts.tolist(),
         "seconds": seconds,
         "num_ranks": dist.world_size(),
-        "versions": {p: importlib.metadata.version(p) for p in ("clue_ds", "torch", "deepspeed")},
+        "versions": preflight.versions(),
     }
 
 
