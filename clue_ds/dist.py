@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed
 
 from clue_ds.errors import UserError
+from clue_ds.launcher.contract import FINISHED, JOB_DIR_VARIABLE, STATUS_STOPPED, STOPPED
 
 # deepspeed and torchrun; OpenMPI; MPICH and Intel MPI.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -26,14 +27,6 @@ WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 # srun. The first of them says that this is a task of a step: a batch script has a SLURM_PROCID too.
 SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
-
-# `clue-ds launch` names a directory here; a rank that ends well leaves a file in it, because
-# DeepSpeed's runner returns 0 when its child dies of a signal, and MPICH swallows exit codes.
-JOB_DIR_VARIABLE = "CLUE_DS_JOB_DIR"
-HOSTS_VARIABLE = "CLUE_DS_HOSTS"  # host:ranks,host:ranks in the order of ranks
-MAX_RESTARTS_VARIABLE = "CLUE_DS_MAX_RESTARTS"
-# Exit status of a rank that saved and stopped on request.
-STATUS_STOPPED = 75
 
 # Longer than ranks of one job drift apart at start, shorter than anybody's patience.
 SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
@@ -141,13 +134,15 @@ def job_dir() -> Path | None:
 
 
 def report_end(stopped: bool) -> None:
-    """Tell the launcher that this rank did all it had to, or saved and stopped on request.
+    """Tell `clue-ds launch` that this rank is done, or that it saved and stopped on request.
 
-    Stopped without `clue-ds launch`, leave with STATUS_STOPPED. With it every rank leaves with 0,
-    or srun would end the others.
+    Under that launcher a rank leaves a file and exits with 0: a file, because DeepSpeed's runner
+    returns 0 when its child dies of a signal and MPICH loses exit statuses; 0, because srun would
+    otherwise end the other ranks. Without the launcher, a rank that stopped exits with
+    STATUS_STOPPED.
     """
     directory = job_dir()
     if directory is not None:
-        (directory / f"{'stopped' if stopped else 'finished'}-{rank()}").touch()
+        (directory / f"{STOPPED if stopped else FINISHED}-{rank()}").touch()
     elif stopped:
         raise SystemExit(STATUS_STOPPED)

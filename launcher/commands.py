@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import contract
 from . import environment as env
 from . import hosts as machines
 from .errors import LaunchError
@@ -209,7 +210,10 @@ def slurm(
     # srun passes its own environment to the ranks.
     variables = {**env.defaults(ranks_per_node, user), **env.read_deepspeed_env(user)}
     variables["MASTER_ADDR"] = address
-    variables |= {"MASTER_PORT": str(port), env.MAX_RESTARTS_VARIABLE: str(options.max_restarts)}
+    variables |= {
+        "MASTER_PORT": str(port),
+        contract.MAX_RESTARTS_VARIABLE: str(options.max_restarts),
+    }
     if cores:
         variables["OMP_NUM_THREADS"] = cores
     if options.interface:

@@ -15,21 +15,13 @@ import re
 import secrets
 import socket
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from .contract import FIRST_PORT, NUM_PORTS, port_offset
 from .errors import LaunchError
 from .hosts import Host, num_cores, num_local_devices
 from .sweep import JOB_ID_VARIABLE
-
-# The same names are in clue_ds/dist.py, which this room may not import.
-JOB_DIR_VARIABLE = "CLUE_DS_JOB_DIR"  # where ranks and launcher leave each other files
-HOSTS_VARIABLE = "CLUE_DS_HOSTS"  # host:ranks,host:ranks in the order of ranks
-MAX_RESTARTS_VARIABLE = "CLUE_DS_MAX_RESTARTS"
-
-# Below the ports that a kernel gives to outgoing connections.
-FIRST_PORT, NUM_PORTS = 20_000, 12_000
 
 # Prefixes of the variables that ranks on other machines get from the user's environment.
 FORWARDED = (
@@ -84,7 +76,7 @@ def reserved_port(seed: str, is_here: bool = True) -> Iterator[int]:
     `seed` determines where the search begins, so that jobs on other machines rarely try the same
     port. `is_here`: whether the port will be used on this machine and can be tested.
     """
-    start = zlib.crc32(seed.encode()) % NUM_PORTS
+    start = port_offset(seed)
     if not is_here:
         yield FIRST_PORT + start
         return

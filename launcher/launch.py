@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import commands, environment, processes
+from . import commands, contract, environment, processes
 from . import hosts as machines
 from .commands import ALSO_OVER_MPI, ON_RANKS, ONE_PROCESS, Job, Options
 from .errors import LaunchError
@@ -246,7 +246,7 @@ def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment
         address = machines.slurm_address(nodes[0])
         job = commands.slurm(arguments.verb, nodes, per_node, address, port, options, user, folder)
         status = _run(arguments, job, user, identifier, folder)
-    if status == processes.STATUS_STOPPED and arguments.requeue:
+    if status == contract.STATUS_STOPPED and arguments.requeue:
         return _requeue(arguments.verb[0], user)
     return status
 
@@ -277,7 +277,7 @@ def _requeue(verb: str, user: environment.Variables) -> int:
     result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if result.returncode:
         print(f"clue-ds launch: error: {result.stderr.strip()}", file=sys.stderr)
-        return processes.STATUS_STOPPED
+        return contract.STATUS_STOPPED
     return 0
 
 

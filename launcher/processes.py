@@ -24,17 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from . import contract
 from . import environment as env
 from .commands import SWEEP, Job
 from .sweep import JOB_ID_VARIABLE, sweep_everywhere
 
-# What a rank's word is called; the same names are in clue_ds/dist.py.
-FINISHED, STOPPED, VERDICT, STOP_REQUEST = "finished-*", "stopped-*", "verdict.json", "stop"
-
-# Stopped on request with everything saved: start again to continue (sysexits' EX_TEMPFAIL).
-STATUS_STOPPED = 75
-STATUS_DIED = 71
-STATUS_HANG = 72
 INTERNAL_ERROR = 1
 SECONDS_TO_END = 10.0
 # From a verdict until ranks that haven't ended by themselves are killed.
@@ -71,9 +65,9 @@ def job_directory(is_local: bool, identifier: str) -> Iterator[Path]:
 
 def complete(job: Job, user: env.Variables, identifier: str, folder: Path) -> env.Variables:
     """The complete environment of the job's command."""
-    own = {env.JOB_DIR_VARIABLE: str(folder), JOB_ID_VARIABLE: identifier}
+    own = {contract.JOB_DIR_VARIABLE: str(folder), JOB_ID_VARIABLE: identifier}
     if job.hosts:
-        own[env.HOSTS_VARIABLE] = env.hosts_variable(job.hosts)
+        own[contract.HOSTS_VARIABLE] = env.hosts_variable(job.hosts)
     if job.env_file is not None:
         # DeepSpeed joins this with two directories, which leaves an absolute path unchanged.
         own["DS_ENV_FILE"] = str(folder / "deepspeed_env")
@@ -83,7 +77,7 @@ def complete(job: Job, user: env.Variables, identifier: str, folder: Path) -> en
 
 def _ours_first(variables: env.Variables) -> env.Variables:
     """Variables of this job that override the user's, whose values are left from another job."""
-    ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", env.MAX_RESTARTS_VARIABLE)
+    ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", contract.MAX_RESTARTS_VARIABLE)
     return {k: v for k, v in variables.items() if k in ours}
 
 
@@ -91,8 +85,8 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
     """Run the job; returns its exit status."""
     environment = complete(job, user, identifier, folder)
     if job.env_file is not None:
-        own = {k: environment[k] for k in (env.JOB_DIR_VARIABLE, JOB_ID_VARIABLE)}
-        own[env.HOSTS_VARIABLE] = environment[env.HOSTS_VARIABLE]
+        own = {k: environment[k] for k in (contract.JOB_DIR_VARIABLE, JOB_ID_VARIABLE)}
+        own[contract.HOSTS_VARIABLE] = environment[contract.HOSTS_VARIABLE]
         env.write_env_file(folder / "deepspeed_env", {**job.env_file, **own})
     if job.hostfile:
         lines = (f"{host.name} slots={host.slots}\n" for host in job.hosts)
@@ -109,7 +103,7 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
             status = process.wait() if status is None else status
     # Processes that still run have lost their parent, so nobody else would end them.
     end_session(process.pid)
-    if hangs and not (folder / VERDICT).exists():
+    if hangs and not (folder / contract.VERDICT_FILE).exists():
         return _say_who_hangs(folder, job)
     return true_status(status, folder, job.num_ranks)
 
@@ -121,7 +115,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=POLL_SECONDS)
         now = time.monotonic()
-        if (folder / VERDICT).exists():
+        if (folder / contract.VERDICT_FILE).exists():
             deadline = min(deadline, now + SECONDS_AFTER_VERDICT)
         elif _ended(folder):
             deadline = min(deadline, now + SECONDS_AFTER_FIRST_END)
@@ -131,7 +125,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path) -> int | None:
 
 def _ended(folder: Path) -> set[int]:
     """Ranks that reported that they finished, or saved and stopped."""
-    paths = (*folder.glob(FINISHED), *folder.glob(STOPPED))
+    paths = (*folder.glob(f"{contract.FINISHED}-*"), *folder.glob(f"{contract.STOPPED}-*"))
     return {int(path.name.rpartition("-")[2]) for path in paths}
 
 
@@ -145,12 +139,12 @@ def _say_who_hangs(folder: Path, job: Job) -> int:
         "has been saved",
         file=sys.stderr,
     )
-    return STATUS_HANG
+    return contract.STATUS_HANG
 
 
 def true_status(status: int, folder: Path, num_ranks: int) -> int:
     """The exit status of the job, from the command's status and the ranks' files in `folder`."""
-    verdict = folder / VERDICT
+    verdict = folder / contract.VERDICT_FILE
     if verdict.is_file():
         found = json.loads(verdict.read_text(encoding="utf-8"))
         if found["kind"] != "user error":
@@ -166,7 +160,7 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
                 "rank was left to report which one",
                 file=sys.stderr,
             )
-            return STATUS_DIED
+            return contract.STATUS_DIED
         # gloo's threads and NCCL may abort a Python process while it shuts down.
         print(
             f"clue-ds launch: all ranks had finished; one was then ended by {DEATHS[status].name}",
@@ -184,7 +178,7 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
             file=sys.stderr,
         )
         return INTERNAL_ERROR
-    return STATUS_STOPPED if any(folder.glob(STOPPED)) else 0
+    return contract.STATUS_STOPPED if any(folder.glob(f"{contract.STOPPED}-*")) else 0
 
 
 @contextlib.contextmanager
@@ -223,7 +217,7 @@ def _signals(
         raise SystemExit(128 + number)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        (folder / STOP_REQUEST).touch()
+        (folder / contract.STOP_FILE).touch()
 
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {each: end for each in endings if signal.getsignal(each) != signal.SIG_IGN}

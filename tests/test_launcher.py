@@ -20,7 +20,7 @@ from ranks import make_corpus, read_log, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import dist
-from clue_ds.job import diagnosis, rendezvous, stop
+from clue_ds.job import diagnosis
 from clue_ds.job.rendezvous import Peer
 from clue_ds.launcher import commands, environment, hosts, launch, processes, sweep
 from clue_ds.launcher.errors import LaunchError
@@ -237,17 +237,6 @@ def test_a_verdict_of_the_ranks_decides_the_status(
     assert not diagnosis.write(diagnosis.make("died", "too late", [0], peers, {}))
     assert processes.true_status(247, tmp_path, num_ranks=2) == 73
     assert "rank 1 on h2 is silent" in capsys.readouterr().err
-
-
-def test_the_launcher_and_the_ranks_mean_the_same_things() -> None:
-    for name in ("JOB_DIR_VARIABLE", "HOSTS_VARIABLE", "MAX_RESTARTS_VARIABLE"):
-        assert getattr(environment, name) == getattr(dist, name)
-    assert processes.VERDICT == diagnosis.FILE
-    assert processes.STOP_REQUEST == stop.REQUEST_FILE
-    assert processes.STATUS_STOPPED == dist.STATUS_STOPPED
-    assert processes.STATUS_DIED == diagnosis.STATUS["died"]
-    assert processes.STATUS_HANG == diagnosis.STATUS["hang"]
-    assert environment.FIRST_PORT == rendezvous.FIRST_PORT
 
 
 def test_a_dry_run_prints_the_command_though_no_host_answers(

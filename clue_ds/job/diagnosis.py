@@ -17,10 +17,15 @@ from typing import Any, NamedTuple
 from clue_ds import dist
 from clue_ds.config import HealthSection
 from clue_ds.job.rendezvous import Peer
+from clue_ds.launcher import contract
 
-FILE = "verdict.json"  # in dist.job_dir()
-# sysexits begins at 64; `clue-ds launch --help` explains these.
-STATUS = {"user error": 2, "exception": 70, "died": 71, "hang": 72, "unreachable": 73}
+STATUS = {
+    "user error": contract.STATUS_USER_ERROR,
+    "exception": contract.STATUS_EXCEPTION,
+    "died": contract.STATUS_DIED,
+    "hang": contract.STATUS_HANG,
+    "unreachable": contract.STATUS_UNREACHABLE,
+}
 # A stack that has one of these in it is waiting for other ranks.
 COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "job/watchdog.py")
 MAX_RANKS_SHOWN = 8
@@ -203,10 +208,10 @@ def write(verdict: Verdict) -> bool:
     directory = dist.job_dir()
     if directory is None:
         return False
-    draft = directory / f"{FILE}.{dist.rank()}"
+    draft = directory / f"{contract.VERDICT_FILE}.{dist.rank()}"
     draft.write_text(json.dumps(verdict._asdict()), encoding="utf-8")
     try:
-        os.link(draft, directory / FILE)
+        os.link(draft, directory / contract.VERDICT_FILE)
     except FileExistsError:
         return False
     finally:

@@ -20,7 +20,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -28,10 +27,9 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 
 from clue_ds import dist
 from clue_ds.errors import UserError
+from clue_ds.launcher import contract
 
 START_SECONDS = 60
-# For jobs that no launcher of ours gave a port, below the ports of outgoing connections.
-FIRST_PORT, NUM_PORTS = 20_000, 12_000
 SIOCGIFADDR = 0x8915
 
 
@@ -97,7 +95,8 @@ def _complete_environment(seconds: float) -> None:
 
 
 def _port_for(job: str) -> str:
-    return str(FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS)
+    """The port of a job that was not started by `clue-ds launch`, and so was given none."""
+    return str(contract.FIRST_PORT + contract.port_offset(job))
 
 
 def _slurm_master() -> None:
@@ -239,7 +238,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _hosts_of_ranks() -> list[str]:
     """The host of each rank, where `clue-ds launch` has told us."""
     hosts = []
-    for entry in filter(None, os.environ.get(dist.HOSTS_VARIABLE, "").split(",")):
+    for entry in filter(None, os.environ.get(contract.HOSTS_VARIABLE, "").split(",")):
         name, _, slots = entry.rpartition(":")
         hosts += [name] * int(slots)
     return hosts

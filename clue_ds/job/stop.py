@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 
 from clue_ds import dist, files
+from clue_ds.launcher import contract
 
-REQUEST_FILE = "stop"  # in dist.job_dir()
 SECONDS_BETWEEN_QUESTIONS = 1.0
 MAX_STEPS_BETWEEN_QUESTIONS = 1_000
 RESTARTS_FILE = "restarts.json"
-STATUS_NO_PROGRESS = 93
 
 
 class StopRequest:
@@ -45,7 +44,7 @@ class StopRequest:
     def look_for_file(self) -> None:
         """Notice a request that came through `clue-ds launch`."""
         directory = dist.job_dir()
-        if directory is not None and (directory / REQUEST_FILE).exists():
+        if directory is not None and (directory / contract.STOP_FILE).exists():
             self.ask()
 
     def agreed(self, step: int) -> bool:
@@ -68,7 +67,7 @@ def check_progress(run_dir: str | Path, step: int) -> None:
 
     Counts only where a launcher set a limit, that is in batch jobs that restart by themselves.
     """
-    limit = os.environ.get(dist.MAX_RESTARTS_VARIABLE)
+    limit = os.environ.get(contract.MAX_RESTARTS_VARIABLE)
     if limit is None:
         return
     message = None
@@ -86,4 +85,4 @@ def check_progress(run_dir: str | Path, step: int) -> None:
             )
             print(message, flush=True)
     if dist.broadcast(message) is not None:
-        raise SystemExit(STATUS_NO_PROGRESS)
+        raise SystemExit(contract.STATUS_NO_PROGRESS)
