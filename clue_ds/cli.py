@@ -8,13 +8,13 @@ parser and the help), a dict of such functions (subcommands), a table of more ve
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import select
 import signal
 import sys
 from typing import NamedTuple, TextIO
 
+from clue_ds import __version__
 from clue_ds.errors import UserError, run_command
 
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
-        print(f"clue-ds {importlib.metadata.version('clue_ds')}")
+        print(f"clue-ds {__version__}")
         return 0
     # If two ranks each use every core for tokenizing, they run several times slower.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

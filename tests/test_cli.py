@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import clue_ds
 from clue_ds import cli
 from clue_ds.cli import VERBS
 
@@ -28,6 +30,18 @@ def test_usage_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_misspelled_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["shart"]) == 2
     assert "did you mean shard?" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert clue_ds.__version__ == importlib.metadata.version("clue_ds")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clue-ds {clue_ds.__version__}\n"
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import clue_ds; print(set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{'clue_ds'}\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)

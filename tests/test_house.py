@@ -178,7 +178,8 @@ def test_module_imports_only_what_the_law_allows(name: str) -> None:
     room = _room(name)
     for imported in _imports(name, MODULES[name]):
         top = imported.split(".")[0]
-        if top == "clue_ds":
+        # The package itself holds only its version.
+        if top == "clue_ds" and imported != "clue_ds":
             allowed = LAW[room] | LEAVES | {room}
             assert _inside(imported, allowed), f"{name} imports {imported}; {room} may not"
         if top in ONLY_IN:
