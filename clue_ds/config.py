@@ -1,9 +1,10 @@
-"""One run, described in one typed object: a YAML file plus overrides on the command line.
+"""The config of a run: one typed object from a YAML file and overrides on the command line.
 
 Guarantees: an unknown key, a wrong type and a number out of range are errors that name the key and,
-for a misspelled one, the key that was probably meant; what `save` writes, `load` reads back equal.
-pydantic checks, tyro makes the command line and its help from the same descriptions. Numbers that
-follow from others (gradient_accumulation_steps, predictions_per_sequence) are methods, not fields.
+for a misspelled key, the one that was probably meant; `load` reads back exactly what `save` wrote.
+pydantic checks the values, and tyro generates the command line and its help from the descriptions
+below. Numbers that follow from others (gradient accumulation steps, predictions per sequence) are
+methods, not fields.
 """
 
 from __future__ import annotations
@@ -31,28 +32,30 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelSection(Section):
-    """Which network, and where its weights come from."""
+    """The network, and where its weights come from."""
 
-    preset: str = Field("roberta_tiny_clue", description="shape: " + ", ".join(presets.NAMES))
-    num_hidden_layers: int | None = Field(None, ge=1, description="instead of the preset's")
-    hidden_size: int | None = Field(None, ge=1, description="instead of the preset's")
-    num_attention_heads: int | None = Field(None, ge=1, description="instead of the preset's")
-    intermediate_size: int | None = Field(None, ge=1, description="instead of the preset's")
-    max_position_embeddings: int | None = Field(None, ge=2, description="instead of the preset's")
+    preset: str = Field(
+        "roberta_tiny_clue", description="shape of the network: " + ", ".join(presets.NAMES)
+    )
+    num_hidden_layers: int | None = Field(None, ge=1, description="replaces the preset's value")
+    hidden_size: int | None = Field(None, ge=1, description="replaces the preset's value")
+    num_attention_heads: int | None = Field(None, ge=1, description="replaces the preset's value")
+    intermediate_size: int | None = Field(None, ge=1, description="replaces the preset's value")
+    max_position_embeddings: int | None = Field(
+        None, ge=2, description="replaces the preset's value"
+    )
     hidden_act: HiddenAct | None = Field(
         None, description="gelu (erf, Hugging Face's) or gelu_new (tanh, TensorFlow BERT's)"
     )
-    hidden_dropout_prob: float | None = Field(None, ge=0, lt=1, description="instead of 0.1")
-    attention_probs_dropout_prob: float | None = Field(
-        None, ge=0, lt=1, description="instead of 0.1"
-    )
+    hidden_dropout_prob: float | None = Field(None, ge=0, lt=1, description="replaces 0.1")
+    attention_probs_dropout_prob: float | None = Field(None, ge=0, lt=1, description="replaces 0.1")
     initializer_range: float | None = Field(
         None,
         gt=0,
-        description="deviation of fresh weights, instead of 0.02; small networks want more",
+        description="standard deviation of initial weights, replaces 0.02; more for small networks",
     )
     init: str | None = Field(
-        None, description="start from this run, model directory (or zip), or name on the hub"
+        None, description="start from the weights of this run, model directory (or zip) or hub name"
     )
     attention: Attention = Field(
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"
@@ -60,89 +63,100 @@ class ModelSection(Section):
     kernels: Kernels = Field(
         "torch", description="fused operations: torch, or triton, or auto (triton on a GPU)"
     )
-    compile: bool = Field(False, description="torch.compile every block (needs a C++ compiler)")
+    compile: bool = Field(
+        False, description="apply torch.compile to every block (needs a C++ compiler)"
+    )
 
     def resolve(self, vocab_size: int) -> ModelConfig:
-        """The preset with this section's overrides and the vocabulary's size."""
+        """The preset with the values of this section and this vocabulary size."""
         names = ModelConfig.__dataclass_fields__.keys() & type(self).model_fields.keys()
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return presets.get(self.preset).replace(vocab_size=vocab_size, **changes)
 
 
 class DataSection(Section):
-    """What is read: a corpus made by `clue-ds shard`, and how it becomes samples."""
+    """The training data, and how samples are made from it."""
 
     corpus: str = Field(
-        description="directory written by `clue-ds shard`; train.objective pair takes only its "
-        "vocabulary, so a model directory will do"
+        description="directory written by `clue-ds shard`; train.objective pair uses only its "
+        "vocabulary, so it also accepts a model directory"
     )
     samples: sampling.RowKind = Field(
         "windows",
-        description="windows (fixed length, across everything), sentences (whole ones, across "
-        "documents), documents (whole sentences of one), packed (several documents a row, "
-        "attention inside each); train.objective nsp and sop make pairs instead",
+        description="what one row holds: windows (seq_length tokens, across sentences and "
+        "documents), sentences (whole sentences, across documents), documents (whole sentences of "
+        "one document), packed (several documents, each attending only to itself); "
+        "train.objective nsp and sop make pairs instead",
     )
     pairs: list[str] = Field(
-        [], description="train.objective pair: JSON lines with sentence1, sentence2, label"
+        [], description="for objective pair: files of JSON lines with sentence1, sentence2, label"
     )
     held_out: str | None = Field(
         None,
-        description="corpus (for train.objective pair, a file of pairs) to evaluate on; default: "
-        "CORPUS/held_out where there is one",
+        description="corpus to evaluate on (for train.objective pair, a file of pairs); default: "
+        "CORPUS/held_out if it exists",
     )
     mixture: dict[str, float] = Field(
-        {}, description="further corpora: directory -> share of the samples; corpus has the rest"
+        {}, description="further corpora: directory -> share of samples; data.corpus has the rest"
     )
     order: sampling.Order = Field(
         "auto",
-        description="of samples: shuffle (random reads), lanes (sequential reads, for a corpus "
-        "beyond memory), auto (lanes above 8 GiB)",
+        description="order of the samples: shuffle (random reads), lanes (sequential reads, for a "
+        "corpus larger than memory), auto (lanes for a corpus above 8 GiB)",
     )
-    seq_length: int = Field(128, ge=8, description="tokens a sequence, [CLS] and [SEP] included")
-    whole_word: bool = Field(True, description="mask whole words (the marks are in the shards)")
+    seq_length: int = Field(128, ge=8, description="tokens per sequence, including [CLS] and [SEP]")
+    whole_word: bool = Field(
+        True, description="mask whole words (word boundaries are in the shards)"
+    )
     max_ngram: int = Field(
-        1, ge=1, le=8, description="mask runs of 1 to this many words, a run of k as often as 1/k"
+        1, ge=1, le=8, description="mask runs of 1 to this many words, k words with weight 1/k"
     )
-    mask_prob: float = Field(0.15, gt=0, lt=1, description="share of tokens that are predicted")
+    mask_prob: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are predicted")
     predictions_per_sequence: int | None = Field(
-        None, ge=1, description="fixed number of predictions; default ceil(mask_prob * seq_length)"
+        None, ge=1, description="a fixed number; default: ceil(mask_prob * seq_length)"
     )
 
     def num_predictions(self) -> int:
-        """Predictions a sequence: 20 at length 128, 77 at 512."""
+        """Predictions per sequence: 20 at length 128, 77 at 512."""
         if self.predictions_per_sequence is not None:
             return self.predictions_per_sequence
         return sampling.num_predictions(self.seq_length, self.mask_prob)
 
 
 class TrainSection(Section):
-    """How the weights move."""
+    """Objective, batch sizes, optimizer and learning rate."""
 
     objective: sampling.Objective = Field(
         "mlm",
-        description="mlm, or beside it: nsp (does B follow A), sop (are A and B in order), "
-        "pair (labelled pairs from data.pairs)",
+        description="mlm, or mlm together with nsp (does B follow A?), sop (are A and B in order?) "
+        "or pair (labelled pairs from data.pairs)",
     )
     mlm_weight: float = Field(
-        1.0, gt=0, description="of the MLM loss beside that of nsp, sop or pair"
+        1.0, gt=0, description="weight of the MLM loss when nsp, sop or pair adds its own loss"
     )
-    steps: int = Field(100_000, ge=1, description="optimizer steps")
-    global_batch_size: int = Field(256, ge=1, description="sequences an optimizer step, all ranks")
-    micro_batch_size: int = Field(32, ge=1, description="sequences a forward pass on one rank")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights in use")
+    steps: int = Field(100_000, ge=1, description="number of optimizer steps")
+    global_batch_size: int = Field(
+        256, ge=1, description="sequences per optimizer step, all ranks together"
+    )
+    micro_batch_size: int = Field(32, ge=1, description="sequences per forward pass on one rank")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="type of the weights in forward and backward passes"
+    )
     optimizer: Literal["adamw", "lamb"] = Field("adamw", description="lamb needs ZeRO stage 0")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled; not on LayerNorm and biases")
-    gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no limit")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay rate of the second moment")
+    eps: float = Field(1e-6, gt=0, description="added to the square root of the second moment")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled weight decay, except on LayerNorm and biases"
+    )
+    gradient_clipping: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no limit")
     schedule: Literal["linear", "cosine", "wsd"] = Field(
-        "linear", description="decay after warm-up; wsd: stable, then linear over decay_steps"
+        "linear", description="decay after warm-up; wsd: constant, then linear over decay_steps"
     )
     warmup_steps: int = Field(1_000, ge=0, description="steps from 0 to the peak learning rate")
-    decay_steps: int = Field(0, ge=0, description="wsd only: steps of the final decay")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak")
+    decay_steps: int = Field(0, ge=0, description="wsd only: number of steps of the final decay")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate divided by lr")
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainSection:
@@ -152,11 +166,13 @@ class TrainSection(Section):
                 f"steps {self.steps}"
             )
         if self.schedule != "wsd" and self.decay_steps:
-            raise ValueError(f"decay_steps is for schedule wsd; {self.schedule} has no use for it")
+            raise ValueError(
+                f"decay_steps applies only to schedule wsd, not to {self.schedule}; remove it"
+            )
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Forward passes a step on each rank; a UserError if the batch sizes don't divide."""
+        """Micro-batches per step on each rank; a UserError if the batch sizes don't divide."""
         per_pass = self.micro_batch_size * world_size
         if self.global_batch_size % per_pass:
             below = self.global_batch_size // per_pass * per_pass
@@ -171,41 +187,52 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """How often the run is measured on held-out text, and on how much of it."""
+    """How often the model is evaluated on held-out text, and on how much of it."""
 
-    every: int = Field(1_000, ge=1, description="steps between evaluations; the last step has one")
-    batches: int = Field(20, ge=1, description="global batches of an evaluation, or all there are")
+    every: int = Field(
+        1_000, ge=1, description="steps between evaluations; the last step is always evaluated"
+    )
+    batches: int = Field(
+        20,
+        ge=1,
+        description="global batches per evaluation (fewer if the held-out text is smaller)",
+    )
 
 
 class CheckpointSection(Section):
-    """When the run is saved."""
+    """How often the run is saved, and how many checkpoints are kept."""
 
-    every: int = Field(1_000, ge=1, description="steps between checkpoints; the last step is saved")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
+    every: int = Field(
+        1_000, ge=1, description="steps between checkpoints; the last step is always saved"
+    )
+    keep: int = Field(
+        2, ge=1, description="number of newest checkpoints to keep; older ones are deleted"
+    )
 
 
 class LogSection(Section):
-    """What is written while it runs."""
+    """What is written during training."""
 
     every: int = Field(10, ge=1, description="steps between log lines")
-    tensorboard: bool = Field(True, description="write RUN/tensorboard")
+    tensorboard: bool = Field(True, description="also write TensorBoard files to RUN/tensorboard")
 
 
 class HealthSection(Section):
-    """How long ranks wait for each other before the job ends with a message."""
+    """Deadlines in seconds. When one passes, the job ends and names the rank that is to blame."""
 
-    start_seconds: float = Field(60, gt=0, description="until every rank has answered at start")
-    beat_seconds: float = Field(60, ge=10, description="until a rank that says nothing is given up")
+    start_seconds: float = Field(60, gt=0, description="time for all ranks to connect at start")
+    beat_seconds: float = Field(60, ge=10, description="longest time without a rank's heartbeat")
     step_seconds: float = Field(
         100,
         gt=0,
-        description="until a step without an end, or anything else without progress, is a hang",
+        description="longest step (or 5 times the slowest so far, if that is more), and longest "
+        "time without progress while loading, saving or evaluating",
     )
     setup_seconds: float = Field(
-        900, gt=0, description="until reading, building or compiling one thing is a hang, busy too"
+        900, gt=0, description="longest stage of the setup, even if it makes progress"
     )
     save_seconds: float = Field(
-        900, gt=0, description="until writing or evaluating one thing is a hang, busy too"
+        900, gt=0, description="longest stage of saving or evaluating, even if it makes progress"
     )
 
 
@@ -213,12 +240,14 @@ DEFAULT_HEALTH = HealthSection()
 
 
 class RunConfig(Section):
-    """Pretrain an encoder on a corpus: everything that one run needs to know."""
+    """Pretrain an encoder on a corpus. These are all the settings of a run."""
 
-    run_dir: str = Field(description="directory that will hold everything this run writes")
-    seed: int = Field(42, ge=0, description="of weights, sample order, masks and dropout")
+    run_dir: str = Field(description="directory for everything that this run writes")
+    seed: int = Field(
+        42, ge=0, description="seed of initial weights, sample order, masks and dropout"
+    )
     deepspeed: str = Field(
-        "zero1", description="zero0|zero1|zero2|zero3|zero1_offload, or a DeepSpeed JSON of yours"
+        "zero1", description="zero0|zero1|zero2|zero3|zero1_offload, or a path to a DeepSpeed JSON"
     )
     data: DataSection
     model: ModelSection = ModelSection()
@@ -233,21 +262,22 @@ class RunConfig(Section):
         objective, data = self.train.objective, self.data
         if objective != "mlm" and data.samples != "windows":
             raise ValueError(
-                f"train.objective {objective} makes pairs; data.samples {data.samples} is for mlm"
+                f"train.objective {objective} makes pairs, so data.samples {data.samples} can't be "
+                "used; remove data.samples"
             )
         if (objective == "pair") != bool(data.pairs):
-            raise ValueError("data.pairs (files) and train.objective pair belong together")
+            raise ValueError("set both data.pairs (files) and train.objective pair, or neither")
         if objective == "mlm" and self.train.mlm_weight != 1.0:
-            raise ValueError("train.mlm_weight is for the objectives nsp, sop and pair")
+            raise ValueError("train.mlm_weight applies only to the objectives nsp, sop and pair")
         return self
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section in which the last part of `location` was written."""
-    for part in location[:-1]:
-        if part not in model.model_fields:
+    """Field names of the section that contains the key at `location`."""
+    for name in location[:-1]:
+        if name not in model.model_fields:
             return []
-        annotation = model.model_fields[str(part)].annotation
+        annotation = model.model_fields[str(name)].annotation
         candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type)]
         sections = [c for c in candidates if issubclass(c, BaseModel)]
         if not sections:
@@ -257,10 +287,10 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """One line a mistake, each with its key; a misspelled key gets a suggestion."""
+    """All mistakes in one message, each with its key; a misspelled key gets a suggestion."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, item["loc"])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
@@ -293,7 +323,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a UserError with file and line."""
     path = existing_file(path, "config file")
     try:
-        # YAML 1.1 reads 1e-4 as text; pydantic turns it into the number that was meant.
+        # YAML 1.1 reads 1e-4 as a string; pydantic converts it to a number.
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from None
@@ -308,9 +338,9 @@ def load(path: str | Path) -> RunConfig:
 
 
 def parse(argv: list[str], prog: str) -> RunConfig:
-    """A RunConfig from `[--config FILE] [--section.key value ...]`; later values win.
+    """A RunConfig from `[--config FILE] [--section.key value ...]`; the command line wins.
 
-    tyro prints help and argument errors itself and leaves with SystemExit.
+    tyro prints the help and errors in arguments itself and raises SystemExit.
     """
     import tyro
 
@@ -322,8 +352,8 @@ def parse(argv: list[str], prog: str) -> RunConfig:
         RunConfig,
         prog=prog,
         description=(
-            f"{RunConfig.__doc__} Give them in a YAML file (--config RUN.yaml), nested by their "
-            "dots, or here; what is given here wins."
+            f"{RunConfig.__doc__} Write them in a YAML file (--config RUN.yaml), one level of "
+            "nesting for each dot, or on the command line, which wins."
         ),
         args=overrides,
         default=default,
@@ -333,7 +363,7 @@ def parse(argv: list[str], prog: str) -> RunConfig:
 
 
 def _tyro_default(path: str) -> Any:
-    """The checked file; a required key that it leaves out stays required on the command line."""
+    """The values of the file, checked; a required key that it lacks stays required as an option."""
     import tyro
 
     values = read_yaml(path)
@@ -352,7 +382,7 @@ def _tyro_default(path: str) -> Any:
 def flatten(
     values: dict[str, Any], keep: Set[str] = frozenset(), prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested dicts; the dicts at the keys in `keep` stay whole."""
+    """(dotted key, value) of nested dicts; dicts at the keys in `keep` are values themselves."""
     for key, value in values.items():
         if isinstance(value, dict) and prefix + key not in keep:
             yield from flatten(value, keep, f"{prefix}{key}.")
@@ -361,6 +391,6 @@ def flatten(
 
 
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write every key, defaults included, as YAML."""
+    """Write every key as YAML, including the defaults."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Print docs/config.md from the config's own descriptions.
+"""Print docs/config.md, made from the descriptions of the config's fields.
 
-`python docs/render_config.py > docs/config.md` remakes the page; tests/test_docs.py fails when the
-committed page is not what this prints.
+`python docs/render_config.py > docs/config.md` updates the page; tests/test_docs.py fails when the
+committed page differs from the output.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from clue_ds.config import RunConfig
 HEADER = """\
 # The config of a run
 
-One YAML file describes one run; every key can also stand on the command line, and what stands there
-wins: `clue-ds pretrain --config run.yaml --train.lr 2e-4`. An unknown key, a wrong type or a number
-out of range is an error that names the key. What a run really used is written to `RUN/config.yaml`.
+One YAML file describes one run. Every key can also be given on the command line, which wins:
+`clue-ds pretrain --config run.yaml --train.lr 2e-4`. An unknown key, a wrong type or a number out
+of range is an error that names the key. The values used by a run are saved as `RUN/config.yaml`.
 
-Numbers that follow from others are not keys: gradient accumulation is
-`global_batch_size / (micro_batch_size * ranks)`, predictions a sequence are
-`ceil(mask_prob * seq_length)` unless given, the vocabulary's size is the corpus'.
+Numbers that follow from others are not keys. The number of gradient accumulation steps is
+`global_batch_size / (micro_batch_size * ranks)`, the number of predictions per sequence is
+`ceil(mask_prob * seq_length)` unless you set it, and the vocabulary size is that of the corpus.
 
-The DeepSpeed JSON holds DeepSpeed's own keys only (ZeRO stage, offload, bucket sizes). Every number
-that this config owns is `"auto"` there and filled in at the start; a JSON of yours that says
-otherwise is refused with a list of all disagreements.
+The DeepSpeed JSON holds only DeepSpeed's own keys (ZeRO stage, offload, bucket sizes). Every number
+that this config owns is `"auto"` there and filled in at the start. If your own JSON gives a
+different value, the run ends with a list of all disagreements.
 
-This page is made by `python docs/render_config.py` from `clue_ds/config.py`.
+This page is generated from `clue_ds/config.py` by `python docs/render_config.py`.
 """
 TABLE_HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 
 
 def _type(annotation: object) -> str:
-    """`int or null`, `adamw, lamb`: how a value of this annotation is written in YAML."""
+    """How an annotation is shown: `int or null`, `adamw, lamb`, `list of str`, `str -> float`."""
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return " -> ".join(map(_type, get_args(annotation)))
+    if get_origin(annotation) is list:
+        return f"list of {_type(get_args(annotation)[0])}"
     if get_args(annotation):
         return " or ".join(map(_type, get_args(annotation)))
     return "null" if annotation is type(None) else annotation.__name__  # type: ignore[attr-defined]
@@ -47,7 +51,7 @@ def render() -> str:
     parts = [HEADER]
     sections: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
     for prefix, section in sections:
-        title = prefix.rstrip(".") or "the run"
+        title = prefix.rstrip(".") or "top level"
         parts.append(f"\n## {title}\n\n{section.__doc__}\n\n{TABLE_HEAD}")
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

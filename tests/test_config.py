@@ -66,7 +66,7 @@ def test_required_key_that_nobody_gave_is_named(
         ({"train": {"lr": "fast"}}, "train.lr"),
         ({"train": {"schedule": "cos"}}, "'linear', 'cosine' or 'wsd'"),
         ({"train": {"steps": 5, "warmup_steps": 9}}, "exceed steps 5"),
-        ({"train": {"decay_steps": 9}}, "decay_steps is for schedule wsd"),
+        ({"train": {"decay_steps": 9}}, "decay_steps applies only to schedule wsd"),
         ({"train": {"lr": -1, "stepz": 1}}, "did you mean train.steps?"),
     ],
 )

@@ -197,10 +197,10 @@ def test_mistakes_in_pairs_name_file_and_line(corpus: Path, tmp_path: Path, mist
 
 def test_settings_that_do_not_belong_together(corpus: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"train": {"objective": "pair"}}, "data.pairs .* belong together"),
-        ({"data": {"pairs": ["x"]}}, "data.pairs .* belong together"),
-        ({"train": {"objective": "sop"}, "data": {"samples": "packed"}}, "is for mlm"),
-        ({"train": {"mlm_weight": 0.5}}, "mlm_weight is for the objectives"),
+        ({"train": {"objective": "pair"}}, "data.pairs .* or neither"),
+        ({"data": {"pairs": ["x"]}}, "data.pairs .* or neither"),
+        ({"train": {"objective": "sop"}, "data": {"samples": "packed"}}, "can.t be used"),
+        ({"train": {"mlm_weight": 0.5}}, "mlm_weight applies only to"),
     ]
     for sections, message in cases:
         with pytest.raises(UserError, match=message):
