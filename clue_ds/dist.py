@@ -1,7 +1,7 @@
-"""Which rank am I: the environment that every launcher sets, and what ranks tell each other.
+"""The rank of this process, from the environment that launchers set, and small collectives.
 
-Guarantees: importing this starts nothing and costs nothing; every function gives the right answer
-for a single process that no launcher started. An error that all ranks meet is printed once.
+Guarantees: importing this module starts nothing; every function also works in a single process that
+no launcher started. An error that occurs on all ranks is printed once.
 
 Rejected: asking torch.distributed for the rank, because a wrong config must be reported before
 there is a process group.
@@ -25,11 +25,11 @@ from clue_ds.launcher.contract import FINISHED, JOB_DIR_VARIABLE, STATUS_STOPPED
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-# srun. The first of them says that this is a task of a step: a batch script has a SLURM_PROCID too.
+# srun. The first one exists only in tasks of a job step; a batch script has a SLURM_PROCID, too.
 SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
-# Longer than ranks of one job drift apart at start, shorter than anybody's patience.
-SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
+# Ranks of one job start at most this far apart; rank 0 prints an error within this time.
+SECONDS_FOR_RANK_0_TO_REPORT = 10.0
 
 
 def _from_environment(names: tuple[str, ...], slurm: str, default: int) -> int:
@@ -49,24 +49,24 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process' number on its machine, from 0."""
+    """This process' number among the ranks of its machine, from 0."""
     return _from_environment(LOCAL_RANK_VARIABLES, SLURM_VARIABLES[2], 0)
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, and not a shell."""
+    """Whether a launcher started this process, rather than a shell."""
     names = (*RANK_VARIABLES, SLURM_VARIABLES[0], JOB_DIR_VARIABLE)
     return any(name in os.environ for name in names)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's `value` on every rank; small Python objects, between ranks of one job only."""
+    """Rank 0's `value` on every rank. It is pickled: small objects of this job only."""
     if not torch.distributed.is_initialized():
         return value
     values = [value]
@@ -86,7 +86,7 @@ def all_reduce(values: list[float]) -> list[float]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in the order of ranks, on every rank; small Python objects."""
+    """Every rank's `value` on every rank, in the order of ranks; small Python objects."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -95,40 +95,40 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def agree(error: str | None) -> None:
-    """Raise the UserError of the lowest rank that has one, on every rank, so that none waits."""
+    """Raise the UserError of the lowest rank that has one on every rank, so that no rank waits."""
     for number, message in enumerate(all_gather(error)):
         if message is not None:
             raise UserError(message if number == 0 else f"rank {number}: {message}")
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """Let rank 0 report a UserError (or leave with a bad command line) that every rank meets.
+def report_errors_once() -> Iterator[None]:
+    """Let only rank 0 report a UserError, or a wrong command line, that occurs on every rank.
 
-    The others wait: launchers end the job once rank 0 has left. An error that rank 0 doesn't have
-    is reported after that, with the number of the rank.
+    The other ranks wait, because launchers end the job when rank 0 has ended. An error that rank 0
+    does not have is reported after that, with the number of the rank.
     """
     try:
         yield
     except SystemExit:
         if rank() > 0:
-            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+            time.sleep(SECONDS_FOR_RANK_0_TO_REPORT)
         raise
     except UserError as error:
         if rank() == 0:
             raise
-        time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        time.sleep(SECONDS_FOR_RANK_0_TO_REPORT)
         prefix = "" if str(error).startswith("rank ") else f"rank {rank()}: "
         raise UserError(f"{prefix}{error}") from None
 
 
 def term_means_stop() -> bool:
-    """Whether TERM warns of pre-emption: it does when srun started this rank itself."""
+    """Whether TERM is a warning of pre-emption: only when srun itself started this rank."""
     return SLURM_VARIABLES[0] in os.environ and "CROSS_RANK" not in os.environ
 
 
 def job_dir() -> Path | None:
-    """Where this rank and `clue-ds launch` leave each other files; None without that launcher."""
+    """Directory in which ranks and `clue-ds launch` exchange files; None without that launcher."""
     directory = os.environ.get(JOB_DIR_VARIABLE)
     return Path(directory) if directory and Path(directory).is_dir() else None
 

@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
         "--config", help="YAML file of a run, whose config, corpus and disk space are checked too"
     )
     arguments = parser.parse_args(argv)
-    with watchdog.reporting(), dist.one_voice():
+    with watchdog.reporting(), dist.report_errors_once():
         config: RunConfig | None = None
         fingerprint, found = "", [check() for check in MACHINE]
         if arguments.config is not None:

@@ -1,8 +1,8 @@
-"""The one kind of error that a user's mistake may raise, and how a command ends on it.
+"""The kind of error that a user's mistake raises, and how a command ends on it.
 
-Guarantees: a `UserError`, or a file that this user may not open, reaches the terminal as one
-message without a traceback and ends the process with status 2; Ctrl-C ends it with a line and the
-shell's 130; every other exception is a bug of ours and keeps its traceback.
+Guarantees: a `UserError`, or a file that the user may not open, is printed as one message without a
+traceback and ends the process with status 2; Ctrl-C prints one line and ends it with the shell's
+status 130; every other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """What is wrong, where (file and line or byte, rank, step), and what to do next."""
+    """The message tells what is wrong, where (file, line or byte; rank, step), and what to do."""
 
 
 def run_command(command: str, function: Callable[[], object]) -> int:
-    """Run `function`; return the exit status of `command`: 0, 2 after printing a UserError, 130."""
+    """Run `function`; return the exit status: 0, 2 after printing a UserError, 130 after Ctrl-C."""
     try:
         function()
     except UserError as error:
@@ -28,7 +28,7 @@ def run_command(command: str, function: Callable[[], object]) -> int:
         if error.filename is None:
             raise
         print(
-            f"{command}: error: this user may not read or write {error.filename}; change its "
+            f"{command}: error: you may not read or write {error.filename}; change its "
             "permissions, or give another path",
             file=sys.stderr,
         )
@@ -40,7 +40,7 @@ def run_command(command: str, function: Callable[[], object]) -> int:
 
 
 def existing_file(path: str | Path, what: str) -> Path:
-    """Return `path` as a Path, or raise a UserError saying which `what` is missing."""
+    """Return `path` as a Path, or raise a UserError that names `what` is missing."""
     path = Path(path)
     if not path.is_file():
         reason = "is a directory" if path.is_dir() else "does not exist"

@@ -1,4 +1,4 @@
-"""Ranks: who am I under each launcher, sums and agreement between real processes, one voice."""
+"""Ranks under each launcher, sums and agreement between real processes, one report of an error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rank_under_each_launcher(launcher: str, monkeypatch: pytest.MonkeyPatch
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == expected
 
 
-def ranks_talk() -> dict[str, Any]:
+def ranks_communicate() -> dict[str, Any]:
     from clue_ds.pretrain.engine import start
 
     start()
@@ -59,19 +59,19 @@ def ranks_talk() -> dict[str, Any]:
 
 
 def test_ranks_sum_broadcast_and_agree() -> None:
-    results = run_ranks(3, ranks_talk)
+    results = run_ranks(3, ranks_communicate)
     assert results[0]["sum"] == pytest.approx([6.0, 0.3])
     assert results[0]["broadcast"] == {"from": 0}
     assert results[0]["error"] == "rank 1: its disk is full"
     assert results[0] == results[1] == results[2]
 
 
-def test_other_ranks_let_rank_0_speak_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_let_rank_0_report_first(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for rank, message in (("0", "no corpus"), ("2", "rank 2: no corpus")):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(UserError) as error, dist.one_voice():
+        with pytest.raises(UserError) as error, dist.report_errors_once():
             raise UserError("no corpus")
         assert str(error.value) == message
-    assert waited == [dist.SECONDS_FOR_RANK_0_TO_SPEAK]
+    assert waited == [dist.SECONDS_FOR_RANK_0_TO_REPORT]

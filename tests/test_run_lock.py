@@ -20,7 +20,7 @@ ELSEWHERE = Peer("another-host", 7, "pid:[1]")
 
 @pytest.fixture
 def end() -> Iterator[threading.Event]:
-    """Ends the signs of this test."""
+    """Ends the locks of this test."""
     event = threading.Event()
     yield event
     event.set()
@@ -28,7 +28,7 @@ def end() -> Iterator[threading.Event]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "SECONDS_BETWEEN_SIGNS", 0.3)
+    monkeypatch.setattr(run_lock, "SECONDS_BETWEEN_TOUCHES", 0.3)
     monkeypatch.setattr(run_lock, "SECONDS_UNTIL_DEAD", 2.0)
 
 
@@ -46,13 +46,13 @@ def test_a_living_process_of_this_machine_keeps_others_out_and_a_dead_one_does_n
     assert run_lock.claim(tmp_path, ME, end) is None
 
 
-def test_the_next_sign_from_another_machine_is_waited_for(
+def test_the_next_touch_from_another_machine_is_waited_for(
     tmp_path: Path, end: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_lock.claim(tmp_path, ELSEWHERE, end) is None
     refusal = run_lock.claim(tmp_path, ME, end)
     assert refusal is not None and "process 7 on another-host" in refusal
-    assert "to see whether that run is alive" in capsys.readouterr().out
+    assert "to see if that run is alive" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "", '{"host": "a", "pid": 1}\n'])

@@ -1,15 +1,16 @@
-"""What the main thread of a rank is doing, and since when it has got no further.
+"""What the main thread of a rank is doing, and for how long it has made no progress.
 
-A run goes through sections (setup, step, evaluate, save, ...). In a step progress is its end, or
-that of a part of it. Elsewhere it is a `mark`, which the long loops of ours leave, or what the
-kernel says that the thread reads and writes, or that compilers below it work (procfs.py). The
-thread's own processor time is no progress: a thread that spins has it too. Time in which it was
-ready to run and got no processor doesn't count.
+A run goes through sections (setup, step, evaluate, save, ...). In the section "step", progress is
+the end of a step or of a micro-batch. In the other sections it is a call of `mark`, which our long
+loops make, or, according to the kernel, bytes that the thread reads or writes and work of compilers
+in child processes (procfs.py). Processor time of the thread itself is not progress, because an
+infinite loop uses it too. Time in which the thread was ready to run but got no processor does not
+count against it.
 
-Guarantees: nothing here waits, locks or needs other ranks, so a loop may mark as often as it likes.
-By itself this is what a process without others has in place of a watchdog.
+Guarantees: nothing here waits, locks or needs other ranks, so a loop may call `mark` as often as it
+likes. A process without a watchdog uses this class directly.
 
-Rejected: one long deadline for all that may be slow (a hang then costs it in full).
+Rejected: one long deadline for everything that may be slow (a hang would then take all of it).
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from typing import Any
 from clue_ds.config import HealthSection
 from clue_ds.job import diagnosis, procfs
 
-# A step may take several times as long as the slowest one yet.
+# A step may take this many times as long as the slowest one so far.
 SLOWER_STEP = 5.0
 STACK_DEPTH = 12
 
 
 class Activity:
-    """Where this process' main thread is. `health`: the deadlines of the run."""
+    """What the main thread is doing. `health`: the deadlines of the run."""
 
     def __init__(self, health: HealthSection) -> None:
         self._signs, self._queued = 0, procfs.seconds_in_the_queue()
         self.begin(health)
 
     def begin(self, health: HealthSection) -> None:
-        """A run begins: it is being set up."""
+        """A run begins with its setup."""
         self.health = health
         self._step, self._slowest = 0, 0.0
         self._step_began: float | None = None
@@ -49,11 +50,11 @@ class Activity:
         self.mark()
 
     def mark(self) -> None:
-        """The main thread has got on: deadlines count from now."""
+        """Record progress of the main thread: deadlines count from now."""
         self._since = self._moved_at = time.monotonic()
 
     def step(self, step: int) -> bool:
-        """`step` steps are done; returns whether all ranks save and stop now (a watchdog knows)."""
+        """`step` steps are done; True when all ranks are to save and stop (see Watchdog.step)."""
         now = time.monotonic()
         if self._step_began is not None:
             self._slowest = max(self._slowest, now - self._step_began)
@@ -63,15 +64,15 @@ class Activity:
 
     @contextlib.contextmanager
     def section(self, name: str, seconds: float | None = None) -> Iterator[None]:
-        """Until the block ends, a busy rank hangs after `seconds` (save_seconds) without a mark."""
+        """In the block even a busy rank hangs after `seconds` (save_seconds) without a mark."""
         before = self._section, self._limit
         self._enter(name, self.health.save_seconds if seconds is None else seconds)
         yield
         self._enter(*before)
-        self._step_began = None  # that step was no measure for others
+        self._step_began = None  # this step is not compared with others
 
     def report(self) -> dict[str, Any]:
-        """The part of a beat that is about the main thread."""
+        """What a heartbeat says about the main thread."""
         stuck, stack = time.monotonic() - self._since, self.stack()
         return {
             "step": self._step,
@@ -83,14 +84,14 @@ class Activity:
         }
 
     def _idle(self, stack: list[str]) -> float:
-        """Seconds without any progress; 0 in a step, which has a deadline of its own."""
+        """Seconds without any progress; 0 in a step, which has its own deadline."""
         if self._section == "step":
             return 0.0
         now, queued = time.monotonic(), procfs.seconds_in_the_queue()
-        # Others on a crowded machine are no fault of this thread's.
+        # Time in which other processes of a busy machine had the processor is not counted.
         self._moved_at = min(now, self._moved_at + queued - self._queued)
         signs = procfs.signs_of_main_thread()
-        # What is read and written while it waits for other ranks is theirs.
+        # A rank that only waits for others makes no progress, whatever it reads and writes.
         if signs != self._signs and not diagnosis.waits(stack):
             self._moved_at = now
         self._signs, self._queued = signs, queued

@@ -1,8 +1,8 @@
-"""Before the first step: are all ranks the same program on the same data, and on speaking terms?
+"""Checks before the first step: all ranks run one program on the same data and can communicate.
 
-Guarantees: ranks that differ in versions, config or corpus are an error that lists the hosts of
-each value; a first all-reduce on the real devices runs under a deadline of its own; /dev/shm
-has room for NCCL. `clue-ds doctor` runs the same checks without a run.
+Guarantees: if ranks differ in versions, config or corpus, the error lists the hosts of each value;
+a first all-reduce on the real devices has its own deadline; /dev/shm has room for NCCL. `clue-ds
+doctor` makes the same checks without a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from clue_ds.job.watchdog import Watchdog
 ALL_REDUCE_SECONDS = 60.0
 # Packages whose versions decide what a run computes; a checkpoint and a result record them.
 PACKAGES = ("clue_ds", "torch", "deepspeed", "numpy")
-# NCCL maps about this much of /dev/shm a rank; with less it ends in "Bus error".
+# NCCL maps about this much of /dev/shm per rank; with less it ends with "Bus error".
 SHM_BYTES_PER_RANK = 64 << 20
 SHM = Path("/dev/shm")
 
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 def report(
     config: RunConfig | None, corpus_fingerprint: str, device: torch.device
 ) -> dict[str, Any]:
-    """What this rank is and has."""
+    """What this rank is: host, device, versions, and hashes of its config and corpus."""
     values = "" if config is None else json.dumps(config.model_dump(), sort_keys=True)
     cuda = device.type == "cuda"
     return {
@@ -60,9 +60,9 @@ def report(
 
 
 def differences(reports: list[dict[str, Any]]) -> list[str]:
-    """One line for each thing in which ranks differ, with the hosts of each value.
+    """One line for each value in which ranks differ, with the hosts of each variant.
 
-    Ranks are named too where those of one host differ.
+    Ranks are named, too, where ranks on the same host differ.
     """
     lines = []
     for key in sorted({key for one in reports for key in one["same"]}):
@@ -77,7 +77,7 @@ def differences(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _names(ones: list[dict[str, Any]], homes: Counter[str]) -> list[str]:
-    """Hosts, each once; with the rank where a host is also among the others."""
+    """Host names without repetition; with the rank if the host also appears in another group."""
     names = (
         f"{one['host']} (rank {one['rank']})" if homes[one["host"]] > 1 else one["host"]
         for one in ones
@@ -91,7 +91,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def little_shm(reports: list[dict[str, Any]]) -> list[str]:
-    """Hosts whose /dev/shm is too small for their ranks on GPUs."""
+    """Hosts whose /dev/shm is too small for their ranks on GPUs, with its size."""
     by_host: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for one in reports:
         if one["device"] != "cpu":
@@ -106,28 +106,28 @@ def little_shm(reports: list[dict[str, Any]]) -> list[str]:
 def check(
     watch: Watchdog, config: RunConfig | None, corpus_fingerprint: str, device: torch.device
 ) -> str:
-    """Compare all ranks; returns the line that says what they are. UserError when they differ."""
+    """Compare all ranks; returns a line that describes them. UserError when they differ."""
     with watch.section("the pre-flight all-reduce", ALL_REDUCE_SECONDS):
         (total,) = dist.all_reduce([1.0])
         reports = dist.all_gather(report(config, corpus_fingerprint, device))
     assert total == dist.world_size()
     if lines := differences(reports):
         if any(line.startswith("config:") for line in lines):
-            lines += differences(dist.all_gather(_settings(config)))  # which of them
+            lines += differences(dist.all_gather(_settings(config)))  # which settings
         raise UserError(
             f"ranks are not the same program on the same data: {'; '.join(lines)}. Install the "
             "same environment on every host and give all of them the same files"
         )
     if lines := little_shm(reports):
         raise UserError(
-            f"/dev/shm is too small for NCCL ({'; '.join(lines)}); containers get more with "
+            f"/dev/shm is too small for NCCL ({'; '.join(lines)}); start the container with "
             "--shm-size=1g, or set NCCL_SHM_DISABLE=1"
         )
     return describe(reports)
 
 
 def _settings(config: RunConfig | None) -> dict[str, Any]:
-    """Every setting by its full name, to be compared like a report."""
+    """Every setting by its dotted name, in the form that `differences` compares."""
     values = {} if config is None else dict(flatten(config.model_dump()))
     return {"host": socket.gethostname(), "rank": dist.rank(), "same": values}
 

@@ -1,12 +1,12 @@
-"""How the ranks of a job meet: one store at rank 0, and a roll call with a deadline.
+"""How the ranks of a job connect: one store at rank 0, and a roll call with a deadline.
 
-Works under deepspeed, torchrun, mpirun and srun, and with no launcher at all. Guarantees: when not
-every rank is there after the deadline, the message names the hosts that are missing and every rank
-ends; the store listens on rank 0's own address (on loopback, for a job on one machine) and not on
-all; gloo and NCCL take the network interface that leads to rank 0, unless they were told another.
+Works under deepspeed, torchrun, mpirun and srun, and without any launcher. Guarantees: when a rank
+has not connected by the deadline, every rank ends with a message that names the missing hosts; the
+store listens only on rank 0's own address (on loopback for a job on one machine), not on all
+addresses; gloo and NCCL use the network interface that leads to rank 0, unless another one was set.
 
-Rejected: torch's `env://`, whose store listens everywhere, and which waits ten minutes for a rank
-that never comes without saying which.
+Rejected: torch's `env://`. Its store listens on all addresses, and it waits ten minutes for a
+missing rank without naming it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIOCGIFADDR = 0x8915
 
 
 class Peer(NamedTuple):
-    """A rank as the others see it. `namespace`: a pid means something only inside it."""
+    """A rank as the others see it. `namespace`: the pid namespace in which `pid` is valid."""
 
     host: str
     pid: int
@@ -42,7 +42,7 @@ class Peer(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """`store`: rank 0's; `peers`: by rank; `address`: host and port for further connections."""
+    """`store`: on rank 0; `peers`: all ranks, in order; `address`: host and port of the store."""
 
     store: TCPStore
     prefix: str
@@ -50,7 +50,7 @@ class Meeting(NamedTuple):
     address: tuple[str, int]
 
     def connect(self, timeout: timedelta) -> PrefixStore:
-        """A connection of its own, for a thread that must not wait for another."""
+        """A further connection, for a thread that must not wait for another thread's calls."""
         host, port = self.address
         client = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         return PrefixStore(self.prefix, client)
@@ -65,7 +65,7 @@ def myself() -> Peer:
 
 
 def meet(seconds: float = START_SECONDS) -> Meeting:
-    """Meet all other ranks (once a process); a UserError names hosts that don't come in time."""
+    """Connect to all other ranks, once per process; a UserError names hosts that are missing."""
     global _meeting
     if _meeting is None:
         _complete_environment(seconds)
@@ -74,7 +74,7 @@ def meet(seconds: float = START_SECONDS) -> Meeting:
 
 
 def _complete_environment(seconds: float) -> None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whoever started this process."""
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT under every launcher."""
     ours = {"RANK": dist.rank(), "WORLD_SIZE": dist.world_size(), "LOCAL_RANK": dist.local_rank()}
     if "MASTER_ADDR" not in os.environ and ours["WORLD_SIZE"] > 1:
         if "SLURM_STEP_NODELIST" in os.environ:
@@ -100,13 +100,15 @@ def _port_for(job: str) -> str:
 
 
 def _slurm_master() -> None:
-    """Plain `srun python -m ...`: the first node of the step, asked of Slurm."""
+    """For plain `srun python -m ...`: rank 0 is on the first node of the step; ask Slurm for it."""
     nodes = os.environ["SLURM_STEP_NODELIST"]
     try:
         names = _output("scontrol", "show", "hostnames", nodes).split()
         words = _output("scontrol", "-o", "show", "node", names[0]).split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"can't ask Slurm for the address of {nodes}: {error}") from None
+        raise UserError(
+            f"can't ask Slurm (scontrol) for the address of {nodes}: {error}; set MASTER_ADDR"
+        ) from None
     found = [word.partition("=")[2] for word in words if word.startswith("NodeAddr=")]
     os.environ["MASTER_ADDR"] = found[0] if found else names[0]
     job = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
@@ -118,13 +120,13 @@ def _output(*command: str) -> str:
 
 
 def _mpi_master(seconds: float) -> None:
-    """Plain `mpirun python -m ...`: rank 0 tells the others its address, by MPI."""
+    """For plain `mpirun python -m ...`: rank 0 broadcasts its address by MPI."""
     try:
         from mpi4py import MPI
     except ModuleNotFoundError:
         raise UserError(
-            "starting ranks with mpirun needs mpi4py (run: pip install mpi4py), or MASTER_ADDR and "
-            "MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+            "starting ranks with mpirun needs mpi4py (run: pip install mpi4py), or the variables "
+            "MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
         ) from None
     request, deadline = MPI.COMM_WORLD.Ibarrier(), time.monotonic() + seconds
     while not request.Test():
@@ -132,11 +134,11 @@ def _mpi_master(seconds: float) -> None:
             print(
                 f"clue-ds: error: rank {dist.rank()} on {socket.gethostname()}: not all "
                 f"{dist.world_size()} ranks of mpirun answered within {seconds:.0f} s; one of them "
-                "is stopped, or stuck before it begins",
+                "is stopped, or hangs before it reaches this point",
                 file=sys.stderr,
                 flush=True,
             )
-            MPI.COMM_WORLD.Abort(2)  # an exit would wait for the same rank
+            MPI.COMM_WORLD.Abort(2)  # a normal exit would wait for that rank, too
         time.sleep(0.01)
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")
     address = (_own_address(), _port_for(job))
@@ -148,15 +150,15 @@ def _mpi_master(seconds: float) -> None:
 
 
 def _own_address() -> str:
-    """The address from which this machine speaks to others."""
+    """The address of this machine that other machines see."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses a route
+        probe.connect(("192.0.2.1", 9))  # sends nothing, only chooses a route
         return probe.getsockname()[0]
     return socket.gethostbyname(socket.gethostname())
 
 
 def _interface_to(address: str) -> str | None:
-    """Name of the network interface that leads to `address`; None where it can't be told."""
+    """Name of the network interface that leads to `address`; None if it can't be found."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))
@@ -176,7 +178,7 @@ def _meet(seconds: float) -> Meeting:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=seconds)
     rank, world_size = dist.rank(), dist.world_size()
-    # torchrun's agent holds a store already; a restart of the ranks must not read old entries.
+    # torchrun's agent holds a store already. After a restart, ranks must not read old entries.
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     prefix = f"clue_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0 and not of_torchrun:
@@ -211,12 +213,13 @@ def _meet(seconds: float) -> Meeting:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket on one address of this machine."""
+    """A socket that listens on one address of this machine."""
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR {host} is unknown on {socket.gethostname()}: {error}"
+            f"MASTER_ADDR {host} can't be resolved on {socket.gethostname()}: {error}; give an "
+            "address or a name that every host knows"
         ) from None
     listener = socket.socket(address[0])
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -236,7 +239,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _hosts_of_ranks() -> list[str]:
-    """The host of each rank, where `clue-ds launch` has told us."""
+    """The host of each rank, as `clue-ds launch` has set it; empty without that launcher."""
     hosts = []
     for entry in filter(None, os.environ.get(contract.HOSTS_VARIABLE, "").split(",")):
         name, _, slots = entry.rpartition(":")
@@ -250,7 +253,7 @@ def _num_hosts() -> int:
 
 
 def _roll_call(store: PrefixStore, world_size: int, seconds: float) -> str | None:
-    """None when every rank is there; after `seconds`, the message that says who is not."""
+    """None when every rank has connected; after `seconds`, a message that names those missing."""
     deadline = time.monotonic() + seconds
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
@@ -264,6 +267,6 @@ def _roll_call(store: PrefixStore, world_size: int, seconds: float) -> str | Non
     more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
     return (
         f"{len(missing)} of {world_size} ranks did not answer within {seconds:.0f} s: "
-        f"{', '.join(names)}{more}. Look for their errors above; `clue-ds doctor` on such a host "
-        "says what it lacks; a slow disk may need a higher health.start_seconds"
+        f"{', '.join(names)}{more}. Look for their errors above; run `clue-ds doctor` on such a "
+        "host to check it; with a slow disk, raise health.start_seconds"
     )

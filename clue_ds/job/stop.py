@@ -1,11 +1,11 @@
-"""Stopping early without losing a step: who asks, how all ranks agree, when a chain gives up.
+"""Stopping early without losing a step, and ending a chain of restarts that makes no progress.
 
-A batch system warns with USR1 (sbatch --signal) or TERM (pre-emption); `clue-ds launch` leaves a
-file when it gets USR1 itself. One rank that was asked is enough.
+A batch system sends USR1 (sbatch --signal) or TERM (pre-emption) as a warning; `clue-ds launch`
+creates a file when it receives USR1 itself. It is enough if one rank was asked to stop.
 
-Guarantees: all ranks stop after the same step, because they add up their answers in an all-reduce;
-that costs nothing measurable, because they ask about once a second and agree on the step of the
-next question too; a signal that comes while the run is ending changes nothing.
+Guarantees: all ranks stop after the same step, because they sum their answers in an all-reduce. The
+cost is not measurable: they do so about once per second, and the all-reduce also decides after
+which step to do it next. A signal that arrives while the run is ending changes nothing.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from pathlib import Path
 from clue_ds import dist, files
 from clue_ds.launcher import contract
 
-SECONDS_BETWEEN_QUESTIONS = 1.0
-MAX_STEPS_BETWEEN_QUESTIONS = 1_000
+SECONDS_BETWEEN_CHECKS = 1.0
+MAX_STEPS_BETWEEN_CHECKS = 1_000
 RESTARTS_FILE = "restarts.json"
 
 
 class StopRequest:
-    """Was anybody asked to stop? `agreed` is for the training loop, the rest for its watchdog."""
+    """Whether a rank was asked to stop. The loop calls `agreed`, the watchdog the other methods."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self.begin()
 
     def begin(self) -> None:
-        """A run begins, whose steps count from anywhere: its pace isn't known yet."""
-        self._next_question = 0
+        """A run begins at any step number; its speed is not known yet."""
+        self._next_check = 0
         self._last_step: int | None = None
         self._last_time = time.monotonic()
 
     def ask(self) -> None:
-        """This rank was asked; from any thread."""
+        """Record that this rank was asked to stop; any thread may call it."""
         self._asked.set()
 
     def look_for_file(self) -> None:
-        """Notice a request that came through `clue-ds launch`."""
+        """Check for the file with which `clue-ds launch` passes on a request."""
         directory = dist.job_dir()
         if directory is not None and (directory / contract.STOP_FILE).exists():
             self.ask()
 
     def agreed(self, step: int) -> bool:
-        """Whether all ranks stop after this step; every rank must call it after every step."""
-        if step < self._next_question:
+        """Whether all ranks stop after this step; every rank must call this after every step."""
+        if step < self._next_check:
             return False
         now = time.monotonic()
         asked, seconds = dist.all_reduce([float(self._asked.is_set()), now - self._last_time])
         pause = 1.0
         if self._last_step is not None:
             pace = seconds / dist.world_size() / (step - self._last_step)
-            pause = SECONDS_BETWEEN_QUESTIONS / max(pace, 1e-6)
-        self._next_question = step + int(min(MAX_STEPS_BETWEEN_QUESTIONS, max(1, pause)))
+            pause = SECONDS_BETWEEN_CHECKS / max(pace, 1e-6)
+        self._next_check = step + int(min(MAX_STEPS_BETWEEN_CHECKS, max(1, pause)))
         self._last_step, self._last_time = step, now
         return asked > 0
 
 
 def check_progress(run_dir: str | Path, step: int) -> None:
-    """Leave with STATUS_NO_PROGRESS after too many restarts in a row from the same step.
+    """Exit with STATUS_NO_PROGRESS after too many restarts in a row from the same step.
 
-    Counts only where a launcher set a limit, that is in batch jobs that restart by themselves.
+    Restarts are counted only if the launcher set a limit, as it does for jobs that are requeued.
     """
     limit = os.environ.get(contract.MAX_RESTARTS_VARIABLE)
     if limit is None:
@@ -81,7 +81,7 @@ def check_progress(run_dir: str | Path, step: int) -> None:
             message = (
                 f"clue-ds pretrain: error: {restarts} restarts in a row began at step {step} and "
                 "saved nothing. Lower checkpoint.every, give the job more time, or look for the "
-                f"error in the log of the last one; then delete {path} to go on"
+                f"error in the log of the last restart; then delete {path} to continue"
             )
             print(message, flush=True)
     if dist.broadcast(message) is not None:

@@ -58,7 +58,7 @@ class Run:
 
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
-    with watchdog.reporting(), dist.one_voice():
+    with watchdog.reporting(), dist.report_errors_once():
         config = parse(argv)
         run = build(config)
         done = train(run)

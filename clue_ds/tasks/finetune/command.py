@@ -130,7 +130,7 @@ def finetune(
         for name in names
         for point in points
     ]
-    with watchdog.reporting(), dist.one_voice():
+    with watchdog.reporting(), dist.report_errors_once():
         stopped = _run_all(_array_share(specs, array_task), workers, kernels, health)
         for directory in dict.fromkeys(spec.directory.parent for spec in specs if not stopped):
             _keep_best(directory, [spec for spec in specs if spec.directory.parent == directory])

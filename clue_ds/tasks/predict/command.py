@@ -299,7 +299,7 @@ def main(argv: list[str]) -> None:
     """The entry point that `clue-ds launch` starts on every rank."""
     import tyro
 
-    with dist.one_voice():
+    with dist.report_errors_once():
         tyro.cli(predict, prog="clue-ds predict", args=argv, use_underscores=False)
 
 
