@@ -88,7 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Runs:
     change_stream_version(folder / "old-zero0-fp32", None)
     runs.copy("one", "zero0", "fp32")
     runs.copy("one", "zero1", "fp32")
-    # The micro batch may change: how a step is cut into parts isn't part of its meaning.
+    # The micro-batch size may change: it does not change what a step computes.
     other_stage = runs.config("stage", "zero1", "fp32") | {"deepspeed": "zero2"}
     other_lr = runs.config("lr", "zero1", "fp32", train={"lr": 1e-3}, seed=7)
     other_stream, no_stream = (runs.config(kind, "zero0", "fp32") for kind in ("stream", "old"))
@@ -160,7 +160,7 @@ def test_another_stage_is_refused_with_both_names(runs: Runs) -> None:
 def test_changed_settings_are_refused_with_every_difference(runs: Runs) -> None:
     message = runs.results["lr"]
     assert message is not None
-    assert "seed was 42, is 7" in message and "train.lr was 0.002, is 0.001" in message
+    assert "seed was 42, is now 7" in message and "train.lr was 0.002, is now 0.001" in message
 
 
 def test_another_sample_stream_is_refused_with_both_versions(runs: Runs) -> None:
@@ -182,10 +182,10 @@ def test_steps_may_change_only_where_the_past_does_not_depend_on_them() -> None:
         now = tiny_config("c", "r", train={"steps": steps, **more})
         return resume.differences(old, now, step)
 
-    assert changed(20, "linear", 80) == ["train.steps was 50, is 80"]
+    assert changed(20, "linear", 80) == ["train.steps was 50, is now 80"]
     assert changed(40, "wsd", 80) == []
-    assert changed(41, "wsd", 80) == ["train.steps was 50, is 80"]
-    assert changed(20, "wsd", 25) == ["train.steps was 50, is 25"]
+    assert changed(41, "wsd", 80) == ["train.steps was 50, is now 80"]
+    assert changed(20, "wsd", 25) == ["train.steps was 50, is now 25"]
 
 
 def test_what_is_only_carried_out_differently_may_change() -> None:

@@ -1,7 +1,7 @@
-"""Importing DeepSpeed 0.19.8 so that it starts no compiler, asks for no GPU and prints nothing.
+"""Importing DeepSpeed 0.19.8 so that it starts no compiler, needs no GPU and prints nothing.
 
 Guarantees: every module that needs DeepSpeed gets it from here, so it is imported once, late, and
-with the same settings whoever is first: the engine, or a reader of checkpoints.
+with the same settings, whether the engine or a reader of checkpoints is first.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 
 
 def import_deepspeed() -> Any:
-    """deepspeed, told to be quiet, and to be content with a CPU where there is no GPU."""
+    """The deepspeed package, set to print only errors and to use the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 warns about the names of collectives that DeepSpeed calls, once a call.
+    # torch 2.13 warns at every call about the names of collectives that DeepSpeed uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # By its name in sys.modules: `import deepspeed.comm.torch as x` gives the torch package.
+    # Taken from sys.modules, because `import deepspeed.comm.torch as x` returns the torch package.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed

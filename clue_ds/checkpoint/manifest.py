@@ -1,18 +1,18 @@
-"""What a checkpoint directory says about itself, and which directory to believe.
+"""The layout of checkpoint directories, their manifest, and the choice of an intact one.
 
     checkpoints/
-      step-00000200/          published: complete, and every file is in manifest.json
-        manifest.json         sizes and SHA-256 of the rest; shapes, versions, samples consumed
+      step-00000200/          published: complete; manifest.json lists every file
+        manifest.json         sizes and SHA-256 of all others; shapes, versions, samples consumed
         config.yaml vocab.txt tokenizer_config.json frozen.safetensors rng-rank00000.safetensors
         deepspeed/            DeepSpeed's own shards
-      step-00000300.tmp/      being written, or left by a run that died
-      latest                  name of the newest one, for people and tools; never believed here
+      step-00000300.tmp/      being written, or left behind by a run that died
+      latest                  name of the newest one, for people and tools; not used here
 
 Guarantees: a directory is published by one rename, after its files and its manifest are on disk;
-`newest` returns a directory of which every byte was read and compared; what it passes over is named
-with the reason. Nothing is unpickled here.
+`newest` returns a directory in which every byte was read and compared, and why it skipped each
+newer one. Nothing is unpickled here.
 
-Rejected: trusting `latest` (a crash can leave it behind the truth) and trusting sizes alone.
+Rejected: using `latest` (after a crash it may be out of date) and comparing only sizes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clue_ds.errors import UserError
 FORMAT = 1
 FILE = "manifest.json"
 FOLDER = "checkpoints"
-# Inside a checkpoint: DeepSpeed's folder, and the weights that are not trained.
+# Inside a checkpoint: DeepSpeed's folder, and the parameters that are not trained.
 TAG = "deepspeed"
 FROZEN = "frozen.safetensors"
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -42,7 +42,7 @@ STEP_NAME = re.compile(r"step-(\d{8})")
 class Manifest:
     """manifest.json. `samples`: sequences consumed; `group_names`: see Engine.
 
-    `stream_version`: STREAM_VERSION of data/samples.py; 0: from before there was one.
+    `stream_version`: STREAM_VERSION of data/stream/samples.py; 0: saved before it existed.
     """
 
     format: int
@@ -64,7 +64,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Choice:
-    """A verified checkpoint, and why each newer directory was passed over."""
+    """A verified checkpoint, and why each newer directory was skipped."""
 
     directory: Path
     manifest: Manifest
@@ -72,7 +72,7 @@ class Choice:
 
 
 class Damaged(Exception):
-    """A directory that is no checkpoint, with the reason."""
+    """A directory is not an intact checkpoint; the message is the reason."""
 
 
 def name(step: int) -> str:
@@ -81,7 +81,7 @@ def name(step: int) -> str:
 
 
 def publish(staging: Path, final: Path, manifest: Manifest) -> None:
-    """Hash and sync every file of `staging`, write its manifest, and make it `final`."""
+    """Hash and sync every file of `staging`, write its manifest, and rename it to `final`."""
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     contents = {}
     for path in paths:
@@ -99,13 +99,13 @@ def publish(staging: Path, final: Path, manifest: Manifest) -> None:
 def delete_old(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest published checkpoints."""
     for directory in published(folder)[keep:]:
-        # Renamed first: a half-deleted directory must not look published.
+        # Renamed first, because a half-deleted directory must not look published.
         doomed = directory.rename(directory.with_name(directory.name + ".tmp"))
         shutil.rmtree(doomed)
 
 
 def published(folder: Path) -> list[Path]:
-    """Directories called step-NNNNNNNN, newest first; complete or not is not looked at."""
+    """Directories named step-NNNNNNNN, newest first, without checking whether they are intact."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name)), reverse=True)
@@ -115,7 +115,7 @@ def verify(directory: Path) -> Manifest:
     """The manifest, after reading and comparing every file; raises Damaged with the reason."""
     path = directory / FILE
     if not path.is_file():
-        raise Damaged(f"{FILE} is missing: it was not completely written")
+        raise Damaged(f"{FILE} is missing: the checkpoint was not completely written")
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -133,11 +133,11 @@ def _compare(path: Path, key: str, expected: dict[str, Any]) -> None:
     status = path.stat()
     if status.st_size != expected["size"]:
         raise Damaged(f"{key} has {status.st_size:,} bytes instead of {expected['size']:,}")
-    # DeepSpeed's shards are pickles: whoever may write them may run code as us.
+    # DeepSpeed's shards are pickles: their owner could run code as this user.
     if status.st_uid not in (os.getuid(), 0):
         raise Damaged(
             f"{key} belongs to user {status.st_uid}, and loading it would run that user's code; "
-            "copy the checkpoint as yourself if you trust it"
+            "if you trust it, make your own copy of the checkpoint"
         )
     if files.sha256(path) != expected["sha256"]:
         raise Damaged(f"{key} has other bytes than when it was saved (SHA-256 differs)")
@@ -146,8 +146,7 @@ def _compare(path: Path, key: str, expected: dict[str, Any]) -> None:
 def newest(run_dir: str | Path) -> Choice | None:
     """The newest checkpoint of a run that verifies; None when the run has none at all.
 
-    UserError when there are directories but every one is damaged: starting over silently would
-    bury the run.
+    UserError when there are directories but all are damaged: the run must not start over silently.
     """
     folder = Path(run_dir) / FOLDER
     skipped: dict[Path, str] = {}

@@ -1,10 +1,10 @@
-"""Reading the weights of a run back: fp32 masters of every ZeRO stage and precision, by name.
+"""Reading a run's weights: fp32 masters of every ZeRO stage and precision, by name.
 
 Guarantees: no process group and no engine is needed; DeepSpeed's pickles are opened only after
 their hashes were compared (see manifest.py).
 
-Rejected: DeepSpeed's module weights at stage 0 in bf16 (2.6e-3 off the masters); reading the
-masters of stages 1 to 3 ourselves where deepspeed.utils.zero_to_fp32 can (it is exact).
+Rejected: DeepSpeed's module weights at stage 0 in bf16, which differ from the masters by 2.6e-3;
+own code for the masters of stages 1 to 3 where deepspeed.utils.zero_to_fp32 works, which is exact.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
+# At stages 1 to 3 each rank writes one such file.
+OPTIMIZER_SHARDS = "*_optim_states.pt"
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path:
@@ -36,14 +38,14 @@ def newest_checkpoint(run_dir: str | Path) -> Path:
 def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """(shape, fp32 weights, vocab.txt) of a run's newest checkpoint, or of one checkpoint.
 
-    Keys are transformers' BertForPreTraining's; tied entries share storage; vocabulary rows that
-    only padded the GEMMs are gone.
+    The names are those of transformers' BertForPreTraining. Tied entries share storage, and the
+    vocabulary rows that only pad the matrix multiplications are removed.
     """
     choice = choose(Path(directory))
     saved = choice.manifest
     state = _masters(choice)
     state |= safetensors.torch.load_file(choice.directory / FROZEN)
-    # Labelled pairs are a means of training; the model is the BERT.
+    # The head for labelled pairs is used only in training.
     state = {name: t for name, t in state.items() if not name.startswith(pairs.HEAD)}
     config = ModelConfig(**saved.model)
     state = weights.trim_vocab(weights.tie(state, choice.directory), config.vocab_size)
@@ -51,7 +53,7 @@ def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor],
 
 
 def choose(directory: Path) -> Choice:
-    """What `directory` means: a checkpoint, or a run whose newest intact checkpoint counts."""
+    """The checkpoint `directory`, or the newest intact checkpoint of the run `directory`."""
     if (directory / manifests.FILE).is_file():
         try:
             return Choice(directory, manifests.verify(directory), {})
@@ -67,7 +69,7 @@ def choose(directory: Path) -> Choice:
 
 
 def _masters(choice: Choice) -> dict[str, Tensor]:
-    """fp32 weights of everything that was trained, by name."""
+    """fp32 masters of all trained parameters, by name."""
     import_deepspeed()
     saved = choice.manifest
     if saved.zero_stage == 0:
@@ -83,12 +85,12 @@ def _masters(choice: Choice) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    """DeepSpeed's files hold more than tensors; their hashes were compared before."""
+    """DeepSpeed's files contain more than tensors; their hashes were compared before."""
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def _masters_of_stage_0(choice: Choice) -> dict[str, Tensor]:
-    """zero_to_fp32 fails here; the masters are lists without names, in our groups' order."""
+    """zero_to_fp32 fails here: the masters are lists without names, in the order of our groups."""
     content = _unpickle(choice.directory / TAG / MODEL_STATES)
     state = {name: tensor.float() for name, tensor in content["module"].items()}
     if choice.manifest.precision == "fp32":
@@ -96,7 +98,7 @@ def _masters_of_stage_0(choice: Choice) -> dict[str, Tensor]:
     groups = content["optimizer"]["fp32_groups"]
     for names, group in zip(choice.manifest.group_names, groups, strict=True):
         state |= {name: p.detach() for name, p in zip(names, group, strict=True)}
-    # The other name of a tied tensor still holds the rounded weights.
+    # The second name of a tied tensor still has the rounded weights.
     return state | {alias: state[original] for alias, original in weights.TIED.items()}
 
 
@@ -105,9 +107,9 @@ def _bf16_shard(rank: int) -> str:
 
 
 def _masters_of_bf16_stage_1(folder: Path, world_size: int) -> dict[str, Tensor]:
-    """What DeepSpeed's BF16_Optimizer saves (it adds up in fp32), which zero_to_fp32 refuses.
+    """The masters that DeepSpeed's BF16_Optimizer saves in a form which zero_to_fp32 refuses.
 
-    Each group is one flat vector, cut evenly over the ranks and padded at its end.
+    Each group is one flat vector, split evenly over the ranks and padded at its end.
     """
     shards = [_unpickle(folder / _bf16_shard(r))["optimizer_state_dict"] for r in range(world_size)]
     state = {}

@@ -1,7 +1,7 @@
-"""What a run reads and learns: from `data` and `train.objective` to streams and a network.
+"""The data streams and the network of a run, from `data` and `train.objective` in its config.
 
-Guarantees: everything that a user can get wrong here (files, labels, vocabularies) is an error
-before the ranks start; held-out text is cut and masked as the training text is.
+Guarantees: mistakes in files, labels and vocabularies are errors before the ranks start; held-out
+text is cut into samples and masked like the training text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clue_ds.pretrain.resume import RunIdentity
 
 
 def open_data(config: RunConfig) -> Corpus | Mixture | LabelledPairs:
-    """The corpus of a run, or its labelled pairs."""
+    """The corpus, mixture or labelled pairs that a run trains on."""
     if config.train.objective == "pair":
         return LabelledPairs(tuple(config.data.pairs), config.data.corpus)
     return open_corpus(config.data.corpus, config.data.mixture)
@@ -45,14 +45,14 @@ def _open_held_out(
     held_out = Corpus(where)
     if held_out.vocab_sha256 != trained_on.vocab_sha256:
         raise UserError(
-            f"data.held_out {where} has another vocabulary than {config.data.corpus}; make it "
-            f"again: clue-ds shard ... --vocab {trained_on.vocab_file}"
+            f"data.held_out {where} has another vocabulary than {config.data.corpus}; rebuild it "
+            f"with: clue-ds shard ... --vocab {trained_on.vocab_file}"
         )
     return held_out
 
 
 def make_stream(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> SampleStream:
-    """The batches of `corpus` as this run wants them."""
+    """The batches that this run makes of `corpus`."""
     data, objective = config.data, config.train.objective
     kind: Kind = objective if objective in PAIR_KINDS else data.samples  # type: ignore[assignment]
     return SampleStream(
@@ -72,7 +72,7 @@ def make_stream(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> 
 def make_evaluator(
     config: RunConfig, trained_on: Corpus | Mixture | LabelledPairs
 ) -> Evaluator | None:
-    """None where nothing is held out."""
+    """The evaluator of a run; None when it has no held-out text."""
     held_out = _open_held_out(config, trained_on)
     if held_out is None:
         return None
@@ -82,7 +82,7 @@ def make_evaluator(
 def make_model(
     identity: RunIdentity, corpus: Corpus | Mixture | LabelledPairs, padded_vocab_size: int
 ) -> BertForPreTraining:
-    """The network of the run's objective."""
+    """The network for the run's objective."""
     attention = identity.config.model.attention
     if isinstance(corpus, LabelledPairs):
         sets = corpus.label_sets
@@ -94,7 +94,7 @@ def make_model(
 
 
 def describe(corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
-    """What the user should know of labelled pairs."""
+    """Notes for the user about labelled pairs; none for a corpus."""
     if not isinstance(corpus, LabelledPairs):
         return []
     sets: dict[int, list[str]] = {}
@@ -102,6 +102,6 @@ def describe(corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
         sets.setdefault(number, []).append(name)
     return [
         f"{corpus.num_documents:,} labelled pairs, {corpus.num_skipped:,} labelled - skipped; "
-        f"label sets: {'; '.join(', '.join(names) for names in sets.values())}; always naming "
-        f"the most frequent label is right in {corpus.majority:.2%}"
+        f"label sets: {'; '.join(', '.join(names) for names in sets.values())}; accuracy of always "
+        f"predicting the most frequent label: {corpus.majority:.2%}"
     ]

@@ -1,10 +1,10 @@
 """The DeepSpeed JSON: DeepSpeed's own keys, plus the numbers that our config owns.
 
-Guarantees: one owner a number. "auto" (or leaving the key out) takes our value; a concrete value
-that differs from ours is an error that lists all such keys at once, with both values. "optimizer"
-and "scheduler" sections are refused, because the run's config has those.
+Guarantees: each number has one owner. "auto", or a missing key, takes our value; a concrete value
+that differs from ours is an error that lists all such keys at once, with both values. The sections
+"optimizer" and "scheduler" are refused, because the run's config has those settings.
 
-Rejected: letting the JSON win, and letting it lose silently.
+Rejected: letting the value in the JSON win, and ignoring it silently.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from clue_ds.errors import UserError, existing_file
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
 OURS_INSTEAD = {
-    "optimizer": "train.optimizer, train.lr, train.beta1 and their neighbours",
+    "optimizer": "train.optimizer, train.lr, train.beta1 and so on",
     "scheduler": "train.schedule and train.warmup_steps",
 }
 ALIASES = {"bfloat16": "bf16"}
 
 
 def read(name: str) -> dict[str, Any]:
-    """The JSON called `name`: one of SHIPPED, or the path of a file."""
+    """The JSON `name`: one of SHIPPED, or the path of a file."""
     if name in SHIPPED:
         text = importlib.resources.files("clue_ds.ds_configs").joinpath(f"{name}.json").read_text()
         return json.loads(text)
@@ -44,19 +44,19 @@ def read(name: str) -> dict[str, Any]:
 
 
 def zero_stage(values: dict[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed JSON; 0 when it names none."""
+    """ZeRO stage of a DeepSpeed JSON; 0 if it sets none."""
     return int(values.get("zero_optimization", {}).get("stage", 0))
 
 
 def offloads(values: dict[str, Any]) -> bool:
-    """Whether optimizer states live in the host's memory."""
+    """Whether the optimizer states are kept in the host's memory."""
     section = values.get("zero_optimization", {}).get("offload_optimizer") or {}
     return section.get("device", "none") != "none"
 
 
 def our_numbers(train: TrainSection, world_size: int, stage: int) -> dict[str, Any]:
     """Dotted DeepSpeed key -> the value that our config gives it."""
-    # Stage 0 has no accumulation buffer of its own: gradients have the type of the weights.
+    # Stage 0 accumulates gradients in the type of the weights; it has no separate buffer.
     accumulate_in = train.precision if stage == 0 else "fp32"
     return {
         "train_batch_size": train.global_batch_size,
@@ -111,9 +111,9 @@ def fill(values: dict[str, Any], name: str, train: TrainSection, world_size: int
     autos = list(_leftover_autos(filled))
     if autos:
         raise UserError(
-            f'{where}: nothing of ours fills "auto" at {", ".join(autos)}; write a value'
+            f'{where}: the run config has no value for "auto" at {", ".join(autos)}; write one'
         )
-    # DeepSpeed's default prints a line of its own every 10 steps.
+    # By default DeepSpeed prints a line every 10 steps.
     filled.setdefault("steps_per_print", 10**9)
     return filled
 

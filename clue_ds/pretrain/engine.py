@@ -1,19 +1,19 @@
-"""The only owner of DeepSpeed: process group, engine, and the corrections that 0.19.8 needs.
+"""The only module that trains with DeepSpeed: process group, engine, and fixes for 0.19.8.
 
-Guarantees: works under the deepspeed launcher, torchrun, mpirun and with no launcher at all; starts
-no compiler; collectives end in an error after PROCESS_GROUP_TIMEOUT instead of hanging; the update
-that a step makes is plain AdamW's (or Lamb's) on fp32 master weights at every stage and precision.
+Guarantees: works under the deepspeed launcher, torchrun and mpirun, and without a launcher; starts
+no compiler; collectives end with an error after PROCESS_GROUP_TIMEOUT instead of hanging; the
+update of a step is plain AdamW's (or Lamb's) on fp32 master weights at every stage and precision.
 
-Corrected here, because DeepSpeed 0.19.8 does otherwise (each has a test):
+Fixed here, because DeepSpeed 0.19.8 behaves differently (each fix has a test):
 - it compiles a shared-memory operator with g++ at start, 87 to 220 s, for inference only;
 - bf16 and fp16 at stage 0 take a phantom optimizer step when the engine is built;
 - new process groups ignore the timeout that was asked for;
 - fp32 at stage 0 reports no gradient norm;
-- stage 3 gathers small parameters when a checkpoint is loaded, and a fresh engine's first backward
-  then fails on them ("size of tensor a (0)").
+- stage 3 gathers small parameters when a checkpoint is loaded, and the first backward pass of a
+  fresh engine then fails on them ("size of tensor a (0)").
 
 Rejected: set_z3_leaf_modules for the blocks that read their children's parameters. Its backward
-meets released weights ("size of tensor a (0)"); DeepSpeed finds those parameters by itself.
+pass finds released weights ("size of tensor a (0)"); DeepSpeed finds those parameters by itself.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from clue_ds.metrics import diverged
 from clue_ds.model.bert import without_full_lengths
 from clue_ds.pretrain import ds_json, optim
 
-# DeepSpeed's own variable, in minutes; its default too.
+# DeepSpeed's own variable, in minutes, with DeepSpeed's default.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start() -> torch.device:
-    """Join the process group (once a process); returns this rank's device."""
+    """Join the process group (once per process); returns this rank's device."""
     meeting = rendezvous.meet()
     device = _device()
     deepspeed = import_deepspeed()
     c10d = torch.distributed.distributed_c10d
-    # DeepSpeed makes further groups without naming a timeout; they take these defaults.
+    # DeepSpeed makes further groups without a timeout of their own; they use these defaults.
     c10d.default_pg_timeout = PROCESS_GROUP_TIMEOUT
     c10d.default_pg_nccl_timeout = PROCESS_GROUP_TIMEOUT
     if not torch.distributed.is_initialized():
@@ -72,7 +72,7 @@ def dropout_seed(seed: int, step: int) -> int:
 
 
 def _leave() -> None:
-    """Before the interpreter ends: gloo's threads end the process with "terminate called"."""
+    """Before the interpreter ends, or gloo's threads abort it with "terminate called"."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -80,7 +80,7 @@ def _leave() -> None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Slurm's --gpus-per-task shows every rank a single device, called 0.
+    # With Slurm's --gpus-per-task every rank sees a single device, with number 0.
     number = dist.local_rank() % torch.cuda.device_count()
     os.environ["LOCAL_RANK"] = str(number)
     torch.cuda.set_device(number)
@@ -90,8 +90,8 @@ def _device() -> torch.device:
 class Engine:
     """A model under DeepSpeed. A step is forward and backward on each micro-batch, then `step`.
 
-    `module`: the model, in the run's precision on the rank's device (sharded at stage 3).
-    `group_names`: names of the trained parameters in the optimizer's order.
+    `module`: the model, in the run's precision, on this rank's device (sharded at stage 3).
+    `group_names`: names of the trained parameters, group by group, in the optimizer's order.
     `frozen`: fp32 copies of the parameters that are not trained, by name.
     `gradient_accumulation_steps`: micro-batches per step on this rank.
     """
@@ -117,13 +117,13 @@ class Engine:
         self.offload = ds_json.offloads(ds_values)
         self.gradient_accumulation_steps = train.gradient_accumulation_steps(dist.world_size())
         values = ds_json.fill(ds_values, ds_name, train, dist.world_size())
-        # Taken before DeepSpeed rounds the model to the run's precision.
+        # Copied before DeepSpeed rounds the model to the run's precision.
         self.frozen = {
             name: p.detach().float().cpu().clone()
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
-        # Counted now: at stage 3 a parameter is empty afterwards.
+        # Counted now, because at stage 3 a parameter is empty afterwards.
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.group_names = optim.group_names(model)
         model = model.to(device)
@@ -135,15 +135,15 @@ class Engine:
             self._undo_phantom_step()
 
     def _undo_phantom_step(self) -> None:
-        """Forget the step that FP16_UnfusedOptimizer made on zero gradients in its constructor.
+        """Undo the step that FP16_UnfusedOptimizer made on zero gradients in its constructor.
 
-        At learning rate 0 it moved no weight, but it left step = 1 in the bias correction.
+        At learning rate 0 it changed no weight, but it left step = 1 in the bias correction.
         """
         inner = self._deepspeed.optimizer.optimizer
         inner.state.clear()
         for group in inner.param_groups:
             assert group["lr"] == 0.0
-            group.pop("step", None)  # pytorch_optimizer counts here
+            group.pop("step", None)  # pytorch_optimizer counts steps here
 
     def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """A rank's batch [B, ...], moved to its device and cut into the step's micro-batches."""
@@ -167,8 +167,8 @@ class Engine:
     def step(self, lr: float) -> float | Tensor:
         """Update the weights; returns the gradient's norm before clipping, over all ranks.
 
-        It is inf or nan when the gradient was not finite: in fp16 the update was then skipped and
-        the loss scale lowered, which is normal.
+        It is inf or nan when a gradient was not finite. In fp16 the update was then skipped and the
+        loss scale lowered, which is normal.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -182,18 +182,18 @@ class Engine:
             raise
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
-            if self.stage == 0:  # the unfused optimizer reports the norm of the scaled gradient
+            if self.stage == 0:  # the unfused optimizer returns the norm of the scaled gradient
                 norm = norm / scale
         return norm
 
     def _own_norm(self) -> Tensor:
-        """fp32 at stage 0: gradients are whole and already averaged when `backward` returns."""
+        """For fp32 at stage 0, where gradients are whole and averaged when `backward` returns."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that were left out because a gradient was not finite."""
+        """Number of updates that were skipped because a gradient was not finite."""
         return self._deepspeed.skipped_steps
 
     @property
@@ -207,17 +207,19 @@ class Engine:
             self._deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, directory: Path, tag: str) -> None:
-        """Read DeepSpeed's checkpoint `directory`/`tag`; once, and before the first step."""
+        """Read DeepSpeed's checkpoint `directory`/`tag`; only once, before the first step."""
         path, _ = self._deepspeed.load_checkpoint(
             str(directory), tag=tag, load_lr_scheduler_states=False
         )
         assert path is not None, directory
         kept_whole = getattr(self._deepspeed.optimizer, "persistent_parameters", [])
-        if kept_whole:  # stage 3: cut as in a fresh engine; the first forward gathers them
+        if (
+            kept_whole
+        ):  # stage 3: shard them as in a fresh engine; the first forward pass gathers them
             kept_whole[0].partition(kept_whole)
 
     def check_finite(self, grad_norm: float, step: int) -> None:
-        """UserError where a gradient stopped being a number; in fp16 that is normal."""
+        """UserError when a gradient is inf or nan, except in fp16, where that is normal."""
         if self.precision == "fp16" or (math.isfinite(grad_norm) and not self.skipped_steps):
             return
         raise UserError(diverged(f"the gradient is not finite at or just before step {step}"))
@@ -230,7 +232,7 @@ class Engine:
 
 _LOSS_SCALE_EXHAUSTED = (
     "fp16 training diverged: gradients overflow even at the smallest loss scale; use "
-    "train.precision bf16 where the GPU has it, or a smaller train.lr, or more "
+    "train.precision bf16 if the GPU supports it, or a smaller train.lr, or more "
     "train.warmup_steps, and start again from the newest checkpoint"
 )
 
@@ -242,11 +244,11 @@ def _initialize(
     values: dict[str, Any],
     name: str,
 ) -> Any:
-    """deepspeed.initialize; a UserError that names the JSON when DeepSpeed refuses it."""
+    """Call deepspeed.initialize; a UserError names the JSON when DeepSpeed refuses it."""
     from pydantic import ValidationError
 
     try:
-        # Its bf16 optimizer prints a dozen lines about memory, whatever the log level.
+        # Its bf16 optimizer prints a dozen lines about memory at every log level.
         with contextlib.redirect_stdout(io.StringIO()):
             return deepspeed.initialize(
                 model=model, optimizer=optimizer, config=values, dist_init_required=False

@@ -1,8 +1,8 @@
-"""How well the model does on text that it is not trained on, while it trains.
+"""Evaluation on held-out text during training.
 
-Guarantees: the same samples with the same masks at every evaluation; sums over all ranks, so any
-number of ranks finds the same; no random number is drawn (dropout is off), so training goes on bit
-for bit as without it. Its figures stand in the log line of their step as held_out_*.
+Guarantees: every evaluation uses the same samples with the same masks; figures are sums over all
+ranks, so they do not depend on the number of ranks; no random number is drawn (dropout is off), so
+training continues bit for bit as without it. The figures are in the step's log line as held_out_*.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from clue_ds.pretrain.engine import Engine
 
 
 class Evaluator:
-    """The first `num_batches` global batches of a held-out stream, or all of a smaller one."""
+    """Evaluates on the first `num_batches` global batches of a held-out stream, or on all of it."""
 
     def __init__(self, stream: SampleStream, num_batches: int) -> None:
         self.stream = stream
         self.num_batches = min(num_batches, stream.steps_per_epoch)
 
     def __call__(self, engine: Engine) -> dict[str, float]:
-        """held_out_loss (of the MLM), _mlm_accuracy, _pair_loss, _pair_accuracy; on every rank."""
+        """Figures for the log, on every rank: held_out_loss (of the MLM), held_out_mlm_accuracy.
+
+        Objectives with pairs add held_out_pair_loss and held_out_pair_accuracy.
+        """
         watch = watchdog.current()
         engine.module.eval()
         sums = torch.zeros(6, dtype=torch.float64, device=engine.device)

@@ -1,11 +1,11 @@
-"""Which parameters move, which decay, and the optimizer that moves them.
+"""The trained parameters, their weight decay, and the optimizer.
 
-Guarantees: weight decay never touches LayerNorm and biases; a parameter that gets no gradient is in
-no group (a flattened AdamW would decay it towards 0); group and order are a function of the model
-alone, because checkpoints rely on them.
+Guarantees: weight decay is never applied to LayerNorm and biases; a parameter that gets no gradient
+is in no group (a flattened AdamW would decay it towards 0); the groups and their order depend only
+on the model, because checkpoints rely on them.
 
 Rejected: DeepSpeed's own "optimizer" section. Its AdamW and Lamb are compiled at start (minutes on
-a CPU), and its Lamb doesn't run there at all.
+a CPU), and its Lamb does not run there at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 
-# What an objective doesn't run. Labelled pairs have a head of their own.
+# Parameters that an objective does not use. Labelled pairs have a separate head.
 WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
     "mlm": ("bert.pooler.", "cls.seq_relationship."),
     "nsp": (),
@@ -28,7 +28,7 @@ WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
 
 
 def freeze_unused(model: nn.Module, objective: str = "mlm") -> list[str]:
-    """Freeze what training for the objective leaves alone; returns the names."""
+    """Freeze the parameters that training for the objective does not use; returns their names."""
     frozen = []
     for name, parameter in model.named_parameters():
         if name.startswith(WITHOUT_GRADIENT[objective]):
@@ -38,7 +38,7 @@ def freeze_unused(model: nn.Module, objective: str = "mlm") -> list[str]:
 
 
 def group_names(model: nn.Module) -> list[list[str]]:
-    """Names of the trained parameters: those that decay, then those that don't."""
+    """Names of the trained parameters: those with weight decay, then those without."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # Every vector of a BERT is a bias or belongs to a LayerNorm, and nothing else is a vector.
     decaying = [name for name, p in trained if p.ndim >= 2]
@@ -58,7 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> torch.optim.Optimizer:
     """The optimizer with its two parameter groups, at learning rate 0; the loop sets the rate.
 
-    `fused`: one CUDA kernel an update; needs the parameters on a GPU.
+    `fused`: one CUDA kernel per update; the parameters must be on a GPU.
     """
     groups = parameter_groups(model, train.weight_decay)
     # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
@@ -68,8 +68,8 @@ def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> tor
     if stage != 0:
         raise UserError(
             f"train.optimizer lamb needs ZeRO stage 0, not {stage}: stages 1 to 3 flatten and cut "
-            "the parameters, so LAMB's norm of each weight matrix would be the norm of something "
-            "else; set deepspeed zero0, or train.optimizer adamw"
+            "the parameters, so LAMB could not compute the norm of each weight matrix; set "
+            "deepspeed zero0, or train.optimizer adamw"
         )
     try:
         from pytorch_optimizer import Lamb

@@ -1,11 +1,11 @@
-"""Does a run continue, from where, and is it still the same run?
+"""Which checkpoint a run continues from, and whether it is still the same run.
 
-Guarantees: the newest checkpoint that verifies is chosen; damaged ones are named and set aside;
-a change of settings that would make it another run is refused with every difference, before any
-rank has unpickled anything.
+Guarantees: the newest intact checkpoint is chosen; damaged ones are named and moved aside; changed
+settings that would make it a different run are refused in one error that lists every difference,
+before any rank has unpickled anything.
 
-train.steps may not change under linear and cosine: the learning rate of every earlier step depends
-on it. Under wsd it may, as long as neither the old nor the new decay has begun.
+train.steps may not change with the schedules linear and cosine, because the learning rate of every
+earlier step depends on it. With wsd it may, as long as neither the old nor the new decay has begun.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
 
-# What may differ between the run that saved and the run that resumes: where things lie, how often
-# they are written, and how the same arithmetic is carried out.
+# What may differ between the run that saved and the run that resumes: paths, how often something is
+# written, and how the same arithmetic is carried out.
 MAY_CHANGE = {
     "run_dir",
     "deepspeed",  # compared as stage and offload
     "data.corpus",  # compared by its fingerprint
-    "data.mixture",  # in that fingerprint, with its shares
+    "data.mixture",  # part of that fingerprint, with its shares
     "train.micro_batch_size",
     "data.held_out",
-    "data.pairs",  # compared by their content's fingerprint
+    "data.pairs",  # compared by the fingerprint of their content
     "evaluate.every",
     "evaluate.batches",
     "model.attention",
     "model.kernels",
     "model.compile",
-    "model.init",  # where a run began, not where it goes
+    "model.init",  # matters only at the start of a run
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
@@ -51,7 +51,7 @@ MAY_CHANGE = {
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """What a checkpoint must remember of the run, beside weights and step."""
+    """What identifies a run; a checkpoint stores it beside weights and step."""
 
     config: RunConfig
     model: ModelConfig
@@ -64,8 +64,8 @@ class RunIdentity:
 def choose(identity: RunIdentity) -> Choice | None:
     """The checkpoint that this run continues from; None when it starts from the beginning.
 
-    Rank 0 reads and compares the files, all ranks get its answer. Damaged directories are set
-    aside as step-N.damaged. UserError when the newest one belongs to a different run.
+    Rank 0 reads and compares the files, and all ranks get its answer. Damaged directories are
+    renamed to step-N.damaged. UserError when the newest checkpoint belongs to a different run.
     """
     choice, error = None, None
     if dist.rank() == 0:
@@ -81,9 +81,9 @@ def choose(identity: RunIdentity) -> Choice | None:
 
 
 def describe(choice: Choice) -> list[str]:
-    """What the user should know: which checkpoint, and why not a newer one."""
+    """Notes for the user: which checkpoint was chosen, and why not a newer one."""
     skipped = [
-        f"passed over {directory.name} (now {directory.name}.damaged): {reason}"
+        f"skipped {directory.name} (renamed to {directory.name}.damaged): {reason}"
         for directory, reason in choice.skipped.items()
     ]
     chosen = f"resuming after step {choice.manifest.step}: the newest intact checkpoint is"
@@ -98,14 +98,14 @@ def _set_aside(choice: Choice) -> None:
 
 
 def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
-    """Settings whose change would make the continued run another run than the one that saved."""
+    """Changed settings with which the continued run would be a different run."""
     changed = []
     flat_now = dict(run_config.flatten(now.model_dump(), MAY_CHANGE))
     for key, old in run_config.flatten(saved.model_dump(), MAY_CHANGE):
         new = flat_now[key]
         if old != new and key not in MAY_CHANGE:
-            changed.append(f"{key} was {old!r}, is {new!r}")
-    # Warm-up-stable-decay is made for this: until the decay begins, its past doesn't know its end.
+            changed.append(f"{key} was {old!r}, is now {new!r}")
+    # With warm-up, stable, decay no earlier step depends on the end, until the decay begins.
     if saved.train.schedule == now.train.schedule == "wsd":
         began = [c.train.steps - c.train.decay_steps for c in (saved, now)]
         if step <= min(began):
@@ -131,7 +131,7 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
     if saved.stream_version != STREAM_VERSION:
         raise UserError(
             f"{where} was trained on samples and masks of stream version {saved.stream_version}, "
-            f"and this clue_ds draws those of version {STREAM_VERSION}; continue with the clue_ds "
+            f"but this clue_ds makes those of version {STREAM_VERSION}; continue with the clue_ds "
             f"that saved it, or start a new run_dir from its weights: --model.init {where}"
         )
     saved_config = run_config.validate(saved.config, f"config of {where}")
@@ -145,7 +145,7 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
 
 
 def _check_same_shards(choice: Choice, values: dict[str, Any]) -> None:
-    """DeepSpeed's shards fit the number of ranks and the stage that wrote them."""
+    """DeepSpeed's shards can be read only at the stage and number of ranks that wrote them."""
     saved, where = choice.manifest, choice.directory
     stage, offload = ds_json.zero_stage(values), ds_json.offloads(values)
     new_run = f"or start a new run_dir from its weights: --model.init {where}"

@@ -1,10 +1,10 @@
-"""Saving a run and loading it again: DeepSpeed's checkpoint inside one of ours.
+"""Saving and loading a run: our checkpoint contains DeepSpeed's.
 
-Guarantees: a checkpoint that exists is complete (checkpoint/manifest.py); saving either publishes a
-new one or leaves the earlier ones as they were; resuming at the same world size continues bit for
-bit, dropout included. Our own files are JSON, YAML and safetensors.
+Guarantees: a published checkpoint is complete (checkpoint/manifest.py); saving either publishes a
+new one or leaves the earlier ones unchanged; resuming with the same number of ranks continues bit
+for bit, including dropout. Our own files are JSON, YAML and safetensors.
 
-Rejected: DeepSpeed's `latest` (written before the last barrier, and not atomically).
+Rejected: DeepSpeed's `latest`, which is written before the last barrier, and not atomically.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.checkpoint import manifest as manifests
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
+from clue_ds.checkpoint.masters import OPTIMIZER_SHARDS
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.job import preflight
@@ -61,20 +62,20 @@ def save(engine: Engine, identity: RunIdentity, step: int) -> Path:
 
 
 def _prepare(staging: Path, engine: Engine) -> str | None:
-    """Make an empty staging directory; what is wrong when there is no room for a checkpoint."""
+    """Make an empty staging directory; returns the message when a checkpoint does not fit."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return no_room_for(engine, staging)
 
 
 def no_room_for(engine: Engine, directory: Path) -> str | None:
-    """None, or the message that a checkpoint of `engine` doesn't fit on `directory`'s disk."""
-    # Weights, fp32 masters and two moments; the rest is small.
+    """The message when a checkpoint of `engine` does not fit on the disk of `directory`."""
+    # Weights, fp32 masters and two moments; everything else is small.
     return no_room(directory, num_bytes=16 * engine.num_parameters + (16 << 20))
 
 
 def no_room(directory: Path, num_bytes: int) -> str | None:
-    """None, or the message that `directory`'s disk has less than `num_bytes` free."""
+    """The message when the disk of `directory` has less than `num_bytes` free; else None."""
     free = shutil.disk_usage(directory).free
     if free >= num_bytes:
         return None
@@ -87,11 +88,11 @@ def no_room(directory: Path, num_bytes: int) -> str | None:
 
 @contextlib.contextmanager
 def _clear_write_errors(staging: Path) -> Iterator[None]:
-    """A failing disk is the user's to mend: one message, and the half-written files go."""
+    """Turn write errors into one message for the user, and remove the half-written files."""
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch's zip writer reports a failed write as a RuntimeError that names itself.
+        # torch's zip writer reports a failed write as a RuntimeError that names the writer.
         if isinstance(error, RuntimeError) and not _failed_write(error):
             raise
         if dist.rank() == 0:
@@ -108,14 +109,14 @@ def _failed_write(error: RuntimeError) -> bool:
 
 
 def _missing_shards(staging: Path, engine: Engine) -> str | None:
-    """Each rank writes a shard; rank 0 must see them all."""
+    """The message when rank 0 does not see a shard of every rank; None when it does."""
     expected = dist.world_size() if engine.stage else 0
-    found = len(list((staging / TAG).glob("*_optim_states.pt")))
+    found = len(list((staging / TAG).glob(OPTIMIZER_SHARDS)))
     if found == expected:
         return None
     return (
-        f"{staging} holds the shards of {found} ranks instead of {expected}: run_dir must be on a "
-        "disk that all machines of the run share"
+        f"{staging} holds the shards of {found} ranks instead of {expected}; put run_dir on a disk "
+        "that all machines of the run share"
     )
 
 
@@ -144,7 +145,7 @@ def _random_file(rank: int) -> str:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """State of the generators that dropout draws from on this rank."""
+    """State of the random generators that dropout uses on this rank."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -155,11 +156,11 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def load(engine: Engine, choice: Choice) -> None:
-    """Put a chosen checkpoint's weights, moments and generator states into a fresh engine."""
+    """Load a checkpoint's weights, moments and generator states into a fresh engine."""
     engine.load(choice.directory, TAG)
     engine.frozen = safetensors.torch.load_file(choice.directory / FROZEN)
     if choice.manifest.world_size != dist.world_size():
-        # Stage 0 on another number of ranks: new, but reproducible, draws.
+        # Stage 0 with another number of ranks: other dropout masks, but reproducible.
         torch.manual_seed(dropout_seed(int(choice.manifest.config["seed"]), choice.manifest.step))
         return
     states = safetensors.torch.load_file(choice.directory / _random_file(dist.rank()))

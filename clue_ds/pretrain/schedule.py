@@ -1,11 +1,11 @@
 """Learning rate schedules: pure functions of the step.
 
-Guarantees: no state, so nothing to save and nothing to restore; resuming at step S gives what an
-uninterrupted run has at S. Step numbers start at 0; the scale is the one for the update that this
-step makes. Warm-up is linear and reaches the peak in update number `warmup_steps`; the first update
-of a run with warm-up already moves the weights, and the last one still has scale > `min_lr_ratio`.
+Guarantees: there is no state to save or restore, so a run that resumes at step S has the same
+learning rate as an uninterrupted one. Step numbers start at 0. The warm-up is linear and reaches
+the peak in update number `warmup_steps`. The first update of a warm-up already changes the weights,
+and the last update of a run still has a scale above `min_lr_ratio`.
 
-Rejected: DeepSpeed's and torch's scheduler objects, which count calls and must be saved.
+Rejected: the scheduler objects of DeepSpeed and torch, which count calls and must be saved.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def lr_scale(
     decay_steps: int = 0,
     min_lr_ratio: float = 0.0,
 ) -> float:
-    """Learning rate of update `step` (0 to steps - 1) as a share of the peak, in (0, 1].
+    """Learning rate of update `step` (0 to steps - 1) divided by the peak, in (0, 1].
 
-    linear and cosine fall from the end of warm-up to the end of the run; wsd (warm-up, stable,
-    decay) stays at the peak and falls linearly over the last `decay_steps` updates.
+    linear and cosine decay from the end of the warm-up to the end of the run; wsd (warm-up, stable,
+    decay) stays at the peak and decays linearly over the last `decay_steps` updates.
     """
     assert 0 <= step < steps, (step, steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     falling = decay_steps if schedule == "wsd" else steps - warmup_steps
-    # 0 at the last update at full rate, 1 one update after the end of the run.
+    # 0 at the last update with the peak rate, 1 at the update after the end of the run.
     progress = max(0, step - (steps - falling)) / max(1, falling)
     if schedule == "cosine":
         remaining = 0.5 * (1.0 + math.cos(math.pi * progress))

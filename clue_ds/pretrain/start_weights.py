@@ -1,7 +1,7 @@
-"""Where a run's weights begin when it names `model.init`.
+"""The initial weights of a run with `model.init`.
 
-Guarantees: the network and the vocabulary of the source agree with this run's, or one error says in
-what they don't; what the source lacks keeps its fresh weights and is reported by name.
+Guarantees: the network and the vocabulary of the source are those of this run, or one error lists
+the differences; parameters that the source lacks keep their initial values and are reported.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from clue_ds.model.bert import BertForPreTraining
 
 
 def load(model: BertForPreTraining, where: str, expected_vocab: str) -> list[str]:
-    """Load a run, a model directory, a zip or a hub name; returns the names that it lacks."""
+    """Load from a run, model directory, zip file or hub name; returns names that it lacks."""
     with sources.opened(where) as source:
         vocab_file = source.vocab_file
-        # A directory without vocab.txt is taken at its shape.
+        # Without vocab.txt only the shapes can be checked.
         if vocab_file.is_file():
             if files.sha256(vocab_file) != expected_vocab:
                 raise UserError(
-                    f"model.init {where} has another vocabulary than the corpus; make the corpus "
-                    f"again with it: clue-ds shard ... --vocab {vocab_file}"
+                    f"model.init {where} has another vocabulary than the corpus; rebuild the "
+                    f"corpus with it: clue-ds shard ... --vocab {vocab_file}"
                 )
             source = slim.drop_unused_rows(source)
         return weights.load_into(model, source.config, source.state_dict, where)

@@ -1,10 +1,10 @@
 """`clue-ds pretrain`: parse, build, run, close.
 
-Guarantees: the losses depend on the global batch, not on how it is split over ranks and parts
-(dropout off; on, every rank draws its own); the same command on the same run directory continues
-from its newest intact checkpoint, or says why it can't.
+Guarantees: without dropout the losses depend on the global batch, not on how it is split over ranks
+and micro-batches (with dropout every rank draws its own masks); the same command on the same run
+directory continues from its newest intact checkpoint, or reports why it can't.
 
-Works under the deepspeed launcher, torchrun and mpirun, and with none of them:
+Works under the deepspeed launcher, torchrun and mpirun, and without any of them:
 
     clue-ds launch --local 2 -- pretrain --config run.yaml
     clue-ds pretrain --config run.yaml --train.steps 100
@@ -42,7 +42,7 @@ from clue_ds.pretrain.evaluate import Evaluator
 
 @dataclass
 class Run:
-    """Everything the loop needs. `start_step`: updates done before this process began."""
+    """Everything that the loop needs. `start_step`: updates made before this process started."""
 
     config: RunConfig
     identity: resume.RunIdentity
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 def train(run: Run) -> int:
     """The loop: one iteration is one update of the weights from one global batch.
 
-    Returns the number of updates done: all, unless somebody asked the run to save and stop.
+    Returns the number of updates made: all, unless the run was asked to save and stop.
     """
     config, engine, meter = run.config, run.engine, run.meter
     engine.module.train()
@@ -90,9 +90,9 @@ def train(run: Run) -> int:
         done = step + 1
         stops, is_done = run.watch.step(done), done == config.train.steps
         saves = stops or is_done or done % config.checkpoint.every == 0
-        # Who asks for a stop leaves time to save, not to evaluate.
+        # A request to stop leaves time to save, but not to evaluate.
         evaluates = is_done or (done % config.evaluate.every == 0 and not stops)
-        # Logged before it is saved: a loss that is not a number ends the run here.
+        # Log before saving: a loss that is inf or nan ends the run here, and is not saved.
         if saves or evaluates or done % config.log.every == 0:
             line = meter.flush(done, grad_norm)
             engine.check_finite(line["grad_norm"], done)
@@ -101,8 +101,8 @@ def train(run: Run) -> int:
             if evaluates and run.evaluator is not None:
                 with meter.paused(), run.watch.section("evaluate"):
                     line |= run.evaluator(engine)
-            parts = mixture_samples(run.stream, done)
-            counts = {"samples": samples, **parts, "skipped_steps": skipped}
+            by_corpus = mixture_samples(run.stream, done)
+            counts = {"samples": samples, **by_corpus, "skipped_steps": skipped}
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused(), run.watch.section("save"):
@@ -114,19 +114,19 @@ def train(run: Run) -> int:
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """The run's config; `--local_rank N`, which some launchers append, is accepted and unused."""
+    """The run's config; `--local_rank N`, which some launchers append, is accepted and ignored."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     _, ours = launcher.parse_known_args(argv)
     if dist.rank() == 0:
         return run_config.parse(ours, prog="clue-ds pretrain")
-    # tyro prints help and mistakes itself; rank 0 does it for all.
+    # tyro prints help and errors itself; only rank 0 is to do so.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return run_config.parse(ours, prog="clue-ds pretrain")
 
 
 def build(config: RunConfig) -> Run:
-    """Check that corpus, model and batch sizes fit, then start the ranks, the model, the data."""
+    """Check that corpus, model and batch sizes fit, then start ranks, model and data."""
     corpus = batches.open_data(config)
     model_config = config.model.resolve(corpus.vocab_size)
     ds_values = ds_json.read(config.deepspeed)
@@ -153,7 +153,7 @@ def build(config: RunConfig) -> Run:
     if dist.rank() == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         run_config.save(config, Path(config.run_dir) / "config.yaml")
-    # Now, and not after the hours until the first checkpoint.
+    # Checked now, rather than after the hours until the first checkpoint.
     run_dir = Path(config.run_dir)
     dist.agree(saving.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
@@ -190,9 +190,9 @@ def build_model(
     choice: resume.Choice | None,
     corpus: Corpus | Mixture | LabelledPairs,
 ) -> tuple[BertForPreTraining, list[str]]:
-    """The model on the CPU in fp32 with padded vocabulary rows, and what the user should know.
+    """The model on the CPU in fp32 with padded vocabulary rows, and notes for the user.
 
-    Fresh or from `model.init`; a run that resumes gets its weights later and doesn't need either.
+    Its weights are fresh or from `model.init`; a run that resumes loads its weights later.
     """
     section = identity.config.model
     rows = pad_vocab(identity.model).vocab_size
@@ -203,7 +203,9 @@ def build_model(
         if section.init is not None:
             missing = start_weights.load(model, section.init, identity.vocab_sha256)
             notes.append(f"starting from the weights in {section.init}")
-            notes += [f"{section.init} has no {name}: it starts fresh" for name in missing]
+            notes += [
+                f"{section.init} has no {name}, which starts from fresh weights" for name in missing
+            ]
     optim.freeze_unused(model, identity.config.train.objective)
     if section.compile:
         model.compile_blocks()
@@ -211,7 +213,7 @@ def build_model(
 
 
 def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:
-    """Samples of each part of a mixture up to `step`, as log keys; none without a mixture."""
+    """Log entries: samples of each corpus of a mixture up to `step`; none without a mixture."""
     if not isinstance(stream.corpus, Mixture):
         return {}
     names = [f"samples_of/{name}" for name in stream.corpus.names()]
@@ -226,17 +228,19 @@ def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream
         f"{engine.stage}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
         f"micro-batches x {config.train.micro_batch_size} sequences of {config.data.seq_length}; "
         f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
-        f"{stream.steps_per_epoch:,} steps an epoch; order {order}"
+        f"{stream.steps_per_epoch:,} steps per epoch; order {order}"
     )
 
 
 def close(run: Run, stopped_at: int | None = None) -> None:
-    """End the threads, files and the process group, and tell the launcher how it went."""
+    """End threads, files and process group, and report the end of the run to the launcher."""
     run.loader.close()
     if stopped_at is None:
         next_step = f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"
     else:
-        next_step = f"stopped on request after step {stopped_at}; the same command continues"
+        next_step = (
+            f"stopped on request after step {stopped_at}; the same command continues the run"
+        )
     run.writers.note(next_step)
     run.writers.close()
     run.engine.close()
