@@ -127,6 +127,7 @@ def parse(argv: list[str]) -> RunConfig:
 
 def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start ranks, model and data."""
+    # What one rank can check alone.
     corpus = batches.open_data(config)
     model_config = config.model.resolve(corpus.vocab_size)
     ds_values = ds_json.read(config.deepspeed)
@@ -141,30 +142,25 @@ def build(config: RunConfig) -> Run:
         lower_case=corpus.lower_case,
         corpus_fingerprint=corpus.fingerprint,
     )
+    # The ranks connect and compare themselves.
     watch = watchdog.start(config.health)
     device = start()
-    note = preflight.check(watch, config, corpus.fingerprint, device)
+    notes = [preflight.check(watch, config, corpus.fingerprint, device)]
+    # The run starts, or continues from its newest intact checkpoint.
     watch.claim(config.run_dir)
     choice = resume.choose(identity)
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
-    model, notes = build_model(identity, choice, corpus)
+    model, notes_on_model = build_model(identity, choice, corpus)
     engine = Engine(model, config.train, ds_values, config.deepspeed, device)
-    if dist.rank() == 0:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        run_config.save(config, Path(config.run_dir) / "config.yaml")
-    # Checked now, rather than after the hours until the first checkpoint.
-    run_dir = Path(config.run_dir)
-    dist.agree(saving.no_room_for(engine, run_dir) if dist.rank() == 0 else None)
+    notes += [_describe(engine, identity, stream), *notes_on_model]
+    prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
-    writers.note(note)
-    writers.note(_describe(engine, identity, stream))
+    for note in [*notes, *([] if choice is None else resume.describe(choice))]:
+        writers.note(note)
     torch.manual_seed(dropout_seed(config.seed, start_step))
     if choice is not None:
         saving.load(engine, choice)
-        notes += resume.describe(choice)
-    for note in notes:
-        writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
     meter = Meter(model_config, device)
     return Run(
@@ -179,6 +175,7 @@ def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> N
             f"data.seq_length {config.data.seq_length} exceeds the model's positions; set it to "
             f"{model.max_position_embeddings} or less, or raise model.max_position_embeddings"
         )
+    # Raises when batch sizes don't divide, or numbers in the JSON disagree with the config.
     ds_json.fill(ds_values, config.deepspeed, config.train, dist.world_size())
     ops.choose_kernels(config.model.kernels)
     if Path(config.run_dir).is_file():
@@ -210,6 +207,20 @@ def build_model(
     if section.compile:
         model.compile_blocks()
     return model, notes
+
+
+def prepare_run_dir(config: RunConfig, engine: Engine) -> None:
+    """Write config.yaml; a UserError on every rank when a checkpoint would not fit on the disk.
+
+    That is checked here, rather than after the hours until the first checkpoint.
+    """
+    error = None
+    if dist.rank() == 0:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_config.save(config, run_dir / "config.yaml")
+        error = saving.no_room_for(engine, run_dir)
+    dist.agree(error)
 
 
 def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:

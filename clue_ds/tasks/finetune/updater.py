@@ -1,7 +1,7 @@
-"""Fine-tuning on several ranks: the engine of pretraining, without ZeRO's sharding.
+"""Fine-tuning on several ranks with the engine of pretraining, without ZeRO's sharding.
 
-The models that are fine-tuned fit each rank whole, and stage 0 keeps torch's own optimizer, so that
-the state file is the same as for one process.
+The models that are fine-tuned fit on each rank as a whole. Stage 0 uses torch's own optimizer, so
+the state file is the same as that of a single process.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class RanksUpdater:
     ) -> None:
         if batch_size % dist.world_size():
             raise UserError(
-                f"a batch of {batch_size} examples can't be shared by {dist.world_size()} ranks; "
-                "give a --batch-size that divides"
+                f"a batch of {batch_size} examples can't be split over {dist.world_size()} ranks; "
+                "give a --batch-size that is a multiple of the number of ranks"
             )
         device = next(network.parameters()).device
         train = run_config.validate_section(
