@@ -221,7 +221,7 @@ class HealthSection(Section):
     """Deadlines in seconds. When one passes, the job ends and names the rank that is to blame."""
 
     start_seconds: float = Field(60, gt=0, description="time for all ranks to connect at start")
-    beat_seconds: float = Field(60, ge=10, description="longest time without a rank's heartbeat")
+    beat_seconds: float = Field(60, ge=10, description="a rank's longest time without a heartbeat")
     step_seconds: float = Field(
         100,
         gt=0,

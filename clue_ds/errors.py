@@ -28,7 +28,7 @@ def run_command(command: str, function: Callable[[], object]) -> int:
         if error.filename is None:
             raise
         print(
-            f"{command}: error: you may not read or write {error.filename}; change its "
+            f"{command}: error: this user may not read or write {error.filename}; change its "
             "permissions, or give another path",
             file=sys.stderr,
         )

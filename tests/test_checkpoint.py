@@ -1,4 +1,4 @@
-"""Which checkpoint is believed, what a full disk leaves behind, and one clear message for each."""
+"""Which checkpoint a run resumes from, and what happens on a full disk; one message for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One owner a number: what the DeepSpeed JSON may say, and what is said when it says more."""
+"""Each number has one owner: what a DeepSpeed JSON may set, and the error when it sets more."""
 
 from __future__ import annotations
 

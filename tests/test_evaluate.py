@@ -1,4 +1,4 @@
-"""Evaluation while training: the same on any number of ranks, and it disturbs nothing."""
+"""Evaluation while training: equal on any number of ranks, and without effect on training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who decays, who is frozen, who is refused; the arithmetic is in test_engine.py."""
+"""Weight decay, frozen parameters, refused settings; test_engine.py tests the arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process a run directory: on this machine, on another, left by a killed one, half written."""
+"""The run lock: held on this machine or another, left by a killed run, half written."""
 
 from __future__ import annotations
 

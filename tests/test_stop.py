@@ -1,4 +1,4 @@
-"""When a run hears that it is asked to stop."""
+"""When a run notices a request to stop."""
 
 from __future__ import annotations
 

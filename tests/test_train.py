@@ -1,4 +1,4 @@
-"""The loop: same losses for any number of ranks, weights from elsewhere, one message a mistake."""
+"""The loop: equal losses on any number of ranks, initial weights, one message per mistake."""
 
 from __future__ import annotations
 

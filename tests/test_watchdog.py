@@ -1,4 +1,4 @@
-"""Two ranks of a real run, one of which goes wrong: the other ends, and says who it was."""
+"""Two ranks of a real run, one of which fails: the other ends and names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zygote import Zygote
 
 from clue_ds import config as run_config
 
-# What goes wrong on rank 1, and where; `place` is the second argument of the script.
+# How rank 1 fails, and where; `place` is the second argument of the script.
 ACCIDENTS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -66,7 +66,7 @@ train.main(sys.argv[3:])
 def two_ranks(
     zygote: Zygote, script: str, accident: str, place: str, arguments: list[str], folder: Path
 ) -> list[tuple[int, str]]:
-    """Exit status and standard error of both ranks; a rank 1 that is stopped is killed at last."""
+    """Exit status and standard error of both ranks; a stopped rank 1 is killed in the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -85,7 +85,7 @@ def run_with(
     place: str = "step",
     steps: int = 10_000,
 ) -> list[tuple[int, str]]:
-    """What becomes of a pretraining run."""
+    """Exit status and standard error of both ranks of a pretraining run."""
     config = tiny_config(
         corpus,
         folder / "run",
@@ -143,7 +143,7 @@ def test_a_stopped_rank_is_noticed_in_every_phase(
 def test_a_rank_that_hangs_outside_of_steps_does_not_take_longer(
     zygote: Zygote, corpus: Path, tmp_path: Path, accident: str, place: str, where: str
 ) -> None:
-    """save_seconds and setup_seconds, 900, are for ranks that get on; one that spins does not."""
+    """save_seconds and setup_seconds (900) apply to ranks with progress; a busy loop has none."""
     (status_0, said_0), (status_1, _) = run_with(zygote, accident, corpus, tmp_path, place)
     assert (status_0, status_1) == (72, 72), said_0
     assert f"rank 1 on {socket.gethostname()} hangs: no progress for" in said_0

@@ -29,7 +29,7 @@ STATUS = {
 # A rank whose stack contains one of these is waiting for other ranks.
 COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "job/watchdog.py")
 MAX_RANKS_SHOWN = 8
-# Stands in for a rank that has not sent a heartbeat yet.
+# Used for a rank that has not sent a heartbeat yet.
 NO_HEARTBEAT: dict[str, Any] = {
     "number": 0,
     "step": 0,
