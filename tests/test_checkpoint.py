@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Made:
 
 
 def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
-    """The last one meets a disk that takes no file above 100 KiB, once its first save is done."""
+    """The last run finds a disk that takes no file above 100 KiB, after its first save."""
     import resource
 
     from clue_ds.pretrain import train
@@ -72,7 +72,7 @@ def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, resource.RLIM_INFINITY))
         return original(*arguments)
 
-    train.checkpoint.save = limited
+    train.saving.save = limited
     results += pretrain_runs(configs[-1:])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return results
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(
     made: Made, damage: str, tmp_path: Path
 ) -> None:
     if damage == "another user's" and os.getuid() != 0:

@@ -169,7 +169,7 @@ def test_another_sample_stream_is_refused_with_both_versions(runs: Runs) -> None
         assert message is not None
         assert f"step-{MIDDLE:08d} was trained on samples and masks of stream version" in message
         assert (
-            f"version {version}, and this clue_ds draws those of version {STREAM_VERSION};"
+            f"version {version}, but this clue_ds makes those of version {STREAM_VERSION};"
             in message
         )
         assert "--model.init" in message

@@ -16,7 +16,7 @@ import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
 from clue_ds import config as run_config
-from clue_ds import export
+from clue_ds import export, files
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.errors import UserError
 from clue_ds.pretrain import start_weights, train
@@ -105,7 +105,7 @@ def test_weights_of_another_shape_or_vocabulary_are_refused(folder: Path) -> Non
     config, _, vocab_file = load_weights(folder / "one")
     model = train.BertForPreTraining(config.replace(num_hidden_layers=1))
     with pytest.raises(UserError, match="num_hidden_layers is 2 there and 1 here"):
-        start_weights.load(model, str(folder / "one")(vocab_file))
+        start_weights.load(model, str(folder / "one"), files.sha256(vocab_file))
     model = train.BertForPreTraining(config)
     for source in ("one", "exported"):
         with pytest.raises(UserError, match="another vocabulary than the corpus"):
