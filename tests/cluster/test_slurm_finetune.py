@@ -90,4 +90,4 @@ def test_an_array_shares_a_grid_and_the_last_job_chooses(
     best = (task / "best").resolve()
     assert best.name.startswith("lr=0.002") and scores[best.name] == max(scores.values())
     assert [run.name for run in runs if (run / "model").exists()] == [best.name]
-    assert "best: out/tone/best/model" in logs
+    assert "best model: out/tone/best/model" in logs
