@@ -19,7 +19,13 @@ from typing import Any
 import torch.distributed
 
 from clue_ds.errors import UserError
-from clue_ds.launcher.contract import FINISHED, JOB_DIR_VARIABLE, STATUS_STOPPED, STOPPED
+from clue_ds.launcher.contract import (
+    FINISHED,
+    JOB_DIR_VARIABLE,
+    STATUS_STOPPED,
+    STATUS_USER_ERROR,
+    STOPPED,
+)
 
 # deepspeed and torchrun; OpenMPI; MPICH and Intel MPI.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -30,6 +36,8 @@ SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 # Ranks of one job start at most this far apart; rank 0 prints an error within this time.
 SECONDS_FOR_RANK_0_TO_REPORT = 10.0
+# Once the ranks have met, they run together, and rank 0 finds its own error sooner.
+SECONDS_AFTER_MEETING = 1.0
 
 
 def _from_environment(names: tuple[str, ...], slurm: str, default: int) -> int:
@@ -105,26 +113,27 @@ def agree(error: str | None) -> None:
 def report_errors_once() -> Iterator[None]:
     """Let only rank 0 report a UserError, or a wrong command line, that occurs on every rank.
 
-    The other ranks wait, because launchers end the job when rank 0 has ended. An error that rank 0
-    does not have is reported after that, with the number of the rank.
+    The other ranks wait, because launchers end the job when the first rank has ended. An error that
+    rank 0 does not have is reported after that, with the number of the rank. A rank that saved and
+    stopped on request has nothing to report and does not wait.
     """
     try:
         yield
-    except SystemExit:
-        if rank() > 0:
-            time.sleep(SECONDS_FOR_RANK_0_TO_REPORT)
+    except SystemExit as end:
+        if rank() > 0 and end.code == STATUS_USER_ERROR:
+            _wait_for_rank_0()
         raise
     except UserError as error:
         if rank() == 0:
             raise
-        time.sleep(SECONDS_FOR_RANK_0_TO_REPORT)
+        _wait_for_rank_0()
         prefix = "" if str(error).startswith("rank ") else f"rank {rank()}: "
         raise UserError(f"{prefix}{error}") from None
 
 
-def term_means_stop() -> bool:
-    """Whether TERM is a warning of pre-emption: only when srun itself started this rank."""
-    return SLURM_VARIABLES[0] in os.environ and "CROSS_RANK" not in os.environ
+def _wait_for_rank_0() -> None:
+    met = torch.distributed.is_initialized()
+    time.sleep(SECONDS_AFTER_MEETING if met else SECONDS_FOR_RANK_0_TO_REPORT)
 
 
 def job_dir() -> Path | None:

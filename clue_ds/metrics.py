@@ -55,6 +55,10 @@ PEAK_FLOPS = (
 )
 
 
+# The watch thread looks once per second, and then waits for a signal.
+SECONDS_FOR_THE_WATCHDOG = 3.0
+
+
 def flops_per_token(config: ModelConfig, s_eff: float, mask_prob: float) -> float:
     """Useful FLOPs per real token, forward and backward; a multiply-add counts as 2.
 
@@ -286,13 +290,21 @@ def format_seconds(seconds: float) -> str:
 
 
 def _console() -> Any:
-    """A rich console, which omits colours when the output is not a terminal."""
+    """A rich console, which omits colours when the output is not a terminal.
+
+    A broken pipe is the watch thread's matter (job/watchdog.py): within seconds it ends this
+    process, or sends the output of a run that saves and stops to /dev/null.
+    """
     from rich.console import Console
+
+    class PatientConsole(Console):
+        def on_broken_pipe(self) -> None:
+            time.sleep(SECONDS_FOR_THE_WATCHDOG)
 
     # Without a terminal rich would wrap lines at 80 columns.
     columns = os.environ.get("COLUMNS")
-    plain = Console()
-    return plain if plain.is_terminal or columns else Console(width=200)
+    plain = PatientConsole()
+    return plain if plain.is_terminal or columns else PatientConsole(width=200)
 
 
 def _tensorboard(run_dir: str | Path, start_step: int) -> Any:

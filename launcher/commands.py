@@ -31,6 +31,8 @@ ON_RANKS = {
     "predict": "clue_ds.tasks.predict.command",
     "doctor": "clue_ds.doctor",
 }
+# Of those, the verbs that save and stop on request.
+CAN_STOP = ("pretrain", "finetune")
 # Verbs that run as one process.
 ONE_PROCESS = ("shard", "export")
 # Of those, the verbs whose processes share the work if MPI started several.

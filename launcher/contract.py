@@ -17,6 +17,7 @@ MAX_RESTARTS_VARIABLE = "CLUE_DS_MAX_RESTARTS"
 FINISHED, STOPPED = "finished", "stopped"
 VERDICT_FILE = "verdict.json"  # the diagnosis of a job that failed
 STOP_FILE = "stop"  # asks the ranks to save and stop
+END_FILE = "end"  # the launcher is ending the job: a rank that gets TERM ends at once
 
 # Exit statuses; sysexits.h begins at 64. `clue-ds launch --help` explains them.
 STATUS_USER_ERROR = 2

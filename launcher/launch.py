@@ -37,7 +37,10 @@ examples:
 
 exit status: 0 finished; 2 a mistake in the command, config or data; 70 a rank raised an error;
 71 a rank died; 72 a rank hangs; 73 a host doesn't answer; 75 saved and stopped on request (start it
-again to continue); 93 too many restarts without a new checkpoint."""
+again to continue); 93 too many restarts without a new checkpoint.
+
+TERM, INT (Ctrl-C) and USR1 ask pretraining and fine-tuning to save and stop; a second TERM or INT
+ends the ranks at once."""
 
 
 def main(argv: list[str]) -> None:
@@ -289,7 +292,8 @@ def _run(
     folder: Path,
 ) -> int:
     if not arguments.dry_run:
-        return processes.run(job, user, identifier, folder)
+        can_stop = arguments.verb[0] in commands.CAN_STOP
+        return processes.run(job, user, identifier, folder, can_stop)
     shown = environment.printable(processes.complete(job, user, identifier, folder))
     assignments = [f"{key}={shlex.quote(value)}" for key, value in shown.items()]
     print(" ".join([*assignments, shlex.join(job.command)]))

@@ -1,8 +1,9 @@
 """Runs a job to its end: correct exit status, signals forwarded, no process left on any machine.
 
-Guarantees: the status is 0 only when every rank reported that it finished. Whether INT, TERM or
-KILL ends this process, no rank outlives it by more than seconds. A rank that hangs can't keep the
-job alive once another rank has reported a failure or has finished.
+Guarantees: the status is 0 only when every rank reported that it finished. INT and TERM let ranks
+that can save do so, and this process waits for them; a second one ends the job at once. Whatever
+ends this process, KILL too, no rank outlives it by more than seconds. A rank that hangs can't keep
+the job alive once another rank has reported a failure or has finished.
 
 DeepSpeed 0.19.8's runner returns 0 when its child is killed by a signal, leaves all ranks running
 when it is killed itself, and waits forever for a host that is gone. Therefore a job gets its own
@@ -81,8 +82,10 @@ def _ours_first(variables: env.Variables) -> env.Variables:
     return {k: v for k, v in variables.items() if k in ours}
 
 
-def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
-    """Run the job; returns its exit status."""
+def run(
+    job: Job, user: env.Variables, identifier: str, folder: Path, can_stop: bool = False
+) -> int:
+    """Run the job; returns its exit status. `can_stop`: its ranks can save and stop on request."""
     environment = complete(job, user, identifier, folder)
     if job.env_file is not None:
         own = {k: environment[k] for k in (contract.JOB_DIR_VARIABLE, JOB_ID_VARIABLE)}
@@ -94,10 +97,11 @@ def run(job: Job, user: env.Variables, identifier: str, folder: Path) -> int:
     sweeps = [[*command, identifier] for command in job.sweeps]
     process = subprocess.Popen(job.command, env=environment, start_new_session=True)
     guarded = _guard(process.pid, identifier, folder, sweeps)
-    with guarded, _signals(process.pid, identifier, sweeps, folder):
+    with guarded, _signals(process.pid, identifier, sweeps, folder, can_stop):
         status = _wait(process, folder)
         hangs = status is None
         if status is None or status:
+            (folder / contract.END_FILE).touch()
             end_session(process.pid)
             sweep_everywhere(identifier, sweeps)
             status = process.wait() if status is None else status
@@ -201,17 +205,19 @@ def _guard(session: int, identifier: str, folder: Path, sweeps: list[list[str]])
 
 @contextlib.contextmanager
 def _signals(
-    session: int, identifier: str, sweeps: list[list[str]], folder: Path
+    session: int, identifier: str, sweeps: list[list[str]], folder: Path, can_stop: bool
 ) -> Iterator[None]:
     """INT, TERM and HUP end the job, then this process with the shell's status, 128 + number.
 
-    A signal that was ignored at the start stays ignored (nohup ignores HUP). USR1 asks the ranks to
-    save and stop.
+    If the ranks can save and stop, USR1 and the first INT or TERM ask them to, and only the second
+    INT or TERM ends the job. A signal that was ignored at the start stays ignored (nohup ignores
+    HUP).
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
+        (folder / contract.END_FILE).touch()
         end_session(session)
         sweep_everywhere(identifier, sweeps)
         raise SystemExit(128 + number)
@@ -219,8 +225,22 @@ def _signals(
     def ask(number: int, frame: FrameType | None) -> None:
         (folder / contract.STOP_FILE).touch()
 
+    def ask_first(number: int, frame: FrameType | None) -> None:
+        for each in softly:
+            signal.signal(each, end)
+        ask(number, frame)
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of our output
+            print(
+                f"clue-ds launch: {signal.Signals(number).name} received: the ranks save and stop; "
+                "a second signal ends them at once, without saving",
+                file=sys.stderr,
+                flush=True,
+            )
+
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {each: end for each in endings if signal.getsignal(each) != signal.SIG_IGN}
+    softly = [each for each in handlers if can_stop and each != signal.SIGHUP]
+    handlers |= {each: ask_first for each in softly}
     handlers[signal.SIGUSR1] = ask
     before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     try:

@@ -105,9 +105,43 @@ def test_a_users_mistake_is_said_once_and_ends_with_2(
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*"))
+
+
+def test_term_to_the_launcher_lets_the_ranks_save_and_a_second_signal_ends_them(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    config = write_config(corpus, tmp_path, steps=100_000)
+    job = start(["pretrain", "--config", str(config), "--checkpoint.every=100000"], tmp_path)
+    wait_for(tmp_path / "run" / "log.jsonl", job)
+    family = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGTERM)
+    output, errors = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 75, errors
+    assert f"stopped on request after step {last_step(tmp_path)};" in output
+    assert errors.count("SIGTERM received: the ranks save and stop") == 1
+    assert_gone(family)
+
+    job = start(["pretrain", "--config", str(config)], tmp_path)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000200", job)
+    family = psutil.Process(job.pid).children(recursive=True)
+    ranks_of(job)[1].suspend()  # this job can't save any more
+    job.send_signal(signal.SIGINT)
+    assert job.stderr is not None
+    while "SIGINT received" not in (line := job.stderr.readline()):
+        assert line and job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 128 + signal.SIGTERM
+    assert_gone(family)
+    assert not list(tmp_path.glob("clue-ds-launch-*"))
+
+
 def test_killing_the_launcher_leaves_no_rank_and_no_folder(
-    corpus: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     config = write_config(corpus, tmp_path, steps=100_000)
@@ -116,9 +150,8 @@ def test_killing_the_launcher_leaves_no_rank_and_no_folder(
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(ranks_of(job)) == 2
     assert list(tmp_path.glob("clue-ds-launch-*"))
-    job.send_signal(number)
+    job.kill()
     job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert_gone(family)
     assert not list(tmp_path.glob("clue-ds-launch-*"))
 

@@ -45,6 +45,21 @@ def test_a_resumed_run_hears_it_in_its_first_steps(monkeypatch: pytest.MonkeyPat
     assert steps_until_heard(request, clock, 100_002, 5.0) == 1
 
 
+def test_a_second_signal_ends_a_run_but_not_the_copy_that_a_launcher_passes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C reaches the ranks from the terminal and, a moment later, from torchrun."""
+    clock = Clock(monkeypatch)
+    for launched in (False, True):
+        monkeypatch.setattr(stop.dist, "is_launched", lambda given=launched: given)
+        request = StopRequest()
+        assert request.ask_by_signal() and request.is_asked()
+        clock.now += 0.5
+        assert request.ask_by_signal() == launched
+        clock.now += stop.SECONDS_OF_ONE_REQUEST
+        assert not request.ask_by_signal()
+
+
 def test_the_next_run_of_a_process_counts_its_steps_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     request = StopRequest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -161,6 +162,31 @@ def test_local_rank_that_launchers_append_is_accepted(
     run_config.save(tiny_config(corpus, tmp_path / "run"), path)
     parsed = train.parse([*flag, "--config", str(path), "--train.lr", "1e-4"])
     assert parsed.train.lr == 1e-4
+
+
+def test_ctrl_c_saves_even_if_it_also_ends_the_reader_of_the_output(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`clue-ds pretrain | tee log`: the terminal sends INT to both, and tee ends first."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = tmp_path / "run.yaml"
+    sections = {"train": {"steps": 10**6}, "checkpoint": {"every": 10**6}}
+    run_config.save(tiny_config(corpus, tmp_path / "run", **sections), path)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "clue_ds.pretrain.train", "--config", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that a shell started in the background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert job.stdout is not None
+    while not job.stdout.readline().startswith(b"step"):
+        assert job.poll() is None
+    job.stdout.close()
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=PATIENCE_S) == 75
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert (checkpoint / "manifest.json").is_file()
 
 
 def test_a_run_in_the_background_outlives_its_shell_keeps_others_out_and_stops_when_asked(

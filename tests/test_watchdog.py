@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from clue_ds import config as run_config
 
 # How rank 1 fails, and where; `place` is the second argument of the script.
 ACCIDENTS = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from clue_ds import dist
 
@@ -29,11 +30,26 @@ def write_for_a_long_time():
         Path(sys.argv[-1]).with_name("slow").write_text("x")
         time.sleep(0.4)
 
+def get_signals(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+def die_under_a_launcher_that_notices():
+    lock = json.loads(Path(sys.argv[-1]).with_name("run").joinpath("alive.json").read_text())
+    if os.fork() == 0:  # the launcher: it sends TERM to rank 0
+        time.sleep(0.3)
+        os.kill(lock["pid"], signal.SIGTERM)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def raise_an_error():
     raise ValueError("the third shard is unreadable")
 
 DO = {
     "raises": raise_an_error,
+    "dies": die_under_a_launcher_that_notices,
+    "gets TERM": lambda: get_signals(signal.SIGTERM),
+    "gets INT and TERM": lambda: get_signals(signal.SIGINT, signal.SIGTERM),
     "hangs": read_from_a_dead_disk,
     "spins": spin_for_ever,
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -111,6 +127,28 @@ def test_an_exception_on_one_rank_ends_the_others(
     assert (status_0, status_1) == (70, 70)
     assert f"rank 1 on {socket.gethostname()} raised ValueError: the third shard" in said_0
     assert "Traceback" in said_1 and "Traceback" not in said_0
+
+
+@pytest.mark.parametrize("accident", ["gets TERM", "gets INT and TERM"])
+def test_a_signal_to_one_rank_lets_all_save_and_stop_without_our_launcher(
+    zygote: Zygote, corpus: Path, tmp_path: Path, accident: str
+) -> None:
+    """They used to end with 143 and 71, and nothing saved."""
+    results = run_with(zygote, accident, corpus, tmp_path)
+    assert [status for status, _ in results] == [75, 75], results
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert (checkpoint / "manifest.json").is_file()
+    assert not (tmp_path / "run" / "alive.json").exists()
+
+
+def test_term_after_another_rank_has_died_ends_the_job(
+    zygote: Zygote, corpus: Path, tmp_path: Path
+) -> None:
+    """As torchrun and DeepSpeed's launcher send it: waiting for the next step would be a hang."""
+    (status, said), (died, _) = run_with(zygote, "dies", corpus, tmp_path)
+    assert (status, died) == (71, -signal.SIGKILL)
+    assert f"rank 1 on {socket.gethostname()} was killed or has crashed" in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_rank_that_hangs_is_told_from_those_that_wait(

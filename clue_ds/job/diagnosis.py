@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections import Counter
@@ -28,6 +29,9 @@ STATUS = {
 }
 # A rank whose stack contains one of these is waiting for other ranks.
 COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "job/watchdog.py")
+FAILED_COLLECTIVE = re.compile(
+    "gloo|nccl|ProcessGroup|Connection (closed|reset)|Broken pipe", re.IGNORECASE
+)
 MAX_RANKS_SHOWN = 8
 # Used for a rank that has not sent a heartbeat yet.
 NO_HEARTBEAT: dict[str, Any] = {
@@ -92,6 +96,11 @@ def silence(state: str | None, seconds: float) -> str:
 def kind_of_silence(state: str | None) -> str:
     """The kind of diagnosis for a rank that sends no heartbeats."""
     return {"stopped": "hang", "alive": "hang", "dead": "died"}.get(state or "", "unreachable")
+
+
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether another rank is likely to be the cause of an exception."""
+    return FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}") is not None
 
 
 def raised(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Stopping early without losing a step, and ending a chain of restarts that makes no progress.
 
-A batch system sends USR1 (sbatch --signal) or TERM (pre-emption) as a warning; `clue-ds launch`
-creates a file when it receives USR1 itself. It is enough if one rank was asked to stop.
+A batch system sends USR1 (sbatch --signal) or TERM (pre-emption) as a warning, and a user sends INT
+(Ctrl-C); `clue-ds launch` creates a file when it receives one of them itself. It is enough if one
+rank was asked to stop.
 
 Guarantees: all ranks stop after the same step, because they sum their answers in an all-reduce. The
 cost is not measurable: they do so about once per second, and the all-reduce also decides after
@@ -20,15 +21,23 @@ from clue_ds import dist, files
 from clue_ds.launcher import contract
 
 SECONDS_BETWEEN_CHECKS = 1.0
+# A launcher passes on the Ctrl-C that the terminal has sent to the ranks too, as INT or as TERM.
+# Signals within this time of the first are the same request.
+SECONDS_OF_ONE_REQUEST = 3.0
 MAX_STEPS_BETWEEN_CHECKS = 1_000
 RESTARTS_FILE = "restarts.json"
 
 
 class StopRequest:
-    """Whether a rank was asked to stop. The loop calls `agreed`, the watchdog the other methods."""
+    """Whether a rank was asked to stop. The loop calls `agreed`, the watchdog the other methods.
+
+    `is_agreed`: all ranks know of the request, and save and stop now.
+    """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._first_signal: float | None = None
+        self.is_agreed = False
         self.begin()
 
     def begin(self) -> None:
@@ -36,16 +45,37 @@ class StopRequest:
         self._next_check = 0
         self._last_step: int | None = None
         self._last_time = time.monotonic()
+        self.is_agreed = False
 
     def ask(self) -> None:
         """Record that this rank was asked to stop; any thread may call it."""
         self._asked.set()
+
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._asked.is_set()
+
+    def ask_by_signal(self) -> bool:
+        """Record INT or TERM; False for a second signal, which means: end now, without saving."""
+        now = time.monotonic()
+        grace = SECONDS_OF_ONE_REQUEST if dist.is_launched() else 0.0
+        if self._first_signal is not None and now - self._first_signal > grace:
+            return False
+        if self._first_signal is None:
+            self._first_signal = now
+        self.ask()
+        return True
 
     def look_for_file(self) -> None:
         """Check for the file with which `clue-ds launch` passes on a request."""
         directory = dist.job_dir()
         if directory is not None and (directory / contract.STOP_FILE).exists():
             self.ask()
+
+    def launcher_ends(self) -> bool:
+        """Whether `clue-ds launch` is ending the job, so that TERM is no request to save."""
+        directory = dist.job_dir()
+        return directory is not None and (directory / contract.END_FILE).exists()
 
     def agreed(self, step: int) -> bool:
         """Whether all ranks stop after this step; every rank must call this after every step."""
@@ -59,7 +89,8 @@ class StopRequest:
             pause = SECONDS_BETWEEN_CHECKS / max(pace, 1e-6)
         self._next_check = step + int(min(MAX_STEPS_BETWEEN_CHECKS, max(1, pause)))
         self._last_step, self._last_time = step, now
-        return asked > 0
+        self.is_agreed = asked > 0
+        return self.is_agreed
 
 
 def check_progress(run_dir: str | Path, step: int) -> None:

@@ -7,6 +7,11 @@ for another rank. It notices that rank 0 has become silent or that the launcher 
 signals, which it reads from a pipe, because Python runs no signal handler while the main thread is
 inside a collective.
 
+USR1, INT and TERM ask a run that can save to save and stop; a second INT or TERM ends the rank at
+once. Two senders of TERM mean something else: launchers send it to the ranks that are left when a
+rank has died, which the watch thread sees by looking at its neighbours, and `clue-ds launch` sends
+it when it ends the job, after it has created END_FILE.
+
 Guarantees: when a rank raises, is killed, is stopped, hangs or loses its network link, every other
 rank ends after the deadlines of config.health (under two minutes) with the exit status of that kind
 of failure; one rank prints the diagnosis, with the last known stacks of the ranks to blame. Setup
@@ -25,10 +30,7 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
-import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -41,24 +43,25 @@ from typing import Any
 from clue_ds import dist
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError
-from clue_ds.job import diagnosis, procfs, rendezvous, run_lock
+from clue_ds.job import diagnosis, procfs, rendezvous, run_lock, signals
 from clue_ds.job.diagnosis import Diagnosis
 from clue_ds.job.heartbeat import Activity
+from clue_ds.job.signals import SignalPipe
 from clue_ds.job.stop import StopRequest
 
 SECONDS_BETWEEN_HEARTBEATS = 2.0
 # Once a collective has failed on some rank, a rank that is silent for this long is the cause.
 SECONDS_UNDER_SUSPICION = 8.0
 SECONDS_FOR_A_DIAGNOSIS = 20.0
-FAILED_COLLECTIVE = re.compile(
-    "gloo|nccl|ProcessGroup|Connection (closed|reset)|Broken pipe", re.IGNORECASE
-)
+SECONDS_UNDER_A_FAILURE = 0.25  # between heartbeats of a rank whose collective has failed
+# Ctrl-C ends the `tee` behind a run at the same moment as it asks the run to stop.
+SECONDS_FOR_A_SIGNAL = 0.5
 
 
 class Watchdog(Activity):
     """The watchdog of one rank. `stop`: whether this run was asked to save and stop.
 
-    `can_stop`: whether the run can save and stop on request; otherwise TERM simply ends it.
+    `can_stop`: whether the run can save and stop on request; otherwise INT and TERM simply end it.
     `launcher`: when this process ends, the rank ends too; None for a run that a shell started,
     which continues in the background when the shell ends.
     """
@@ -82,10 +85,12 @@ class Watchdog(Activity):
         self._suspicion: str | None = None
         self._last_exchange = time.monotonic()
         self._closing, self._ending = threading.Event(), threading.Lock()
+        self._hurry = threading.Event()  # wakes the heartbeat thread
         self._launcher = launcher
-        self._signals, self._wakeup = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._install_handlers()
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        if can_stop and not signals.is_ignored(signal.SIGINT):
+            numbers.append(signal.SIGINT)
+        self._signals = SignalPipe(numbers)
         if self._world_size > 1:
             self._store = meeting.connect(timedelta(seconds=health.beat_seconds))
             self._send_heartbeat()
@@ -95,12 +100,6 @@ class Watchdog(Activity):
 
     def _thread(self, function: Any, name: str) -> None:
         threading.Thread(target=function, name=name, daemon=True).start()
-
-    def _install_handlers(self) -> None:
-        """The handlers do nothing; the watch thread reads the signal's number from the pipe."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
 
     # ------------------------------------------------------------------ what the loop calls
 
@@ -129,8 +128,9 @@ class Watchdog(Activity):
             if self._publish(self._diagnose("user error", str(error), [])):
                 print(f"{self._command}: error: {error}", file=sys.stderr, flush=True)
         else:
-            if FAILED_COLLECTIVE.search(f"{type(error).__name__} {error}"):
+            if diagnosis.is_failed_collective(error):
                 self._suspicion = str(error)[:500]
+                self._hurry.set()
                 self._closing.wait(SECONDS_FOR_A_DIAGNOSIS)  # a diagnosis ends this process
             self._publish(self._diagnose("exception", diagnosis.raised(error), [self._rank]))
         self._let_others_read()
@@ -140,10 +140,10 @@ class Watchdog(Activity):
         if self._closing.is_set():
             return
         self._closing.set()
+        self._hurry.set()
         atexit.unregister(self.close)
         # A late USR1 must not make a finished job look failed.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
         self._signals.close()
         if self._world_size == 1:
             return
@@ -186,7 +186,13 @@ class Watchdog(Activity):
         }
 
     def _exchange_heartbeats(self) -> None:
-        while not self._closing.wait(SECONDS_BETWEEN_HEARTBEATS):
+        while True:
+            if self._suspicion is None:
+                self._hurry.wait(SECONDS_BETWEEN_HEARTBEATS)
+            else:  # another rank is likely to have published the cause already
+                self._closing.wait(SECONDS_UNDER_A_FAILURE)
+            if self._closing.is_set():
+                return
             try:
                 self._exchange()
             except RuntimeError as error:  # rank 0's store has closed the connection
@@ -197,6 +203,7 @@ class Watchdog(Activity):
     def _exchange(self) -> None:
         self._send_heartbeat()
         if self._store.check(["diagnosis"]):
+            self._have_read()
             self._end(Diagnosis(**json.loads(self._store.get("diagnosis"))))
         if self._rank:
             return
@@ -238,23 +245,35 @@ class Watchdog(Activity):
     # ----------------------------------------------------------------------- the watch thread
 
     def _watch(self) -> None:
-        poll = select.poll()
-        with contextlib.suppress(OSError, ValueError):
-            poll.register(sys.stdout.fileno(), 0)
         while not self._closing.is_set():
-            with contextlib.suppress(OSError, ValueError):
-                if select.select([self._signals], [], [], 1.0)[0]:
-                    for number in self._signals.recv(64):
-                        self._on_signal(number)
+            self._read_signals(1.0)
             if self._closing.is_set():
                 return
-            self.stop.look_for_file()
             # The reader of our output (ssh) or our launcher is gone.
-            broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+            broken = self._signals.output_is_broken()
             if broken or self._launcher not in (None, os.getppid()):
-                os._exit(1)
+                self._read_signals(SECONDS_FOR_A_SIGNAL)
+                self._lost(broken)
             if self._world_size > 1:
                 self._check_rank_0()
+
+    def _read_signals(self, seconds: float) -> None:
+        """Wait up to `seconds` for signals, and handle them."""
+        for number in self._signals.read(seconds):
+            self._on_signal(number)
+        self.stop.look_for_file()
+
+    def _lost(self, output: bool) -> None:
+        """The reader of our output or our launcher is gone: end, unless this run saves and stops.
+
+        Under `clue-ds launch` no rank outlives its launcher.
+        """
+        if not self.stop.is_asked() or (not output and dist.job_dir() is not None):
+            os._exit(1)
+        if output:
+            signals.discard_output()
+        else:
+            self._launcher = None
 
     def _check_rank_0(self) -> None:
         limit = SECONDS_UNDER_SUSPICION if self._suspicion else self.health.beat_seconds
@@ -268,15 +287,29 @@ class Watchdog(Activity):
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
             self.stop.ask()
-        elif number == signal.SIGTERM:
+            return
+        if number == signal.SIGTERM:
+            if self.stop.launcher_ends():
+                os._exit(128 + number)
             dead = [int(r) for r, state in self._neighbours().items() if state == "dead"]
+            if dead and self.stop.is_agreed:
+                # Another rank has saved and left, and its launcher now ends the rest. If it died
+                # instead, the heartbeats show it.
+                return
             if dead and not self._closing.is_set():
                 # Launchers send TERM to the other ranks when one has died.
                 self._end(self._diagnose("died", diagnosis.silence("dead", 0), dead[:1]))
-            if self._can_stop and dist.term_means_stop():
-                self.stop.ask()
-            else:
-                os._exit(128 + signal.SIGTERM)
+        was_asked = self.stop.is_asked()
+        if not self._can_stop or not self.stop.ask_by_signal():
+            os._exit(128 + number)
+        if self._rank == 0 and not was_asked:
+            with contextlib.suppress(OSError, ValueError):
+                print(
+                    f"{self._command}: {signal.Signals(number).name} received: the run saves after "
+                    "this step and stops; a second signal ends it at once, without saving",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _end(self, found: Diagnosis, at_the_end: bool = False) -> None:
         """Report the diagnosis (once per job) and end this process."""
@@ -295,8 +328,22 @@ class Watchdog(Activity):
 
     def _let_others_read(self) -> None:
         """Rank 0 holds the store, so it waits until the others have read the diagnosis."""
-        if self._rank == 0:
-            time.sleep(2 * SECONDS_BETWEEN_HEARTBEATS + 0.5)
+        if self._rank:
+            return self._have_read()
+        deadline = time.monotonic() + 2 * SECONDS_BETWEEN_HEARTBEATS + 0.5
+        waiting = list(range(1, self._world_size))
+        while waiting and time.monotonic() < deadline:
+            time.sleep(0.05)
+            dead = {int(r) for r, state in self._neighbours().items() if state == "dead"}
+            with contextlib.suppress(RuntimeError):
+                waiting = [
+                    r for r in waiting if r not in dead and not self._store.check([f"read/{r}"])
+                ]
+
+    def _have_read(self) -> None:
+        """Tell rank 0 that this rank no longer needs the store."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"read/{self._rank}", "")
 
 
 _watchdog: Watchdog | None = None

@@ -148,7 +148,9 @@ def test_a_killed_launcher_leaves_no_rank_on_any_host(
     # nsenter waits for the launcher, which is its only child.
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(children[0]), number)
-    job.communicate(timeout=PATIENCE_S)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    if number == signal.SIGTERM:
+        assert "stopped on request after step" in output
     assert_nothing_left(hosts, "h1", "h2")
 
 
