@@ -63,13 +63,18 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 
 def _alive(run: Path, is_done: bool) -> str:
-    path = run / run_lock.FILE
-    try:
-        age = time.time() - path.stat().st_mtime
-        process = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    sign = run_lock.read(run / run_lock.FILE)
+    if sign is None or sign.peer is None:
         return "no, it is done" if is_done else "no; to continue, start the same pretrain command"
-    where = f"process {process['pid']} on {process['host']}"
+    where = f"process {sign.peer.pid} on {sign.peer.host}"
+    if sign.is_on_this_machine():
+        if sign.state() == "stopped":
+            return f"yes, but stopped (to continue: kill -CONT {sign.peer.pid}); rank 0 is {where}"
+        if sign.state() == "dead":
+            return f"no, its process was killed or has crashed; rank 0 was {where}"
+        return f"yes; rank 0 is {where}"
+    # For a process elsewhere, only the clock says something at once. Nothing depends on it.
+    age = time.time() - sign.change[0] / 1e9
     if age < run_lock.SECONDS_UNTIL_DEAD:
         return f"yes; rank 0 is {where}"
     return f"no, its run lock was last renewed {format_seconds(age)} ago; rank 0 was {where}"

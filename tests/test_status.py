@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -32,6 +33,12 @@ def test_status_of_a_run_done_alive_and_dead(
     assert "no, it is done" in "\n".join(status.describe(run))
     sign = run / run_lock.FILE
     assert run_lock.claim(run, rendezvous.myself(), threading.Event()) is None
+    assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
+    run_lock.withdraw(run)
+    gone = rendezvous.myself()._replace(pid=2**22 + 1)  # above the kernel's limit
+    sign.write_text(json.dumps(gone._asdict()))
+    assert "no, its process was killed or has crashed" in "\n".join(status.describe(run))
+    sign.write_text(json.dumps(gone._replace(host="another")._asdict()))
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
     old = time.time() - 3_700
     os.utime(sign, (old, old))

@@ -16,6 +16,7 @@ PROC = Path("/proc")
 SELF = PROC / "self"
 # Fields of /proc/PID/stat after the name: the numbers of proc(5) minus 3.
 STATE, MAJOR_FAULTS, USER, SYSTEM, USER_OF_CHILDREN, SYSTEM_OF_CHILDREN = 0, 9, 11, 12, 13, 14
+STARTED = 19
 
 
 def _fields(folder: Path) -> list[str]:
@@ -30,6 +31,22 @@ def state(pid: int) -> str:
     except (OSError, IndexError):
         return "dead"
     return {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}.get(letter, "alive")
+
+
+def started(pid: int) -> int:
+    """When a process started, in clock ticks after the boot; 0 when there is no such process.
+
+    The kernel reuses numbers of processes, but not with the same start.
+    """
+    try:
+        return int(_fields(PROC / str(pid))[STARTED])
+    except (OSError, IndexError):
+        return 0
+
+
+def boot_id() -> str:
+    """A random name of this machine's last boot; containers on one machine share it."""
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def signs_of_main_thread() -> int:

@@ -113,8 +113,19 @@ class Watchdog(Activity):
 
         UserError on every rank when another process trains in it.
         """
-        error = run_lock.claim(run_dir, self._me, self._closing) if self._rank == 0 else None
+        error = None
+        if self._rank == 0:
+            error = run_lock.claim(run_dir, self._me, self._closing, self._lost_lock)
         dist.agree(error)
+
+    def _lost_lock(self, text: str) -> None:
+        """Another process has taken over the run: end the job, and touch nothing."""
+        found = self._diagnose("user error", text, [])
+        if self._world_size > 1:
+            self._publish(found)
+        diagnosis.write(found)
+        print(f"{self._command}: error: {text}", file=sys.stderr, flush=True)
+        self._end(found)
 
     def begin(self, health: HealthSection) -> None:
         super().begin(health)

@@ -27,7 +27,7 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
 from clue_ds.checkpoint.masters import OPTIMIZER_SHARDS
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
-from clue_ds.job import preflight
+from clue_ds.job import preflight, run_lock
 from clue_ds.pretrain.engine import Engine, dropout_seed
 from clue_ds.pretrain.resume import RunIdentity
 
@@ -39,7 +39,8 @@ def save(engine: Engine, identity: RunIdentity, step: int) -> Path:
     folder = Path(identity.config.run_dir) / manifests.FOLDER
     final = folder / manifests.name(step)
     staging = final.with_name(final.name + ".tmp")
-    dist.agree(_prepare(staging, engine) if dist.rank() == 0 else None)
+    run_dir = identity.config.run_dir
+    dist.agree(run_lock.lost(run_dir) or _prepare(staging, engine) if dist.rank() == 0 else None)
     with _clear_write_errors(staging):
         engine.save(staging, TAG)
         safetensors.torch.save_file(_random_state(), staging / _random_file(dist.rank()))
@@ -52,7 +53,7 @@ def save(engine: Engine, identity: RunIdentity, step: int) -> Path:
     dist.barrier()
     error = None
     if dist.rank() == 0:
-        error = _missing_shards(staging, engine)
+        error = run_lock.lost(run_dir) or _missing_shards(staging, engine)
         with _clear_write_errors(staging):
             if error is None:
                 manifests.publish(staging, final, _describe(engine, identity, step))
