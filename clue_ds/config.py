@@ -157,6 +157,10 @@ class TrainSection(Section):
     warmup_steps: int = Field(1_000, ge=0, description="steps from 0 to the peak learning rate")
     decay_steps: int = Field(0, ge=0, description="wsd only: number of steps of the final decay")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate divided by lr")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="what follows a step whose gradient is inf or nan; it updates nothing"
+    )
+    max_skipped_steps: int = Field(3, ge=1, description="on_nan skip: this many in a row at most")
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainSection:

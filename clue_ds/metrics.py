@@ -94,12 +94,13 @@ class Meter:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.peak = peak_flops(device)
+        self._loss = math.nan  # of the last line; a line without any update repeats it
         self._start_window()
 
     def _start_window(self) -> None:
         self._losses: list[Tensor] = []
         self._counts: list[Tensor] = []
-        self._num_steps = 0
+        self._num_steps = self._num_left_out = 0
         self._pair_sums: list[Tensor] = []
         self._num_tokens = self._sum_squares = self._num_predicted = 0.0
         self._wait = self._excluded = self._excluded_cpu = 0.0
@@ -142,6 +143,13 @@ class Meter:
         self._losses.append(loss.detach().double() * share)
         self._counts.append(num_correct.detach().double())
 
+    def leave_out_step(self) -> None:
+        """Leave the last step's losses out: its gradient was not finite, and it updated nothing."""
+        number = len(self._losses) // self._num_steps
+        for sums in (self._losses, self._pair_sums):
+            sums[-number:] = [torch.zeros_like(each) for each in sums[-number:]]
+        self._num_left_out += 1
+
     def flush(self, step: int, grad_norm: float | Tensor) -> dict[str, Any]:
         """The log line after `step` updates, over the steps since the last line.
 
@@ -165,10 +173,12 @@ class Meter:
         if self.peak is not None:
             flops = flops_per_token(self.config, squares / tokens, mask_share)
             mfu = rate * flops / (self.peak * dist.world_size())
+        if num_steps > self._num_left_out:
+            self._loss = sum(losses) / (num_steps - self._num_left_out)
         self._start_window()
         return {
             "step": step,
-            "loss": sum(losses) / num_steps,
+            "loss": self._loss,
             "mlm_accuracy": correct / max(1.0, predicted),
             **pair,
             "grad_norm": float(grad_norm),

@@ -8,7 +8,7 @@ Fixed here, because DeepSpeed 0.19.8 behaves differently (each fix has a test):
 - it compiles a shared-memory operator with g++ at start, 87 to 220 s, for inference only;
 - bf16 and fp16 at stage 0 take a phantom optimizer step when the engine is built;
 - new process groups ignore the timeout that was asked for;
-- fp32 at stage 0 reports no gradient norm;
+- fp32 at stage 0 reports no gradient norm, and makes an update from a gradient that is not finite;
 - stage 3 gathers small parameters when a checkpoint is loaded, and the first backward pass of a
   fresh engine then fails on them ("size of tensor a (0)").
 
@@ -23,6 +23,7 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
-from clue_ds.metrics import diverged
 from clue_ds.model.bert import without_full_lengths
 from clue_ds.pretrain import ds_json, optim
 
@@ -87,6 +87,16 @@ def _device() -> torch.device:
     return torch.device("cuda", number)
 
 
+class LossScaleExhausted(UserError):
+    """Gradients overflow in fp16 even at the smallest loss scale; on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "fp16 training diverged: gradients overflow even at the smallest loss scale; use bf16 "
+            "if the GPU supports it, or a smaller learning rate, or more warm-up"
+        )
+
+
 class Engine:
     """A model under DeepSpeed. A step is forward and backward on each micro-batch, then `step`.
 
@@ -94,6 +104,7 @@ class Engine:
     `group_names`: names of the trained parameters, group by group, in the optimizer's order.
     `frozen`: fp32 copies of the parameters that are not trained, by name.
     `gradient_accumulation_steps`: micro-batches per step on this rank.
+    `skipped_update`: whether the last step left the weights as they were.
     """
 
     def __init__(
@@ -131,6 +142,7 @@ class Engine:
         optimizer = optim.build(train, model, self.stage, fused)
         self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
         self.module: nn.Module = self._deepspeed.module
+        self.skipped_update = False
         if self.stage == 0 and self.precision != "fp32":
             self._undo_phantom_step()
 
@@ -150,9 +162,20 @@ class Engine:
         moved = {
             k: v.to(self.device, non_blocking=True) for k, v in without_full_lengths(batch).items()
         }
+        self._random_state = torch.get_rng_state(), self._device_random_state()
         number = self.gradient_accumulation_steps
         chunks = {k: v.chunk(number) for k, v in moved.items()}
         return [{k: v[i] for k, v in chunks.items()} for i in range(number)]
+
+    def _device_random_state(self) -> Tensor | None:
+        return torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+
+    def repeat_dropout(self) -> None:
+        """Put the random generators back to the beginning of the step."""
+        on_host, on_device = self._random_state
+        torch.set_rng_state(on_host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
 
     def forward(self, **inputs: Tensor) -> Any:
         """The model's output on one micro-batch."""
@@ -167,24 +190,38 @@ class Engine:
     def step(self, lr: float) -> float | Tensor:
         """Update the weights; returns the gradient's norm before clipping, over all ranks.
 
-        It is inf or nan when a gradient was not finite. In fp16 the update was then skipped and the
-        loss scale lowered, which is normal.
+        It is inf or nan when a gradient was not finite; then the update is skipped, on all ranks
+        and at every stage (`skipped_update`). In fp16 that also lowers the loss scale, which is
+        normal. LossScaleExhausted when it can't be lowered.
+
+        The host waits for the norm before the update: DeepSpeed does so, and so does fp32 at
+        stage 0, where DeepSpeed would not look at it.
         """
+        before = self.skipped_steps
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
-        scale = float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
+        scale = self.loss_scale
+        skips = norm is not None and not math.isfinite(norm)
         try:
-            self._deepspeed.step()
+            with _without_update(self.optimizer) if skips else contextlib.nullcontext():
+                self._deepspeed.step()
         except Exception as error:
             if self.precision == "fp16" and "minimum" in str(error):
-                raise UserError(_LOSS_SCALE_EXHAUSTED) from error
+                raise LossScaleExhausted from error
             raise
+        self._deepspeed.skipped_steps += skips
+        self.skipped_update = self.skipped_steps > before
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
             if self.stage == 0:  # the unfused optimizer returns the norm of the scaled gradient
                 norm = norm / scale
         return norm
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in the backward pass; 1 except in fp16."""
+        return float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
 
     def _own_norm(self) -> Tensor:
         """For fp32 at stage 0, where gradients are whole and averaged when `backward` returns."""
@@ -218,23 +255,20 @@ class Engine:
         ):  # stage 3: shard them as in a fresh engine; the first forward pass gathers them
             kept_whole[0].partition(kept_whole)
 
-    def check_finite(self, grad_norm: float, step: int) -> None:
-        """UserError when a gradient is inf or nan, except in fp16, where that is normal."""
-        if self.precision == "fp16" or (math.isfinite(grad_norm) and not self.skipped_steps):
-            return
-        raise UserError(diverged(f"the gradient is not finite at or just before step {step}"))
-
     def close(self) -> None:
         """Leave the process group."""
         self._deepspeed.destroy()
         _leave()
 
 
-_LOSS_SCALE_EXHAUSTED = (
-    "fp16 training diverged: gradients overflow even at the smallest loss scale; use "
-    "train.precision bf16 if the GPU supports it, or a smaller train.lr, or more "
-    "train.warmup_steps, and start again from the newest checkpoint"
-)
+@contextlib.contextmanager
+def _without_update(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In the block DeepSpeed counts a step and clears gradients, but updates no weight."""
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del optimizer.step  # type: ignore[method-assign]
 
 
 def _initialize(

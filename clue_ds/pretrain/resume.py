@@ -33,6 +33,8 @@ MAY_CHANGE = {
     "data.corpus",  # compared by its fingerprint
     "data.mixture",  # part of that fingerprint, with its shares
     "train.micro_batch_size",
+    "train.on_nan",
+    "train.max_skipped_steps",
     "data.held_out",
     "data.pairs",  # compared by the fingerprint of their content
     "evaluate.every",

@@ -36,8 +36,9 @@ from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, start_weights
-from clue_ds.pretrain.engine import Engine, dropout_seed, start
+from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, start
 from clue_ds.pretrain.evaluate import Evaluator
+from clue_ds.pretrain.nonfinite import NonFiniteSteps
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Run:
     evaluator: Evaluator | None
     start_step: int
     watch: watchdog.Watchdog
+    non_finite: NonFiniteSteps
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +79,8 @@ def train(run: Run) -> int:
             batch = next(run.loader)
         meter.add_batch(batch)
 
-        for micro_batch in engine.micro_batches(batch):
+        micro_batches = engine.micro_batches(batch)
+        for micro_batch in micro_batches:
             output = engine.forward(**micro_batch)
             engine.backward(output.loss)
             share = 1 / engine.gradient_accumulation_steps
@@ -85,9 +88,15 @@ def train(run: Run) -> int:
             run.watch.mark()
 
         lr = schedule.learning_rate(config.train, step)
-        grad_norm = engine.step(lr)
-
         done = step + 1
+        try:
+            grad_norm = engine.step(lr)
+        except LossScaleExhausted:
+            raise run.non_finite.exhausted(done, micro_batches) from None
+        if (note := run.non_finite.note(done, micro_batches)) is not None:
+            meter.leave_out_step()
+            run.writers.note(note)
+
         stops, is_done = run.watch.step(done), done == config.train.steps
         saves = stops or is_done or done % config.checkpoint.every == 0
         # A request to stop leaves time to save, but not to evaluate.
@@ -95,7 +104,6 @@ def train(run: Run) -> int:
         # Log before saving: a loss that is inf or nan ends the run here, and is not saved.
         if saves or evaluates or done % config.log.every == 0:
             line = meter.flush(done, grad_norm)
-            engine.check_finite(line["grad_norm"], done)
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
             if evaluates and run.evaluator is not None:
@@ -164,7 +172,17 @@ def build(config: RunConfig) -> Run:
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
     meter = Meter(model_config, device)
     return Run(
-        config, identity, engine, stream, loader, meter, writers, evaluator, start_step, watch
+        config,
+        identity,
+        engine,
+        stream,
+        loader,
+        meter,
+        writers,
+        evaluator,
+        start_step,
+        watch,
+        NonFiniteSteps(config.train, engine),
     )
 
 
