@@ -15,7 +15,9 @@ import sys
 from typing import NamedTuple, TextIO
 
 from clue_ds import __version__
-from clue_ds.errors import UserError, run_command
+from clue_ds.errors import UserError, explain_os_error, run_command, shorten
+from clue_ds.launcher.contract import STATUS_USER_ERROR
+from clue_ds.settings import startup
 
 
 class Verb(NamedTuple):
@@ -105,13 +107,9 @@ def _run_verb(prog: str, verbs: dict[str, Verb], argv: list[str]) -> None:
     if verb.takes_argv:
         target(rest)
         return
-    import tyro
+    from clue_ds.settings import arguments
 
-    prog = f"{prog} {name}"
-    if isinstance(target, dict):
-        tyro.extras.subcommand_cli_from_dict(target, prog=prog, args=rest, use_underscores=False)
-    else:
-        tyro.cli(target, prog=prog, args=rest, use_underscores=False)
+    arguments.call(target, f"{prog} {name}", rest)
 
 
 def _check_verb(name: str, verbs: dict[str, Verb]) -> None:
@@ -121,11 +119,16 @@ def _check_verb(name: str, verbs: dict[str, Verb]) -> None:
 
     near = difflib.get_close_matches(name, verbs, n=1)
     hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(verbs)}"
-    raise UserError(f"there is no verb {name!r}; {hint}")
+    raise UserError(f"there is no verb {shorten(name)}; {hint}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the console script; returns the exit status."""
+    """Entry of the console script; returns the exit status.
+
+    Without `argv` this process is ours alone, and may start again in UTF-8 mode.
+    """
+    if argv is None:
+        startup.prepare()
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
@@ -136,9 +139,21 @@ def main(argv: list[str] | None = None) -> int:
         unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
         if not unread:
             raise
-        for stream in unread:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _discard(unread)
         return _SIGPIPE_STATUS
+    except OSError as error:  # `clue-ds ... > file` on a full disk
+        said = explain_os_error(error)
+        if said is None:
+            raise
+        _discard([sys.stdout])
+        print(f"clue-ds: error: writing the output: {said}", file=sys.stderr)
+        return STATUS_USER_ERROR
+
+
+def _discard(streams: list[TextIO]) -> None:
+    """Let nothing fail that is still in the streams' buffers when this process ends."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(argv: list[str]) -> int:

@@ -10,24 +10,34 @@ methods, not fields.
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from clue_ds import presets
 from clue_ds.data import sampling
-from clue_ds.errors import UserError, existing_file
+from clue_ds.errors import UserError
 from clue_ds.presets import Attention, HiddenAct, Kernels, ModelConfig
+from clue_ds.settings import paths, yaml_file
+from clue_ds.settings.mistakes import explain
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# A path whose `~` and `$NAME` are replaced when the config is read.
+PathText = Annotated[str, AfterValidator(paths.expand)]
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -54,7 +64,7 @@ class ModelSection(Section):
         gt=0,
         description="standard deviation of initial weights, replaces 0.02; more for small networks",
     )
-    init: str | None = Field(
+    init: PathText | None = Field(
         None, description="start from the weights of this run, model directory (or zip) or hub name"
     )
     attention: Attention = Field(
@@ -77,7 +87,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The training data, and how samples are made from it."""
 
-    corpus: str = Field(
+    corpus: PathText = Field(
         description="directory written by `clue-ds shard`; train.objective pair uses only its "
         "vocabulary, so it also accepts a model directory"
     )
@@ -88,15 +98,15 @@ class DataSection(Section):
         "one document), packed (several documents, each attending only to itself); "
         "train.objective nsp and sop make pairs instead",
     )
-    pairs: list[str] = Field(
+    pairs: list[PathText] = Field(
         [], description="for objective pair: files of JSON lines with sentence1, sentence2, label"
     )
-    held_out: str | None = Field(
+    held_out: PathText | None = Field(
         None,
         description="corpus to evaluate on (for train.objective pair, a file of pairs); default: "
         "CORPUS/held_out if it exists",
     )
-    mixture: dict[str, float] = Field(
+    mixture: dict[PathText, float] = Field(
         {}, description="further corpora: directory -> share of samples; data.corpus has the rest"
     )
     order: sampling.Order = Field(
@@ -246,11 +256,11 @@ DEFAULT_HEALTH = HealthSection()
 class RunConfig(Section):
     """Pretrain an encoder on a corpus. These are all the settings of a run."""
 
-    run_dir: str = Field(description="directory for everything that this run writes")
+    run_dir: PathText = Field(description="directory for everything that this run writes")
     seed: int = Field(
         42, ge=0, description="seed of initial weights, sample order, masks and dropout"
     )
-    deepspeed: str = Field(
+    deepspeed: PathText = Field(
         "zero1", description="zero0|zero1|zero2|zero3|zero1_offload, or a path to a DeepSpeed JSON"
     )
     data: DataSection
@@ -276,40 +286,6 @@ class RunConfig(Section):
         return self
 
 
-def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that contains the key at `location`."""
-    for name in location[:-1]:
-        if name not in model.model_fields:
-            return []
-        annotation = model.model_fields[str(name)].annotation
-        candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type)]
-        sections = [c for c in candidates if issubclass(c, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """All mistakes in one message, each with its key; a misspelled key gets a suggestion."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(map(str, item["loc"]))
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(model, item["loc"])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            prefix = key.rpartition(".")[0]
-            meant = ".".join(filter(None, (prefix, near[0]))) if near else None
-            hint = f"did you mean {meant}?" if meant else f"known keys: {', '.join(known)}"
-            lines.append(f"unknown key {key}; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"missing key {key}")
-        else:
-            given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
-    return f"{where}: " + "; ".join(lines)
-
-
 def validate_section(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
     """Build a section from nested dicts; a UserError starting with `where` lists all mistakes."""
     try:
@@ -324,16 +300,8 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or a UserError with file and line."""
-    path = existing_file(path, "config file")
-    try:
-        # YAML 1.1 reads 1e-4 as a string; pydantic converts it to a number.
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} must hold `key: value` lines, not {values!r}")
-    return values
+    """The mapping in a YAML file, or a UserError with file, line and key."""
+    return yaml_file.read(path)
 
 
 def load(path: str | Path) -> RunConfig:
@@ -348,8 +316,11 @@ def parse(argv: list[str], prog: str) -> RunConfig:
     """
     import tyro
 
+    from clue_ds.settings import arguments
+
+    arguments.refuse_repeated(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config")
+    only_config.add_argument("--config", type=paths.expand)
     known, overrides = only_config.parse_known_args(argv)
     default = tyro.MISSING if known.config is None else _tyro_default(known.config)
     return tyro.cli(

@@ -26,6 +26,7 @@ from clue_ds.launcher.contract import (
     STATUS_USER_ERROR,
     STOPPED,
 )
+from clue_ds.settings import variables
 
 # deepspeed and torchrun; OpenMPI; MPICH and Intel MPI.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -41,9 +42,10 @@ SECONDS_AFTER_MEETING = 1.0
 
 
 def _from_environment(names: tuple[str, ...], slurm: str, default: int) -> int:
-    if SLURM_VARIABLES[0] in os.environ:
+    if os.environ.get(SLURM_VARIABLES[0]):
         names = (*names, slurm)
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    found = (variables.number(name) for name in names)
+    return next((value for value in found if value is not None), default)
 
 
 def rank() -> int:
@@ -63,8 +65,9 @@ def local_rank() -> int:
 
 def is_launched() -> bool:
     """Whether a launcher started this process, rather than a shell."""
-    names = (*RANK_VARIABLES, SLURM_VARIABLES[0], JOB_DIR_VARIABLE)
-    return any(name in os.environ for name in names)
+    names = (RANK_VARIABLES[0], JOB_DIR_VARIABLE)
+    # A world of one, as in an interactive shell of srun or mpirun, is no launcher.
+    return world_size() > 1 or any(os.environ.get(name) for name in names)
 
 
 def barrier() -> None:

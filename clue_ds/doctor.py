@@ -27,11 +27,13 @@ from clue_ds import config as run_config
 from clue_ds import dist, plan
 from clue_ds.checkpoint import manifest
 from clue_ds.config import RunConfig
-from clue_ds.errors import UserError, run_command
+from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json, train
 from clue_ds.pretrain.engine import start
+from clue_ds.settings import paths
+from clue_ds.settings.arguments import refuse_repeated
 
 MIN_TORCH = (2, 10)
 MIN_OPEN_FILES = 1_024
@@ -194,8 +196,11 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", help="YAML file of a run, whose config, corpus and disk space are checked too"
+        "--config",
+        type=paths.expand,
+        help="YAML file of a run, whose config, corpus and disk space are checked too",
     )
+    refuse_repeated(argv)
     arguments = parser.parse_args(argv)
     with watchdog.reporting(), dist.report_errors_once():
         config: RunConfig | None = None
@@ -214,4 +219,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("clue-ds doctor", lambda: main(sys.argv[1:])))
+    sys.exit(run_module("clue-ds doctor", main))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -20,6 +20,12 @@ HEADER = """\
 One YAML file describes one run. Every key can also be given on the command line, which wins:
 `clue-ds pretrain --config run.yaml --train.lr 2e-4`. An unknown key, a wrong type or a number out
 of range is an error that names the key. The values used by a run are saved as `RUN/config.yaml`.
+
+A key may occur once: a second one is refused, in the file with both lines, and on the command line.
+`~` and `$NAME` in paths (`run_dir`, `deepspeed`, `model.init`, `data.corpus` and the other paths of
+`data`) are replaced, and a variable that is not set is an error. The file is UTF-8, with or without
+a byte order mark, of at most 1 MiB and 20,000 values, which may be nested 20 deep. `&name`, `*name`
+and `<<` work within these limits.
 
 Numbers that follow from others are not keys. The number of gradient accumulation steps is
 `global_batch_size / (micro_batch_size * ranks)`, the number of predictions per sequence is
@@ -42,6 +48,8 @@ def _type(annotation: object) -> str:
         return " -> ".join(map(_type, get_args(annotation)))
     if get_origin(annotation) is list:
         return f"list of {_type(get_args(annotation)[0])}"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if get_args(annotation):
         return " or ".join(map(_type, get_args(annotation)))
     return "null" if annotation is type(None) else annotation.__name__  # type: ignore[attr-defined]

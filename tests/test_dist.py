@@ -27,6 +27,7 @@ LAUNCHERS = {
         (3, 8, 1),
     ),
     "a batch script of Slurm's": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),
+    "empty variables": ({"RANK": "", "SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": ""}, (0, 1, 0)),
     "mpich": ({"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}, (3, 8, 1)),
 }
 
@@ -40,6 +41,12 @@ def test_rank_under_each_launcher(launcher: str, monkeypatch: pytest.MonkeyPatch
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == expected
+
+
+def test_a_rank_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UserError, match="RANK='first' is not a number"):
+        dist.rank()
 
 
 def ranks_communicate() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
 from clue_ds.model.weights import TIED
 from clue_ds.presets import HiddenAct
+from clue_ds.settings.arguments import PathOrName
 
 
 def export(
@@ -101,7 +102,7 @@ def _write(model: OpenedModel, place: Path, to: str, force: bool, fp16: bool, is
 
 
 def import_model(
-    model: tyro.conf.Positional[str],
+    model: tyro.conf.Positional[PathOrName],
     output: Path | None = None,
     layout: Annotated[Literal["hf", "tf"] | None, tyro.conf.arg(name="from")] = None,
     hidden_act: HiddenAct | None = None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture
-from clue_ds.errors import UserError, run_command
+from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
 from clue_ds.metrics import Meter, Writers
 from clue_ds.model import ops
@@ -265,7 +266,8 @@ def close(run: Run, stopped_at: int | None = None) -> None:
     """End threads, files and process group, and report the end of the run to the launcher."""
     run.loader.close()
     if stopped_at is None:
-        next_step = f"done: {run.config.run_dir}; next: clue-ds export {run.config.run_dir} --to hf"
+        command = shlex.join(["clue-ds", "export", run.config.run_dir, "--to", "hf"])
+        next_step = f"done: {run.config.run_dir}; next: {command}"
     else:
         next_step = (
             f"stopped on request after step {stopped_at}; the same command continues the run"
@@ -279,4 +281,4 @@ def close(run: Run, stopped_at: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("clue-ds pretrain", lambda: main(sys.argv[1:])))
+    sys.exit(run_module("clue-ds pretrain", main))

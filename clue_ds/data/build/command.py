@@ -39,6 +39,7 @@ from clue_ds.data.text.choices import InputFormat, OnError, WordFinder, Words
 from clue_ds.data.text.decode import BLOCK_BYTES
 from clue_ds.data.text.inputs import Chunk, TextSource, chunk_hash, read_chunks, resolve
 from clue_ds.errors import UserError, existing_file
+from clue_ds.settings.arguments import PathOrName
 
 # Bytes of a corpus per byte of text: a Chinese character of 3 bytes in UTF-8 becomes a token of 2
 # bytes, and every sentence takes 4 more.
@@ -50,7 +51,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def shard(
-    inputs: tyro.conf.Positional[tuple[str, ...]] = (),
+    inputs: tyro.conf.Positional[tuple[PathOrName, ...]] = (),
     /,
     *,
     output: Path,

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from clue_ds.errors import UserError
+from clue_ds.settings import variables
 
 Label = TypeVar("Label")
 # Environment variables that hold the size of the job: those of Open MPI, of MPICH, Intel MPI and
@@ -31,9 +32,9 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def mpi_size() -> int:
     """Number of processes of this MPI job; 1 when this process was started without MPI."""
-    if "PMIX_RANK" in os.environ and "SLURM_NTASKS" in os.environ:
-        return int(os.environ["SLURM_NTASKS"])
-    return next((int(os.environ[name]) for name in _SIZES if name in os.environ), 1)
+    names = ("SLURM_NTASKS", *_SIZES) if os.environ.get("PMIX_RANK") else _SIZES
+    found = (variables.number(name) for name in names)
+    return next((value for value in found if value is not None), 1)
 
 
 class Workers:

@@ -20,6 +20,7 @@ from clue_ds.data.text.decode import read_lines
 from clue_ds.data.text.inputs import resolve
 from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.errors import UserError
+from clue_ds.settings.arguments import PathOrName
 from clue_ds.vocab_file import check_special_tokens, vocab_lines
 
 
@@ -40,7 +41,7 @@ def write_vocab(tokens: list[str], path: Path) -> None:
 
 
 def learn(
-    inputs: tyro.conf.Positional[tuple[str, ...]],
+    inputs: tyro.conf.Positional[tuple[PathOrName, ...]],
     /,
     output: Path,
     size: int = 8021,

@@ -25,9 +25,11 @@ from rich.console import Console
 from clue_ds import dist
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.data.build.workers import spawned
-from clue_ds.errors import UserError, run_command
+from clue_ds.errors import UserError, run_module
 from clue_ds.job import watchdog
 from clue_ds.model import ops
+from clue_ds.settings import arguments
+from clue_ds.settings.arguments import PathOrName
 from clue_ds.tasks import registry
 from clue_ds.tasks.finetune import run
 from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
@@ -38,11 +40,11 @@ GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight
 
 
 def finetune(
-    task: tuple[str, ...],
-    model: str,
-    data: str,
+    task: tuple[PathOrName, ...],
+    model: PathOrName,
+    data: PathOrName,
     output: Path = Path("runs/finetune"),
-    pair_model: str | None = None,
+    pair_model: PathOrName | None = None,
     lr: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -306,10 +308,8 @@ def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
 
 def main(argv: list[str]) -> None:
     """The entry point that `clue-ds launch` starts on every rank."""
-    import tyro
-
-    tyro.cli(finetune, prog="clue-ds finetune", args=argv, use_underscores=False)
+    arguments.call(finetune, "clue-ds finetune", argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("clue-ds finetune", lambda: main(sys.argv[1:])))
+    sys.exit(run_module("clue-ds finetune", main))

@@ -27,9 +27,10 @@ from rich.text import Text as Styled
 
 from clue_ds import dist, files
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
-from clue_ds.errors import UserError, existing_file, run_command
+from clue_ds.errors import UserError, existing_file, run_module
 from clue_ds.job import watchdog
 from clue_ds.model import ops
+from clue_ds.settings import arguments
 from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
 from clue_ds.tasks.features import Features, Text
@@ -297,11 +298,9 @@ def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) 
 
 def main(argv: list[str]) -> None:
     """The entry point that `clue-ds launch` starts on every rank."""
-    import tyro
-
     with dist.report_errors_once():
-        tyro.cli(predict, prog="clue-ds predict", args=argv, use_underscores=False)
+        arguments.call(predict, "clue-ds predict", argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("clue-ds predict", lambda: main(sys.argv[1:])))
+    sys.exit(run_module("clue-ds predict", main))

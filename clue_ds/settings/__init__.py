@@ -1,0 +1,1 @@
+"""How settings reach a command: process start, command line, paths and YAML files."""
