@@ -100,7 +100,8 @@ def _verb_by_deepspeed(verb: list[str]) -> list[str]:
 
 def one_process(verb: list[str]) -> Job:
     """A verb that uses the machine's cores and devices by itself."""
-    return Job([sys.executable, *module_arguments(verb)], {}, num_ranks=0)
+    variables = {"PYTHONUTF8": "1"}
+    return Job([sys.executable, *module_arguments(verb)], variables, num_ranks=0)
 
 
 def local(verb: list[str], num_ranks: int, port: int, options: Options, user: env.Variables) -> Job:
@@ -110,8 +111,10 @@ def local(verb: list[str], num_ranks: int, port: int, options: Options, user: en
     removed: tuple[str, ...] = ()
     chosen = user.get("CUDA_VISIBLE_DEVICES", "")
     if chosen and machines.num_local_devices(user):
-        devices = chosen.split(",")[:num_ranks]
-        if not all(name.strip().isdigit() for name in devices):
+        devices = [name.strip() for name in chosen.split(",") if name.strip()]
+        _check_number(f"CUDA_VISIBLE_DEVICES={chosen} lists", len(devices), num_ranks)
+        devices = devices[:num_ranks]
+        if not all(name.isdigit() for name in devices):
             raise LaunchError(
                 f"CUDA_VISIBLE_DEVICES={chosen}: DeepSpeed takes device numbers only; write those"
             )
@@ -119,6 +122,9 @@ def local(verb: list[str], num_ranks: int, port: int, options: Options, user: en
         command.append(f"--include=localhost:{','.join(devices)}")
         removed = ("CUDA_VISIBLE_DEVICES",)
     else:
+        present = machines.num_local_devices(user)
+        if present and user.get("DS_ACCELERATOR") != "cpu":
+            _check_number("this machine has", present, num_ranks)
         command.append(f"--num_gpus={num_ranks}")
     variables = {
         **env.defaults(num_ranks, user),
@@ -129,19 +135,31 @@ def local(verb: list[str], num_ranks: int, port: int, options: Options, user: en
     return Job([*command, *_verb_by_deepspeed(verb)], variables, num_ranks, hosts, removed)
 
 
+def _check_number(who: str, num_devices: int, num_ranks: int) -> None:
+    if num_devices < num_ranks:
+        raise LaunchError(
+            f"{num_ranks} ranks need a device each, but {who} {num_devices}; give --local "
+            f"{num_devices}, or set DS_ACCELERATOR=cpu to run on the CPU"
+        )
+
+
 def hostfile(
     verb: list[str],
-    path: Path,
     hosts: list[Host],
     address: str,
     port: int,
     options: Options,
     user: env.Variables,
+    job_dir: Path,
 ) -> Job:
-    """One rank per slot on every host of a hostfile."""
+    """One rank per slot on every host of a hostfile.
+
+    DeepSpeed and mpirun get a hostfile that we write from what we have read, because they stumble
+    over byte order marks.
+    """
     command = _deepspeed(port, options)
     launcher = options.launcher or "pdsh"
-    command += [f"--hostfile={path.resolve()}", f"--launcher={launcher}"]
+    command += [f"--hostfile={job_dir / 'hostfile'}", f"--launcher={launcher}"]
     # We have checked every host already; DeepSpeed's own check asks only the first.
     command += [f"--master_addr={address}", "--force_multi", "--no_ssh_check"]
     variables = env.defaults(max(host.slots for host in hosts), user)
@@ -173,6 +191,7 @@ def hostfile(
         sum(host.slots for host in hosts),
         hosts,
         env_file=exported,
+        hostfile=True,
         sweeps=sweeps,
     )
 
@@ -207,7 +226,8 @@ def slurm(
     cores = user.get("SLURM_CPUS_PER_TASK")
     if verb[0] not in ON_RANKS:
         one = [*srun, "--nodes=1", "--ntasks=1"] + ([f"--cpus-per-task={cores}"] if cores else [])
-        return Job([*one, sys.executable, *module_arguments(verb)], {}, num_ranks=0)
+        command = [*one, sys.executable, *module_arguments(verb)]
+        return Job(command, {"PYTHONUTF8": "1"}, num_ranks=0)
     num_ranks = len(nodes) * ranks_per_node
     # srun passes its own environment to the ranks.
     variables = {**env.defaults(ranks_per_node, user), **env.read_deepspeed_env(user)}

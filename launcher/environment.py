@@ -9,6 +9,7 @@ are printed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from .contract import FIRST_PORT, NUM_PORTS, port_offset
 from .errors import LaunchError
-from .hosts import Host, num_cores, num_local_devices
+from .hosts import Host, lines_of, num_cores, num_local_devices
 from .sweep import JOB_ID_VARIABLE
 
 # Prefixes of the variables that ranks on other machines get from the user's environment.
@@ -31,6 +32,19 @@ FORWARDED = (
 )
 NEVER_PRINTED = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 PRINTED = (*FORWARDED, "MASTER_ADDR", "MASTER_PORT", "PDSH_SSH_ARGS_APPEND", "OMPI_ALLOW_RUN_AS")
+
+# Variables that launchers set for one rank, which are left over in a shell that one of them started
+# (`srun --mpi=pmi2 --pty bash`, a terminal in a notebook under mpirun).
+OF_A_RANK = re.compile(
+    r"(PMI|PMI2)_(RANK|SIZE|FD|PORT|ID|SPAWNED|JOBID)|MPI_LOCAL(RANKID|NRANKS)|MV2_COMM_WORLD_.*"
+    r"|(PMIX|PRTE)_(?!MCA_|ALLOW_RUN_AS_ROOT).*|OMPI_(COMM_WORLD|FIRST|APP|NUM_APP|FILE)_.*"
+    r"|OMPI_(UNIVERSE_SIZE|ARGV|COMMAND)|OMPI_MCA_(ess|pmix|orte_(hnp|local|app|ess|jobid))_.*"
+    r"|SLURM_STEP(ID|MGR|_.*)|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|SRUN_COMM_(HOST|PORT))"
+    r"|(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|(LOCAL|CROSS)_SIZE|TORCHELASTIC_.*"
+)
+
+# Errors of flock on file systems that have no locks.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 Variables = dict[str, str]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -51,12 +65,30 @@ def defaults(ranks_per_host: int, environment: dict[str, str]) -> dict[str, str]
         # Otherwise a folder `kernels/` in the working directory would hide packages of that name.
         "PYTHONSAFEPATH": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Whatever the locale of the other machine is.
+        "PYTHONUTF8": "1",
         # Otherwise every rank that loses its connection to another prints a C++ stack trace.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not num_local_devices(environment):
         chosen["DS_ACCELERATOR"] = "cpu"
     return chosen
+
+
+def without_leftovers(environment: Variables) -> Variables:
+    """The environment without the variables by which another launcher described a rank."""
+    return {name: value for name, value in environment.items() if not OF_A_RANK.fullmatch(name)}
+
+
+def number(environment: Variables, name: str) -> int | None:
+    """The value of a variable that holds a number; None where it is missing or empty."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    # A sign, an underscore or a digit of another script would be accepted by int alone.
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise LaunchError(f"the variable {name}={text[:80]!r} is not a number; unset it")
+    return int(text)
 
 
 def interface(name: str) -> dict[str, str]:
@@ -97,11 +129,17 @@ def reserved_port(seed: str, is_here: bool = True) -> Iterator[int]:
 
 
 def _is_locked(descriptor: int) -> bool:
-    """Try to lock an open file without waiting; returns whether it worked."""
+    """Try to lock an open file without waiting; returns whether it worked.
+
+    On a disk without locks it always does; `_is_free` then still finds the ports in use.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
     return True
 
 
@@ -117,12 +155,13 @@ def _is_free(port: int) -> bool:
 
 def read_deepspeed_env(environment: dict[str, str]) -> dict[str, str]:
     """The NAME=value lines of ~/.deepspeed_env and ./.deepspeed_env; the second overrides."""
-    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    name = environment.get("DS_ENV_FILE") or ".deepspeed_env"
     values = {}
-    for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)):
+    for folder in dict.fromkeys((*_home(), Path.cwd())):
+        path = folder / name
         if not path.is_file():
             continue
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, text in lines_of(path, str(path)):
             line = text.strip()
             if not line or line.startswith("#"):
                 continue
@@ -135,6 +174,14 @@ def read_deepspeed_env(environment: dict[str, str]) -> dict[str, str]:
                 value = value[1:-1]
             values[key] = value
     return values
+
+
+def _home() -> list[Path]:
+    """The home directory; a container may run a user without one."""
+    try:
+        return [Path.home()]
+    except RuntimeError:
+        return []
 
 
 def forwarded(environment: dict[str, str]) -> dict[str, str]:

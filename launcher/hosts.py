@@ -13,12 +13,13 @@ import re
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import LaunchError
 
-HOSTFILE_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
+HOSTFILE_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,6})\s*(#.*)?")
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 EXAMPLE = "a line looks like: node-1 slots=8"
 SECONDS_FOR_SSH = 10
@@ -42,17 +43,24 @@ def read_hostfile(path: Path) -> list[Host]:
         reason = "is a directory" if path.is_dir() else "does not exist"
         raise LaunchError(f"hostfile {path} {reason}; {EXAMPLE}")
     hosts: dict[str, Host] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in lines_of(path, f"hostfile {path}"):
         line = text.strip()
         if not line or line.startswith("#"):
             continue
         where = f"hostfile {path}, line {number}"
         match = HOSTFILE_LINE.fullmatch(line)
         if match is None:
-            raise LaunchError(f"{where}: {line!r} is not a valid line; {EXAMPLE}")
+            raise LaunchError(f"{where}: {line[:100]!r} is not a valid line; {EXAMPLE}")
         host = Host(match["host"], int(match["slots"]))
+        if "@" in host.name:
+            user, _, name = host.name.rpartition("@")
+            raise LaunchError(
+                f"{where}: {host.name[:100]!r} names a user, which a hostfile can't; write "
+                f"{name[:100]} here, and these two lines in ~/.ssh/config: `Host {name[:100]}`, "
+                f"`User {user[:100]}`"
+            )
         if not HOST_NAME.fullmatch(host.name):
-            raise LaunchError(f"{where}: {host.name!r} is not a host name; {EXAMPLE}")
+            raise LaunchError(f"{where}: {host.name[:100]!r} is not a host name; {EXAMPLE}")
         if host.slots < 1:
             raise LaunchError(
                 f"{where}: {host.name} has no slots; give it one per rank, or delete it"
@@ -67,6 +75,19 @@ def read_hostfile(path: Path) -> list[Host]:
     if len(hosts) > 1:
         _refuse_loopback(path, list(hosts))
     return list(hosts.values())
+
+
+def lines_of(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a small UTF-8 file; a byte order mark at its beginning is skipped."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise LaunchError(
+                f"{name}, line {number}: not UTF-8 text (a comment in another encoding?); save the "
+                "file as UTF-8"
+            ) from None
 
 
 def _refuse_loopback(path: Path, names: list[str]) -> None:
@@ -86,7 +107,7 @@ def addresses(hosts: list[Host]) -> dict[str, list[str]]:
     asked = {}
     for host in hosts:
         # Files instead of pipes, because a full pipe would block a host that prints a lot.
-        files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        files = tuple(tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))
         command = ["ssh", *SSH_OPTIONS, host.name, "hostname", "-I"]
         stdin, (stdout, stderr) = subprocess.DEVNULL, files
         asked[host.name] = (
@@ -105,7 +126,7 @@ def addresses(hosts: list[Host]) -> dict[str, list[str]]:
         if status == 0:
             found[name] = stdout.read().split()
         else:
-            said = stderr.read().strip().splitlines() or [f"ssh ended with {status}"]
+            said = stderr.read(10_000).strip().splitlines() or [f"ssh ended with {status}"]
             silent.append(f"{name}: {said[-1]}")
     if silent:
         raise LaunchError(
@@ -142,7 +163,9 @@ def slurm_address(node: str) -> str:
 def _ask_slurm(*arguments: str) -> str:
     command = ["scontrol", *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True
+        ).stdout
     except FileNotFoundError:
         raise LaunchError(
             "this looks like a Slurm job, but scontrol is not in PATH; add Slurm's commands to it"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -25,7 +26,8 @@ from .commands import ALSO_OVER_MPI, ON_RANKS, ONE_PROCESS, Job, Options
 from .errors import LaunchError
 
 DEEPSPEED_HOSTFILE = Path("/job/hostfile")
-RANK_OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# By which a launcher tells a process how many ranks there are.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 EXAMPLES = """\
 examples:
@@ -72,7 +74,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     where.add_argument(
         "--hostfile",
-        type=Path,
+        type=_path,
         metavar="F",
         help="several hosts by ssh; one line per host: node-1 slots=8",
     )
@@ -120,7 +122,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="-- VERB ...",
         help=f"one of {', '.join((*ON_RANKS, *ONE_PROCESS))} with its arguments, after two dashes",
     )
+    _refuse_repeated(parser, argv)
     return _check(parser, parser.parse_args(argv))
+
+
+def _path(text: str) -> Path:
+    """A path with `~` and `$NAME` replaced, or argparse's error where there is no such thing."""
+    path = os.path.expanduser(os.path.expandvars(text))
+    if path.startswith("~") or re.search(r"\$\{?\w", path):
+        raise argparse.ArgumentTypeError(f"{text}: no such home or variable; write the whole path")
+    return Path(path)
+
+
+def _refuse_repeated(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """argparse would let the last of two equal options win without a word."""
+    ours = argv[: argv.index("--")] if "--" in argv else argv
+    options = [word.partition("=")[0] for word in ours if word.startswith("--")]
+    twice = next((name for name in options if options.count(name) > 1), None)
+    if twice is not None:
+        parser.error(f"option {twice} is given twice; give it once")
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
@@ -150,22 +170,31 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ar
     return arguments
 
 
+def _says_where(arguments: argparse.Namespace) -> bool:
+    """Whether an option says where to run, apart from --slurm."""
+    return (arguments.local, arguments.hostfile, arguments.mpi) != (None, None, None)
+
+
 def _finds_slurm(arguments: argparse.Namespace) -> bool:
-    elsewhere = (arguments.local, arguments.hostfile, arguments.mpi)
-    return arguments.slurm or ("SLURM_JOB_ID" in os.environ and elsewhere == (None, None, None))
+    return arguments.slurm or (bool(os.environ.get("SLURM_JOB_ID")) and not _says_where(arguments))
 
 
 def _is_rank(user: environment.Variables) -> bool:
-    """Whether mpirun or srun has started this process as one of several ranks."""
-    if any(name in user for name in RANK_OF_MPI):
-        return True
-    return int(user.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Whether mpirun or srun has started this process as one of several ranks.
+
+    A world of one is no launcher: an interactive shell of srun or mpirun has such variables, too.
+    """
+    return any((environment.number(user, name) or 1) > 1 for name in SIZES)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     user = dict(os.environ)
-    if _is_rank(user):
+    if _says_where(arguments):
+        user = environment.without_leftovers(user)
+    elif _is_rank(user):
         return _become(arguments)
+    else:
+        user = _without_a_world_of_one(user)
     options = Options(
         arguments.launcher,
         arguments.per,
@@ -182,6 +211,11 @@ def _launch(arguments: argparse.Namespace) -> int:
     if path is not None:
         return _on_hosts(arguments, path, options, user)
     return _here(arguments, options, user)
+
+
+def _without_a_world_of_one(user: environment.Variables) -> environment.Variables:
+    """The environment without a launcher's leftovers, unless a Slurm job will need them."""
+    return user if user.get("SLURM_JOB_ID") else environment.without_leftovers(user)
 
 
 def _become(arguments: argparse.Namespace) -> int:
@@ -224,14 +258,16 @@ def _on_hosts(
         own = {first: []}
     address = machines.master_address(first, own[first])
     identifier = environment.job_id()
-    with environment.reserved_port(identifier, is_here) as port:
-        job = commands.hostfile(arguments.verb, path, hosts, address, port, options, user)
-        with processes.job_directory(False, identifier) as folder:
-            return _run(arguments, job, user, identifier, folder)
+    with (
+        processes.job_directory(False, identifier) as folder,
+        environment.reserved_port(identifier, is_here) as port,
+    ):
+        job = commands.hostfile(arguments.verb, hosts, address, port, options, user, folder)
+        return _run(arguments, job, user, identifier, folder)
 
 
 def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment.Variables) -> int:
-    if "SLURM_JOB_ID" not in user:
+    if not user.get("SLURM_JOB_ID"):
         raise LaunchError(
             "--slurm works inside a Slurm job only: put the command into an sbatch file such as "
             "slurm/pretrain.sbatch, or get nodes first: salloc --nodes=2 --ntasks-per-node=1"
@@ -256,18 +292,18 @@ def _in_slurm(arguments: argparse.Namespace, options: Options, user: environment
 
 def _ranks_per_node(user: environment.Variables, num_nodes: int) -> int:
     """The number given to sbatch, or else one per GPU, or else one."""
-    asked = user.get("SLURM_NTASKS_PER_NODE")
+    asked = environment.number(user, "SLURM_NTASKS_PER_NODE")
     if asked:
-        return int(asked)
-    if "SLURM_NTASKS" in user:
-        num_tasks = int(user["SLURM_NTASKS"])
+        return asked
+    num_tasks = environment.number(user, "SLURM_NTASKS")
+    if num_tasks:
         if num_tasks % num_nodes:
             raise LaunchError(
                 f"{num_tasks} tasks can't be divided evenly among {num_nodes} nodes; give sbatch "
                 "--nodes and --ntasks-per-node"
             )
         return num_tasks // num_nodes
-    return int(user.get("SLURM_GPUS_ON_NODE") or 1)
+    return environment.number(user, "SLURM_GPUS_ON_NODE") or 1
 
 
 def _requeue(verb: str, user: environment.Variables) -> int:
@@ -277,7 +313,9 @@ def _requeue(verb: str, user: environment.Variables) -> int:
         return 0
     job = user["SLURM_JOB_ID"]
     print(f"clue-ds launch: saved; putting job {job} back into the queue", flush=True)
-    result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    result = subprocess.run(
+        ["scontrol", "requeue", job], capture_output=True, text=True, errors="replace"
+    )
     if result.returncode:
         print(f"clue-ds launch: error: {result.stderr.strip()}", file=sys.stderr)
         return contract.STATUS_STOPPED

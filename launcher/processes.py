@@ -78,7 +78,7 @@ def complete(job: Job, user: env.Variables, identifier: str, folder: Path) -> en
 
 def _ours_first(variables: env.Variables) -> env.Variables:
     """Variables of this job that override the user's, whose values are left from another job."""
-    ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", contract.MAX_RESTARTS_VARIABLE)
+    ours = ("MASTER_ADDR", "PDSH_SSH_ARGS_APPEND", "PYTHONUTF8", contract.MAX_RESTARTS_VARIABLE)
     return {k: v for k, v in variables.items() if k in ours}
 
 

@@ -220,6 +220,7 @@ def test_what_the_user_set_is_kept_but_not_where_rank_0_was_in_another_job() -> 
     mine = {"OMP_NUM_THREADS": "7", "DS_ACCELERATOR": "cuda", "GLOO_SOCKET_IFNAME": "eth7"}
     environment = local_environment({**mine, "PDSH_SSH_ARGS_APPEND": "-v"})
     assert mine.items() <= environment.items()
+    assert local_environment({"PYTHONUTF8": "0"})["PYTHONUTF8"] == "1"
     assert environment["NCCL_SOCKET_IFNAME"] == "lo"
 
 
@@ -295,6 +296,70 @@ def test_a_hostfile_that_names_only_this_machine_needs_no_ssh(
     assert "--num_gpus=2" in capsys.readouterr().out
 
 
+LEFTOVERS = {
+    "srun --mpi=pmi2 --pty bash": {"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"},
+    "a terminal under mpirun": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+    "srun": {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"},
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"},
+}
+
+
+@pytest.mark.parametrize("place", LEFTOVERS)
+def test_what_the_user_says_wins_over_leftovers_of_a_launcher(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = LEFTOVERS[place]
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    launch.main(["--local", "2", "--dry-run", "--", "pretrain"])
+    assert "--num_gpus=2" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("no-such-host-1 slots=8\nno-such-host-2 slots=8\n")
+    launch.main(["--hostfile", "hosts", "--dry-run", "--", "pretrain"])
+    assert "--launcher=pdsh" in capsys.readouterr().out
+    # The ranks don't see them; what the user set for mpirun and the number of the job stay.
+    mine = {"OMPI_MCA_btl": "tcp", "MPICH_X": "1", "SLURM_JOB_ID": "7", "SIZE": "2"}
+    kept = environment.without_leftovers(left | mine)
+    assert kept == {**mine, **{k: v for k, v in left.items() if k in mine}}
+
+
+@pytest.mark.parametrize("place", ["srun --mpi=pmi2 --pty bash", "a terminal under mpirun"])
+def test_a_world_of_one_is_no_launcher(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in LEFTOVERS[place].items():
+        monkeypatch.setenv(name, value)
+    launch.main(["--dry-run", "--", "pretrain", "--config", "run.yaml"])
+    is_one = place.startswith("srun")
+    assert ("deepspeed.launcher.runner" in capsys.readouterr().out) == is_one
+    assert dist.is_launched() is not is_one
+
+
+def test_an_empty_variable_counts_as_missing_and_a_wrong_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "PMI_SIZE", "RANK"):
+        monkeypatch.setenv(name, "")
+    launch.main(["--dry-run", "--", "pretrain"])
+    assert "deepspeed.launcher.runner" in capsys.readouterr().out
+    assert launch._ranks_per_node({"SLURM_NTASKS_PER_NODE": "", "SLURM_NTASKS": ""}, 2) == 1
+    with pytest.raises(LaunchError, match="SLURM_NTASKS='two' is not a number"):
+        launch._ranks_per_node({"SLURM_NTASKS": "two"}, 2)
+
+
+def test_a_list_of_devices_that_is_too_short_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "num_local_devices", lambda user: 2)
+    options = commands.Options()
+    listed = {"CUDA_VISIBLE_DEVICES": "0, 5,"}
+    job = commands.local(["pretrain"], 2, 29_000, options, listed)
+    assert "--include=localhost:0,5" in job.command
+    with pytest.raises(LaunchError, match="3 ranks need a device each, .* lists 2; give --local 2"):
+        commands.local(["pretrain"], 3, 29_000, options, listed)
+    with pytest.raises(LaunchError, match="this machine has 2"):
+        commands.local(["pretrain"], 3, 29_000, options, {})
+    commands.local(["pretrain"], 3, 29_000, options, {"DS_ACCELERATOR": "cpu"})
+
+
 def test_two_jobs_never_get_the_same_port() -> None:
     with environment.reserved_port("job") as first, environment.reserved_port("job") as second:
         assert first != second
@@ -313,6 +378,8 @@ BAD_HOSTFILES = {
     "misspelled": ("h1 slot=2\n", "is not a valid line"),
     "zero": ("h1 slots=0\n", "has no slots"),
     "an option": ("-oProxyCommand=x slots=1\n", "is not a host name"),
+    "user": ("me@h1 slots=1\n", "`Host h1`, `User me`"),
+    "encoding": ("h1 slots=1\n# 甲\n".encode("gb18030"), "line 2: not UTF-8 text"),
     "loopback": ("localhost slots=1\nh2 slots=1\n", "a different machine on every host"),
 }
 
@@ -324,7 +391,7 @@ def test_a_bad_hostfile_ends_the_job_before_deepspeed_trains_alone(
     text, said = BAD_HOSTFILES[case]
     path = tmp_path / "hosts"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit) as error:
         launch.main(["--hostfile", str(path), "--", "pretrain", "--config", "run.yaml"])
     assert error.value.code == 2
@@ -333,7 +400,8 @@ def test_a_bad_hostfile_ends_the_job_before_deepspeed_trains_alone(
 
 def test_hostfile_order_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
-    path.write_text("# ours\nnode-2 slots=8   # new\n\nnode-1 slots=4\n")
+    text = "\ufeff# 我们的\r\nnode-2 slots=8   # new\r\n\r\nnode-1 slots=4\r\n"
+    path.write_text(text, encoding="utf-8")
     assert hosts.read_hostfile(path) == [("node-2", 8), ("node-1", 4)]
 
 
@@ -407,6 +475,8 @@ def test_sweep_ends_a_job_by_its_identifier_and_nothing_else() -> None:
         (["--local", "0", "--", "pretrain"], "at least one rank"),
         (["--local", "2", "--", "vocab"], "not vocab"),
         (["--local", "2"], "not nothing"),
+        (["--local", "2", "--local=3", "--", "pretrain"], "option --local is given twice"),
+        (["--hostfile", "$NO_SUCH_VARIABLE/h", "--", "pretrain"], "write the whole path"),
     ],
 )
 def test_mistakes_say_what_to_type(
