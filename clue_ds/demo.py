@@ -274,6 +274,7 @@ def _summary(
     ):
         table.add_row(what, str(where))
     console.print(table)
+    config = shlex.quote(str(directory / "pretrain.yaml"))
     console.print(
         "This network was trained on ten million tokens; published ones see 10,000 times as many.\n"
         "That is enough to fill in masks, but too little to change the accuracy on reviews by "
@@ -281,7 +282,7 @@ def _summary(
         "Next, train on your own text (see README.md):\n"
         "  clue-ds vocab learn texts/*.txt --size 8000 --output vocab.txt\n"
         "  clue-ds shard texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"
-        f"  clue-ds launch --local 2 -- pretrain --config {directory / 'pretrain.yaml'} "
+        f"  clue-ds launch --local 2 -- pretrain --config {config} "
         "--data.corpus corpus --run_dir runs/mine\n"
         "  clue-ds export runs/mine --to hf",
         highlight=False,

@@ -39,7 +39,7 @@ def _use_utf8() -> None:
     if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" or not sys.executable:
         return
     # -X utf8 also works with -E and -I, which make Python ignore PYTHONUTF8.
-    os.execv(sys.executable, [sys.executable, "-X", "utf8", *_arguments()])
+    os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *_arguments()])
 
 
 def _arguments() -> list[bytes]:

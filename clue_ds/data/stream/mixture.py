@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Mixture:
                     f"corpora of a mixture need one vocab.txt and one lower_case: {self.directory} "
                     f"has vocab.txt {self.vocab_sha256} (lower_case {self.lower_case}), "
                     f"{one.directory} has {one.vocab_sha256} (lower_case {one.lower_case}); "
-                    f"make {one.directory} again with --vocab {self.vocab_file}"
+                    f"make {one.directory} again with --vocab {shlex.quote(str(self.vocab_file))}"
                 )
         for one in self.corpora:
             if one.num_tokens == 0:
