@@ -1,8 +1,8 @@
-"""The metrics of a run: meters, the FLOP rule, and writers for console, log.jsonl and TensorBoard.
+"""The metrics of a run: meters, the FLOP rule, and the form of a log line.
 
 Guarantees: loss and accuracy cover all ranks and all steps since the last line; throughput counts
 real tokens only and excludes the time spent on saving; MFU is null if the peak of the device is
-unknown; log.jsonl has at most one line per step number, also after a resume; only rank 0 writes.
+unknown.
 
 Rejected: DeepSpeed's flops profiler (it doesn't see flash attention and Triton operators); a
 synchronization with the device at every step, only to print a loss that nobody reads.
@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clue_ds import dist, files
+from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 
@@ -53,10 +51,6 @@ PEAK_FLOPS = (
     ("V100-PCIE", 112e12),
     ("V100", 125e12),
 )
-
-
-# The watch thread looks once per second, and then waits for a signal.
-SECONDS_FOR_THE_WATCHDOG = 3.0
 
 
 def flops_per_token(config: ModelConfig, s_eff: float, mask_prob: float) -> float:
@@ -206,71 +200,13 @@ def diverged(what: str) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------- writers
-
-
-class Writers:
-    """Console, log.jsonl and TensorBoard on rank 0; other ranks write nothing.
-
-    `start_step` is the number of updates made before this start; later lines are removed from
-    log.jsonl.
-    """
-
-    def __init__(
-        self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
-    ) -> None:
-        self.total_steps = total_steps
-        self._open = dist.rank() == 0
-        if not self._open:
-            return
-        path = Path(run_dir) / "log.jsonl"
-        earlier = truncate_log(path, start_step)
-        self._elapsed_before = earlier[-1]["elapsed_s"] if earlier else 0.0
-        self._began = time.perf_counter()
-        self._jsonl = path.open("a", encoding="utf-8")
-        self._console = _console()
-        self._tensorboard = _tensorboard(run_dir, start_step) if tensorboard else None
-
-    def note(self, text: str) -> None:
-        """Print a sentence to the console."""
-        if self._open:
-            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Write one line (from Meter.flush, plus lr and samples) to all three places."""
-        if not self._open:
-            return
-        line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
-        self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
-        self._console.print(format_line(line, self.total_steps), highlight=False, soft_wrap=True)
-        if self._tensorboard is not None:
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self._tensorboard.add_scalar(key, value, line["step"])
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._open:
-            self._jsonl.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-
-
-def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the lines after `step`, and a last line cut off by a crash; returns the rest."""
-    if not path.exists():
-        return []
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if line["step"] <= step:
-            kept.append(line)
-    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+def parse_line(raw: str | bytes) -> dict[str, Any] | None:
+    """The log line in `raw`; None when it is not a complete one."""
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def format_line(line: dict[str, Any], total_steps: int) -> str:
@@ -297,27 +233,3 @@ def format_seconds(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def _console() -> Any:
-    """A rich console, which omits colours when the output is not a terminal.
-
-    A broken pipe is the watch thread's matter (job/watchdog.py): within seconds it ends this
-    process, or sends the output of a run that saves and stops to /dev/null.
-    """
-    from rich.console import Console
-
-    class PatientConsole(Console):
-        def on_broken_pipe(self) -> None:
-            time.sleep(SECONDS_FOR_THE_WATCHDOG)
-
-    # Without a terminal rich would wrap lines at 80 columns.
-    columns = os.environ.get("COLUMNS")
-    plain = PatientConsole()
-    return plain if plain.is_terminal or columns else PatientConsole(width=200)
-
-
-def _tensorboard(run_dir: str | Path, start_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=start_step + 1)

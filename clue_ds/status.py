@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from clue_ds import config as run_config
 from clue_ds.checkpoint import manifest
 from clue_ds.errors import UserError
 from clue_ds.job import run_lock
-from clue_ds.metrics import format_seconds
+from clue_ds.metrics import format_seconds, parse_line
+
+# Keys of a log line that `describe` uses.
+SHOWN = {"step", "seconds_per_step", "mfu", "tokens_per_second", "loss"}
 
 
 def status(run: tyro.conf.Positional[Path]) -> None:
@@ -54,11 +56,10 @@ def _last_line(path: Path) -> dict[str, Any] | None:
     """The last complete line; one that is still being written is ignored."""
     if not path.is_file():
         return None
-    for text in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            return json.loads(text)
-        except ValueError:
-            continue
+    for text in reversed(path.read_bytes().splitlines()):
+        line = parse_line(text)
+        if line is not None and SHOWN <= line.keys():
+            return line
     return None
 
 

@@ -1,9 +1,6 @@
-"""The FLOP rule, the meter's sums, and log files that a resume doesn't spoil."""
+"""The FLOP rule, the meter's sums, and the form of a log line."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +9,10 @@ from clue_ds import presets
 from clue_ds.errors import UserError
 from clue_ds.metrics import (
     Meter,
-    Writers,
     flops_per_token,
     format_line,
     format_seconds,
     peak_flops,
-    truncate_log,
 )
 
 # MFLOP a token with V = 8,021 and p = 0.15, at 128 and 512: the published rule's own table, which
@@ -108,40 +103,6 @@ def line_at(step: int) -> dict[str, float | None]:
         "memory_gib": 1.0,
         "samples": 8 * step,
     }
-
-
-def test_log_has_each_step_once_after_a_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = Writers(tmp_path, total_steps=9, start_step=0, tensorboard=True)
-    for step in range(1, 8):
-        first.write(line_at(step))
-    first.close()
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')  # the run died while it wrote
-    second = Writers(tmp_path, total_steps=9, start_step=4, tensorboard=True)
-    for step in range(5, 10):
-        second.write(line_at(step))
-    second.close()
-    lines = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 10))
-    elapsed = [line["elapsed_s"] for line in lines]
-    assert elapsed == sorted(elapsed)
-    console = capsys.readouterr().out.splitlines()
-    assert len(console) == 12, "one line a step, not folded where there is no terminal"
-    assert "step 9/9  loss 4.1000  acc 25.00%  lr 1.00e-04" in console[-1]
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
-
-
-def test_log_of_a_new_run_in_an_old_directory_starts_empty(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 3}\n')
-    assert truncate_log(path, 0) == []
-    assert path.read_text() == ""
 
 
 def test_eta_counts_what_is_left() -> None:

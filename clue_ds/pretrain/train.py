@@ -31,7 +31,7 @@ from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
-from clue_ds.metrics import Meter, Writers
+from clue_ds.metrics import Meter
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
@@ -40,6 +40,7 @@ from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, 
 from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, start
 from clue_ds.pretrain.evaluate import Evaluator
 from clue_ds.pretrain.nonfinite import NonFiniteSteps
+from clue_ds.pretrain.writers import Writers
 
 
 @dataclass

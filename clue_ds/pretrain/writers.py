@@ -1,0 +1,206 @@
+"""Where a run's metrics go: the console, log.jsonl and TensorBoard.
+
+Guarantees: log.jsonl has at most one line per step number, also after a resume; only rank 0 writes;
+a file that is damaged or can't be written is one warning, and never ends or blocks the run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clue_ds import dist, files
+from clue_ds.metrics import format_line, parse_line
+
+# The watch thread looks once per second, and then waits for a signal.
+SECONDS_FOR_THE_WATCHDOG = 3.0
+
+
+class Writers:
+    """Console, log.jsonl and TensorBoard on rank 0; other ranks write nothing.
+
+    `start_step` is the number of updates made before this start; later lines are removed from
+    log.jsonl. What can't be written is one warning for each file, and the run goes on.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
+    ) -> None:
+        self.total_steps = total_steps
+        self._open = dist.rank() == 0
+        if not self._open:
+            return
+        self._console = _console()
+        path = Path(run_dir) / "log.jsonl"
+        earlier: list[dict[str, Any]] = []
+        try:
+            earlier = truncate_log(path, start_step, self.note)
+        except OSError as error:
+            self.note(f"warning: can't remove old lines from {path}: {error}; the run goes on")
+        elapsed = earlier[-1].get("elapsed_s") if earlier else 0.0
+        self._elapsed_before = float(elapsed) if isinstance(elapsed, int | float) else 0.0
+        self._began = time.perf_counter()
+        self._jsonl = _Appender(path, self.note)
+        self._events = _EventFile(run_dir, start_step, self.note) if tensorboard else None
+
+    def note(self, text: str) -> None:
+        """Print a sentence to the console."""
+        if self._open:
+            self._print(text, markup=False)
+
+    def _print(self, text: str, **options: Any) -> None:
+        # Output into a file on a full disk ends no run.
+        with suppress(OSError):
+            self._console.print(text, highlight=False, soft_wrap=True, **options)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one line (from Meter.flush, plus lr and samples) to all three places."""
+        if not self._open:
+            return
+        line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
+        self._jsonl.append((json.dumps(line) + "\n").encode())
+        self._print(format_line(line, self.total_steps))
+        if self._events is not None:
+            self._events.write(line)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._open:
+            self._jsonl.close()
+            if self._events is not None:
+                self._events.close()
+
+
+class _Appender:
+    """Appends whole records to a file. When it can't, it warns once; later records may succeed."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path, self._warn, self._warned = path, warn, False
+        self._file: io.FileIO | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = io.FileIO(path, "ab")
+        except OSError as error:
+            self._failed(error)
+
+    def append(self, record: bytes) -> None:
+        if self._file is None:
+            return
+        size = None
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            while record:
+                record = record[self._file.write(record) :]
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    self._file.truncate(size)  # or the next record would follow half a record
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"warning: can't write {self._path}: {error}; the run goes on, and what belongs "
+                "there is lost until it can be written again"
+            )
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+
+class _EventFile:
+    """A TensorBoard file in RUN/tensorboard, written by this thread.
+
+    Rejected: SummaryWriter, which writes in a thread of its own; on a full disk that thread prints
+    a traceback, and a later call raises its error.
+    """
+
+    def __init__(self, run_dir: str | Path, start_step: int, warn: Callable[[str], None]) -> None:
+        from tensorboard.compat.proto import event_pb2
+
+        self._event = event_pb2.Event
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        path = Path(run_dir) / "tensorboard" / f"events.out.tfevents.{name}"
+        self._file = _Appender(path, warn)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # TensorBoard then drops what earlier files say about this step and later ones.
+        self._append(step=start_step + 1, file_version="brain.Event:2")
+        self._append(step=start_step + 1, session_log=start)
+
+    def _append(self, **fields: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.append(record.getvalue())
+
+    def write(self, line: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=key, simple_value=value)
+            for key, value in line.items()
+            if key != "step" and value is not None
+        ]
+        self._append(step=line["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def truncate_log(
+    path: Path, step: int, warn: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Remove the lines after `step`, and those that are damaged; returns the rest.
+
+    A last line that a crash cut off is removed without a warning. OSError when it can't be done.
+    """
+    if not path.exists():
+        return []
+    kept, num_damaged, end, good = [], 0, 0, True
+    with path.open("rb") as file:
+        for raw in file:
+            line = parse_line(raw)
+            if line is None:
+                num_damaged += raw.endswith(b"\n")
+                good = False
+            elif line["step"] <= step:
+                kept.append(line)
+                end += len(raw) if good else 0
+            else:
+                good = False
+    if num_damaged:
+        warn(f"warning: {num_damaged} damaged lines of {path} were removed")
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    else:
+        # The lines to remove are the last ones; cutting them off takes no room on a full disk.
+        os.truncate(path, end)
+    return kept
+
+
+def _console() -> Any:
+    """A rich console, which omits colours when the output is not a terminal.
+
+    A broken pipe is the watch thread's matter (job/watchdog.py): within seconds it ends this
+    process, or sends the output of a run that saves and stops to /dev/null.
+    """
+    from rich.console import Console
+
+    class PatientConsole(Console):
+        def on_broken_pipe(self) -> None:
+            time.sleep(SECONDS_FOR_THE_WATCHDOG)
+
+    # Without a terminal rich would wrap lines at 80 columns.
+    columns = os.environ.get("COLUMNS")
+    plain = PatientConsole()
+    return plain if plain.is_terminal or columns else PatientConsole(width=200)
