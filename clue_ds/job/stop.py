@@ -104,10 +104,7 @@ def check_progress(run_dir: str | Path, step: int) -> None:
     message = None
     if dist.rank() == 0:
         path = Path(run_dir) / RESTARTS_FILE
-        before = json.loads(path.read_text()) if path.is_file() else {"step": -1, "restarts": 0}
-        restarts = before["restarts"] + 1 if before["step"] == step else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, json.dumps({"step": step, "restarts": restarts}) + "\n")
+        restarts = _count_restart(path, step)
         if restarts > int(limit):
             message = (
                 f"clue-ds pretrain: error: {restarts} restarts in a row began at step {step} and "
@@ -117,3 +114,24 @@ def check_progress(run_dir: str | Path, step: int) -> None:
             print(message, flush=True)
     if dist.broadcast(message) is not None:
         raise SystemExit(contract.STATUS_NO_PROGRESS)
+
+
+def _count_restart(path: Path, step: int) -> int:
+    """Number of restarts in a row from `step`, which `path` then holds.
+
+    A file that is damaged or can't be written costs the count, and never the run: one warning.
+    """
+    restarts = 0
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        restarts = int(before["restarts"]) + 1 if before["step"] == step else 0
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        print(f"warning: can't read {path} ({error!r}); restarts count from 0 again", flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, json.dumps({"step": step, "restarts": restarts}) + "\n")
+    except OSError as error:
+        print(f"warning: can't write {path}: {error}; this restart is not counted", flush=True)
+    return restarts
