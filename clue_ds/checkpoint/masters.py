@@ -1,7 +1,7 @@
 """Reading a run's weights: fp32 masters of every ZeRO stage and precision, by name.
 
 Guarantees: no process group and no engine is needed; DeepSpeed's pickles are opened only after
-their hashes were compared (see manifest.py).
+their hashes were compared (manifest.py), and so that they can't run code (pickles.py).
 
 Rejected: DeepSpeed's module weights at stage 0 in bf16, which differ from the masters by 2.6e-3;
 own code for the masters of stages 1 to 3 where deepspeed.utils.zero_to_fp32 works, which is exact.
@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from clue_ds.checkpoint import manifest as manifests
+from clue_ds.checkpoint import pickles
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
 from clue_ds.errors import UserError
@@ -44,7 +43,7 @@ def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor],
     choice = choose(Path(directory))
     saved = choice.manifest
     state = _masters(choice)
-    state |= safetensors.torch.load_file(choice.directory / FROZEN)
+    state |= pickles.load_tensors(choice.directory / FROZEN)
     # The head for labelled pairs is used only in training.
     state = {name: t for name, t in state.items() if not name.startswith(pairs.HEAD)}
     config = ModelConfig(**saved.model)
@@ -79,19 +78,18 @@ def _masters(choice: Choice) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with (
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+        pickles.guarded(),
+    ):
         state = get_fp32_state_dict_from_zero_checkpoint(str(choice.directory), tag=TAG)
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
-    """DeepSpeed's files contain more than tensors; their hashes were compared before."""
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
 def _masters_of_stage_0(choice: Choice) -> dict[str, Tensor]:
     """zero_to_fp32 fails here: the masters are lists without names, in the order of our groups."""
-    content = _unpickle(choice.directory / TAG / MODEL_STATES)
+    content = pickles.load(choice.directory / TAG / MODEL_STATES)
     state = {name: tensor.float() for name, tensor in content["module"].items()}
     if choice.manifest.precision == "fp32":
         return state
@@ -111,9 +109,11 @@ def _masters_of_bf16_stage_1(folder: Path, world_size: int) -> dict[str, Tensor]
 
     Each group is one flat vector, split evenly over the ranks and padded at its end.
     """
-    shards = [_unpickle(folder / _bf16_shard(r))["optimizer_state_dict"] for r in range(world_size)]
+    shards = [
+        pickles.load(folder / _bf16_shard(r))["optimizer_state_dict"] for r in range(world_size)
+    ]
     state = {}
-    for number, shapes in enumerate(_unpickle(folder / MODEL_STATES)["param_shapes"]):
+    for number, shapes in enumerate(pickles.load(folder / MODEL_STATES)["param_shapes"]):
         flat = torch.cat([s["single_partition_of_fp32_groups"][number].detach() for s in shards])
         begin = 0
         for name, shape in shapes.items():

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_ds import dist
+from clue_ds.checkpoint import pickles
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
@@ -244,10 +245,14 @@ class Engine:
             self._deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, directory: Path, tag: str) -> None:
-        """Read DeepSpeed's checkpoint `directory`/`tag`; only once, before the first step."""
-        path, _ = self._deepspeed.load_checkpoint(
-            str(directory), tag=tag, load_lr_scheduler_states=False
-        )
+        """Read DeepSpeed's checkpoint `directory`/`tag`; only once, before the first step.
+
+        UserError for a file that holds anything but tensors and the classes of pickles.ALLOWED.
+        """
+        with pickles.guarded():
+            path, _ = self._deepspeed.load_checkpoint(
+                str(directory), tag=tag, load_lr_scheduler_states=False
+            )
         assert path is not None, directory
         kept_whole = getattr(self._deepspeed.optimizer, "persistent_parameters", [])
         if (
