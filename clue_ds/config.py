@@ -207,9 +207,7 @@ class EvaluateSection(Section):
         1_000, ge=1, description="steps between evaluations; the last step is always evaluated"
     )
     batches: int = Field(
-        20,
-        ge=1,
-        description="global batches per evaluation (fewer if the held-out text is smaller)",
+        20, ge=1, description="global batches per evaluation (all of the text, if it has fewer)"
     )
 
 
@@ -221,6 +219,12 @@ class CheckpointSection(Section):
     )
     keep: int = Field(
         2, ge=1, description="number of newest checkpoints to keep; older ones are deleted"
+    )
+    keep_every: int = Field(
+        0, ge=0, description="also keep each one whose step is a multiple of this; 0: none"
+    )
+    keep_best: bool = Field(
+        False, description="also keep the one with the lowest held-out loss (checkpoints/best)"
     )
 
 

@@ -30,7 +30,7 @@ from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches, ds_json, train
+from clue_ds.pretrain import batches, ds_json, saving, train
 from clue_ds.pretrain.engine import start
 from clue_ds.settings import paths
 from clue_ds.settings.arguments import refuse_repeated
@@ -149,7 +149,7 @@ def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
     size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
     run_dir = Path(config.run_dir)
     num_existing = len(manifest.published(run_dir / manifest.FOLDER))
-    number = max(1, config.checkpoint.keep + 1 - num_existing)
+    number = max(1, saving.most_on_disk(config) - num_existing)
     parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     text = (

@@ -26,7 +26,7 @@ from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json
+from clue_ds.pretrain import ds_json, saving
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
@@ -245,12 +245,11 @@ def _disk_lines(
     run: RunConfig, num_parameters: int, stage: int, corpus: Corpus | None, directory: Path
 ) -> list[str]:
     size = checkpoint_bytes(num_parameters, run.train.precision, stage)
-    # A new checkpoint is complete before the oldest is removed.
-    checkpoints = (run.checkpoint.keep + 1) * size
+    number = saving.most_on_disk(run)
     shards = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if corpus else 0
     return [
         f"checkpoint  {size / GIB:.2f} GiB every {run.checkpoint.every:,} steps",
-        f"disk        {checkpoints / GIB:.2f} GiB for {run.checkpoint.keep} checkpoints and the "
+        f"disk        {number * size / GIB:.2f} GiB for {number - 1} checkpoints and the "
         f"one being written; corpus {shards / GIB:.2f} GiB",
     ]
 

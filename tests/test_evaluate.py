@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
+from clue_ds.checkpoint import manifest
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.build.command import shard
@@ -58,13 +59,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         config("without", alone, train=wsd),
         config("resumed", train={**wsd, "steps": 3}),
         config("resumed", train=wsd),
-        config("one", model=NO_DROPOUT),
+        config("one", model=NO_DROPOUT, checkpoint={"every": 2, "keep": 1, "keep_best": True}),
         config("zero3", model=NO_DROPOUT, deepspeed="zero3"),
     ]
     assert run_ranks(1, pretrain_runs, runs) == [[None] * 6]
     two = config("two", model=NO_DROPOUT, train={"micro_batch_size": 1})
     assert run_ranks(2, pretrain_runs, [two]) == [[None]] * 2
     return folder
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(folder: Path) -> None:
+    losses = {line["step"]: line["held_out_loss"] for line in read_log(folder / "one")[1::2]}
+    best = min(losses, key=losses.__getitem__)
+    checkpoints = folder / "one" / "checkpoints"
+    assert {manifest.step_of(p) for p in manifest.published(checkpoints)} == {best, 6}
+    assert (checkpoints / "best").read_text() == manifest.name(best) + "\n"
+    assert manifest.read(checkpoints / manifest.name(best)).held_out_loss == losses[best]
 
 
 def test_it_stands_in_its_steps_lines(folder: Path) -> None:

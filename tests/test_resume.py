@@ -6,6 +6,7 @@ second half runs in fresh processes, from a copy of the run directory as the int
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
+from test_manifest import described
 
+from clue_ds.checkpoint import manifest
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data.stream.samples import STREAM_VERSION
-from clue_ds.pretrain import resume
+from clue_ds.errors import UserError
+from clue_ds.pretrain import resume, saving
 
 # As shipped, stage 3 keeps every parameter of so small a model whole; here it shards them all.
 OWN_JSON = {"zero3_sharded": str(Path(__file__).with_name("zero3_sharded.json"))}
@@ -47,10 +51,13 @@ def interrupted_copy(run: Path, copy: Path) -> Path:
 def change_stream_version(run: Path, version: int | None) -> None:
     """Make a checkpoint one of another stream, or of the time before streams had versions."""
     path = run / "checkpoints" / f"step-{MIDDLE:08d}" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest.pop("stream_version") == STREAM_VERSION
-    more = {} if version is None else {"stream_version": version}
-    path.write_text(json.dumps({**manifest, **more}))
+    values = json.loads(path.read_text())
+    assert values.pop("stream_version") == STREAM_VERSION
+    if version is None:
+        values = {k: v for k, v in values.items() if k not in ("sha256", "num_threads")}
+        path.write_text(json.dumps({**values, "format": 1}))
+    else:
+        path.write_text(manifest.seal({**values, "stream_version": version}))
 
 
 class Runs:
@@ -198,3 +205,32 @@ def test_what_is_only_carried_out_differently_may_change() -> None:
         checkpoint={"keep": 1},
     )
     assert resume.differences(old, now, 3) == []
+
+
+def test_other_versions_and_threads_are_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0", "deepspeed": "0.19.8", "numpy": "2.4.0"}
+    monkeypatch.setattr(resume.preflight, "versions", lambda: versions)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    saved = dataclasses.replace(described(3), versions=versions, num_threads=2)
+    assert resume.environment(saved, uses_cpu=True) == []
+    other = dataclasses.replace(saved, versions={**versions, "torch": "2.12.0"}, num_threads=4)
+    (note,) = resume.environment(other, uses_cpu=True)
+    assert "saved with torch 2.12.0 and 4 threads, and this run has torch 2.13.0 and 2 th" in note
+    (note,) = resume.environment(other, uses_cpu=False)
+    assert "threads" not in note
+    # Earlier versions of clue_ds recorded no threads.
+    assert resume.environment(dataclasses.replace(saved, num_threads=0), uses_cpu=True) == []
+
+
+def test_a_retention_that_would_keep_nothing_is_refused() -> None:
+    def check(has_held_out: bool = True, **keep: Any) -> None:
+        config = tiny_config("c", "r", evaluate={"every": 2}, checkpoint={"every": 4, **keep})
+        saving.check_retention(config, has_held_out)
+
+    check(keep_every=8, keep_best=True)
+    with pytest.raises(UserError, match="keep_every 6 is not a multiple .* 4; set it to 8"):
+        check(keep_every=6)
+    with pytest.raises(UserError, match="needs held-out text"):
+        check(keep_best=True, has_held_out=False)
+    with pytest.raises(UserError, match="evaluate.every 2 does not divide checkpoint.every 3"):
+        check(keep_best=True, every=3)

@@ -24,6 +24,8 @@ def test_status_of_a_run_done_alive_and_dead(
     config = tiny_config(make_corpus(tmp_path, sample_text), tmp_path / "run")
     assert run_ranks(1, pretrain_runs, [config.model_dump()]) == [[None]]
     run = tmp_path / "run"
+    with (run / "log.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"step": 9}\n\xff\x00 damaged')
     status.status(run)
     text = capsys.readouterr().out
     assert "step 6 of 6 (100.0%)" in text

@@ -9,27 +9,35 @@
       latest                  name of the newest one, for people and tools; not used here
 
 Guarantees: a directory is published by one rename, after its files and its manifest are on disk;
-`newest` returns a directory in which every byte was read and compared, and why it skipped each
-newer one. Nothing is unpickled here.
+`newest` returns a directory in which every byte was read and compared, the manifest included, and
+says why it skipped each newer one. A checkpoint that others could have changed, or that a newer
+clue_ds made, is an error and is neither skipped nor renamed. Nothing is unpickled here.
 
-Rejected: using `latest` (after a crash it may be out of date) and comparing only sizes.
+Formats: 1 had no hash of its own. 2 has `sha256`: the SHA-256 of the file's bytes as they are when
+that field is "". The bytes are exactly those of `seal`, so an edited manifest never passes. A
+clue_ds that reads only format 1 takes format 2 for damaged and does not load it.
+
+Rejected: using `latest` (after a crash it may be out of date) and comparing only sizes; adding the
+hash to format 1, where a damaged name of that field would make an unhashed manifest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from clue_ds import files
+from clue_ds.checkpoint import permissions
 from clue_ds.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
 FOLDER = "checkpoints"
 # Inside a checkpoint: DeepSpeed's folder, and the parameters that are not trained.
@@ -37,19 +45,37 @@ TAG = "deepspeed"
 FROZEN = "frozen.safetensors"
 STEP_NAME = re.compile(r"step-(\d{8})")
 
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of the checkpoint must be: its size in bytes and its SHA-256."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    size: Count
+    sha256: Digest
+
 
 @dataclass(frozen=True)
 class Manifest:
     """manifest.json. `samples`: sequences consumed; `group_names`: see Engine.
 
     `stream_version`: STREAM_VERSION of data/stream/samples.py; 0: saved before it existed.
+    `num_threads`: of torch on rank 0; 0: not recorded. `held_out_loss`: if it was evaluated at this
+    step. `sha256`: see the header; only `publish` sets it.
     """
 
-    format: int
-    step: int
-    samples: int
-    world_size: int
-    zero_stage: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    format: Positive
+    step: Positive
+    samples: Positive
+    world_size: Positive
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload: bool
     precision: str
     config: dict[str, Any]
@@ -58,8 +84,14 @@ class Manifest:
     corpus_fingerprint: str
     group_names: list[list[str]]
     versions: dict[str, str]
-    files: dict[str, dict[str, Any]]
-    stream_version: int = 0
+    files: dict[str, FileRecord]
+    stream_version: Count = 0
+    num_threads: Count = 0
+    held_out_loss: float | None = None
+    sha256: str = ""
+
+
+_ADAPTER = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -80,28 +112,45 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(directory: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    match = STEP_NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
+
+
 def publish(staging: Path, final: Path, manifest: Manifest) -> None:
     """Hash and sync every file of `staging`, write its manifest, and rename it to `final`."""
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     contents = {}
     for path in paths:
+        permissions.close_to_others(path)
         files.sync(path)
         key = path.relative_to(staging).as_posix()
-        contents[key] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+        contents[key] = FileRecord(path.stat().st_size, files.sha256(path))
     complete = dataclasses.replace(manifest, files=contents)
-    files.write_json(staging / FILE, dataclasses.asdict(complete))
+    files.write_text(staging / FILE, seal(dataclasses.asdict(complete)))
+    permissions.close_to_others(staging / FILE)
     for folder in {path.parent for path in paths} | {staging}:
+        permissions.close_to_others(folder)
         files.sync(folder)
     staging.rename(final)
-    files.write_text(final.parent / "latest", final.name + "\n")
+    files.sync(final.parent)
+    try:
+        files.write_text(final.parent / "latest", final.name + "\n")
+    except OSError as error:  # the checkpoint is on disk, and nothing here reads `latest`
+        print(f"warning: can't write {final.parent / 'latest'}: {error}", flush=True)
 
 
-def delete_old(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest published checkpoints."""
-    for directory in published(folder)[keep:]:
-        # Renamed first, because a half-deleted directory must not look published.
-        doomed = directory.rename(directory.with_name(directory.name + ".tmp"))
-        shutil.rmtree(doomed)
+def seal(values: dict[str, Any]) -> str:
+    """The text of manifest.json, with its own hash in `sha256`."""
+    unsealed = {**values, "sha256": ""}
+    digest = hashlib.sha256(_text(unsealed).encode("utf-8")).hexdigest()
+    return _text({**unsealed, "sha256": digest})
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def published(folder: Path) -> list[Path]:
@@ -111,42 +160,111 @@ def published(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name)), reverse=True)
 
 
-def verify(directory: Path) -> Manifest:
-    """The manifest, after reading and comparing every file; raises Damaged with the reason."""
-    path = directory / FILE
-    if not path.is_file():
-        raise Damaged(f"{FILE} is missing: the checkpoint was not completely written")
+def read(directory: Path) -> Manifest:
+    """The manifest, its own hash and every value checked, without reading the other files.
+
+    Damaged with the reason; UserError when a newer clue_ds made it.
+    """
+    text, values = _parse(directory / FILE)
+    number = values.get("format")
+    if type(number) is int and number > FORMAT:
+        raise UserError(_newer(directory, values))
+    if number == FORMAT or "sha256" in values:
+        _check_seal(text, values)
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"{FILE} can't be read: {error}") from None
-    if manifest.format != FORMAT:
-        raise Damaged(f"{FILE} has format {manifest.format}; this version reads {FORMAT}")
-    for key, expected in manifest.files.items():
-        _compare(directory / key, key, expected)
+        manifest = _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise Damaged(f"{FILE} is wrong at {key}: {first['msg']}") from None
+    if STEP_NAME.fullmatch(directory.name) and step_of(directory) != manifest.step:
+        raise Damaged(f"{FILE} says step {manifest.step}, which is not the directory's name")
+    train = manifest.config.get("train")
+    batch = train.get("global_batch_size") if isinstance(train, dict) else None
+    if type(batch) is not int or manifest.samples != manifest.step * batch:
+        raise Damaged(
+            f"{FILE} says {manifest.samples} samples after step {manifest.step}, which is not "
+            f"{manifest.step} times train.global_batch_size {batch}"
+        )
     return manifest
 
 
-def _compare(path: Path, key: str, expected: dict[str, Any]) -> None:
+def _parse(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+        values = json.loads(text)
+    except FileNotFoundError:
+        reason = f"{FILE} is missing: the checkpoint was not completely written"
+        raise Damaged(reason) from None
+    except PermissionError:
+        raise UserError(f"this user may not read {path}; change its permissions") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{FILE} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise Damaged(f"{FILE} holds no JSON object")
+    return text, values
+
+
+def _check_seal(text: str, values: dict[str, Any]) -> None:
+    try:
+        is_intact = seal(values) == text
+    except (ValueError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise Damaged(f"{FILE} has other bytes than when it was saved (its own SHA-256 differs)")
+
+
+def _newer(directory: Path, values: dict[str, Any]) -> str:
+    versions = values.get("versions")
+    made_by = versions.get("clue_ds", "") if isinstance(versions, dict) else ""
+    return (
+        f"{directory} was made by a newer clue_ds{f' ({made_by})' if made_by else ''}: its {FILE} "
+        f"has format {values['format']}, and this version reads up to {FORMAT}. Install that "
+        "version to use it, or give another run_dir. Nothing was changed"
+    )
+
+
+def verify(directory: Path) -> Manifest:
+    """The manifest, after reading and comparing every file; raises Damaged with the reason.
+
+    UserError when others could have changed the checkpoint, or a newer clue_ds made it.
+    """
+    permissions.check(directory)
+    manifest = read(directory)
+    for key, expected in manifest.files.items():
+        _compare(directory, key, expected)
+    for path in (directory / TAG).rglob("*"):
+        key = path.relative_to(directory).as_posix()
+        if path.is_file() and key not in manifest.files and not path.name.startswith("."):
+            raise Damaged(f"{key} is not in {FILE}, so it was not there when it was saved")
+    return manifest
+
+
+def _compare(directory: Path, key: str, expected: FileRecord) -> None:
+    path = directory / key
+    if ".." in Path(key).parts or Path(key).is_absolute():
+        raise Damaged(f"{FILE} lists {key}, which is outside the checkpoint")
     if not path.is_file():
         raise Damaged(f"{key} is missing")
-    status = path.stat()
-    if status.st_size != expected["size"]:
-        raise Damaged(f"{key} has {status.st_size:,} bytes instead of {expected['size']:,}")
-    # DeepSpeed's shards are pickles: their owner could run code as this user.
-    if status.st_uid not in (os.getuid(), 0):
-        raise Damaged(
-            f"{key} belongs to user {status.st_uid}, and loading it would run that user's code; "
-            "if you trust it, make your own copy of the checkpoint"
-        )
-    if files.sha256(path) != expected["sha256"]:
+    permissions.check_one(path, directory)
+    size = path.stat().st_size
+    if size != expected.size:
+        raise Damaged(f"{key} has {size:,} bytes instead of {expected.size:,}")
+    try:
+        digest = files.sha256(path)
+    except PermissionError:
+        raise UserError(f"this user may not read {path}; change its permissions") from None
+    except OSError as error:
+        raise Damaged(f"{key} can't be read: {error}") from None
+    if digest != expected.sha256:
         raise Damaged(f"{key} has other bytes than when it was saved (SHA-256 differs)")
 
 
 def newest(run_dir: str | Path) -> Choice | None:
     """The newest checkpoint of a run that verifies; None when the run has none at all.
 
-    UserError when there are directories but all are damaged: the run must not start over silently.
+    UserError when there are directories but all are damaged: the run must not start over silently;
+    also when one that is not older may not be used at all (see `verify`).
     """
     folder = Path(run_dir) / FOLDER
     skipped: dict[Path, str] = {}

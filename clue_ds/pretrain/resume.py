@@ -1,8 +1,9 @@
 """Which checkpoint a run continues from, and whether it is still the same run.
 
-Guarantees: the newest intact checkpoint is chosen; damaged ones are named and moved aside; changed
+Guarantees: the newest intact checkpoint is chosen; damaged ones are named and moved aside; one that
+others could have changed, or that a newer clue_ds made, ends the start and stays as it is; changed
 settings that would make it a different run are refused in one error that lists every difference,
-before any rank has unpickled anything.
+before any rank has unpickled anything; other versions or threads, which change bits, are one note.
 
 train.steps may not change with the schedules linear and cosine, because the learning rate of every
 earlier step depends on it. With wsd it may, as long as neither the old nor the new decay has begun.
@@ -15,13 +16,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.checkpoint import manifest as manifests
-from clue_ds.checkpoint.manifest import Choice
+from clue_ds.checkpoint.manifest import Choice, Manifest
 from clue_ds.config import RunConfig
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
+from clue_ds.job import preflight
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
 
@@ -45,6 +49,8 @@ MAY_CHANGE = {
     "model.init",  # matters only at the start of a run
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
     "log.every",
     "log.tensorboard",
     *(f"health.{name}" for name in run_config.HealthSection.model_fields),
@@ -90,6 +96,29 @@ def describe(choice: Choice) -> list[str]:
     ]
     chosen = f"resuming after step {choice.manifest.step}: the newest intact checkpoint is"
     return [*skipped, f"{chosen} {choice.directory}"]
+
+
+def environment(saved: Manifest, uses_cpu: bool) -> list[str]:
+    """A note when the run can't continue bit for bit because versions or threads are others.
+
+    `uses_cpu`: whether the number of threads decides the order of any sums.
+    """
+    now = preflight.versions()
+    before = [
+        (f"{package} {saved.versions[package]}", f"{package} {now[package]}")
+        for package in ("torch", "deepspeed")
+        if saved.versions.get(package, now[package]) != now[package]
+    ]
+    num_threads = torch.get_num_threads()
+    if uses_cpu and saved.num_threads and saved.num_threads != num_threads:
+        before.append((f"{saved.num_threads} threads", f"{num_threads} threads"))
+    if not before:
+        return []
+    then, today = (" and ".join(names) for names in zip(*before, strict=True))
+    return [
+        f"the checkpoint was saved with {then}, and this run has {today}: it continues, but its "
+        "losses and weights won't be those of an undisturbed run bit for bit"
+    ]
 
 
 def _set_aside(choice: Choice) -> None:

@@ -116,7 +116,8 @@ def train(run: Run) -> int:
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
             with meter.paused(), run.watch.section("save"):
-                directory = saving.save(engine, run.identity, done)
+                loss = line.get("held_out_loss")
+                directory = saving.save(engine, run.identity, done, loss)
             run.writers.note(f"saved {directory}")
         if stops or is_done:
             return done
@@ -144,6 +145,7 @@ def build(config: RunConfig) -> Run:
     check(config, model_config, ds_values)
     stream = batches.make_stream(config, corpus)
     evaluator = batches.make_evaluator(config, corpus)
+    saving.check_retention(config, has_held_out=evaluator is not None)
     identity = resume.RunIdentity(
         config=config,
         model=model_config,
@@ -164,9 +166,14 @@ def build(config: RunConfig) -> Run:
     model, notes_on_model = build_model(identity, choice, corpus)
     engine = Engine(model, config.train, ds_values, config.deepspeed, device)
     notes += [_describe(engine, identity, stream), *notes_on_model]
-    prepare_run_dir(config, engine)
+    notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
-    for note in [*notes, *([] if choice is None else resume.describe(choice))]:
+    if choice is not None:
+        notes += resume.describe(choice)
+        notes += resume.environment(
+            choice.manifest, uses_cpu=device.type == "cpu" or engine.offload
+        )
+    for note in notes:
         writers.note(note)
     torch.manual_seed(dropout_seed(config.seed, start_step))
     if choice is not None:
@@ -229,18 +236,23 @@ def build_model(
     return model, notes
 
 
-def prepare_run_dir(config: RunConfig, engine: Engine) -> None:
-    """Write config.yaml; a UserError on every rank when a checkpoint would not fit on the disk.
+def prepare_run_dir(config: RunConfig, engine: Engine) -> list[str]:
+    """Write config.yaml and make the folder of checkpoints; returns notes for the user.
 
-    That is checked here, rather than after the hours until the first checkpoint.
+    UserError on every rank when a checkpoint would not fit on the disk.
     """
-    error = None
+    error, notes = None, []
     if dist.rank() == 0:
         run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run_config.save(config, run_dir / "config.yaml")
-        error = saving.no_room_for(engine, run_dir)
+        try:
+            notes = saving.prepare_folder(run_dir, engine)
+            run_config.save(config, run_dir / "config.yaml")
+        except UserError as refusal:
+            error = str(refusal)
+        except OSError as failure:
+            error = f"can't write {run_dir / 'config.yaml'}: {failure}; set another run_dir"
     dist.agree(error)
+    return notes
 
 
 def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:

@@ -1,0 +1,84 @@
+"""Which checkpoints of a run stay on disk, and removing the others.
+
+Guarantees: the `keep` newest stay, so does every one whose step is a multiple of `keep_every`, and
+with `keep_best` the one with the lowest held-out loss; the newest is never deleted. A process that
+dies while it deletes or saves leaves step-NNNNNNNN.tmp, which the next start of the run removes.
+Names that this project doesn't give are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from clue_ds.checkpoint import manifest as manifests
+from clue_ds.errors import UserError
+
+LEFTOVER = re.compile(r"step-\d{8}\.tmp")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which checkpoints stay. `every`: 0 for none beside the newest."""
+
+    newest: int
+    every: int = 0
+    best: bool = False
+
+
+def delete_old(folder: Path, rule: Rule) -> list[str]:
+    """Delete the published checkpoints that the rule does not keep.
+
+    Returns a message for each one that could not be deleted; the run goes on without it.
+    """
+    found = manifests.published(folder)
+    kept = set(found[: rule.newest])
+    if rule.every:
+        kept |= {path for path in found if manifests.step_of(path) % rule.every == 0}
+    if rule.best:
+        kept |= best(found)
+    failures = []
+    for directory in found:
+        if directory in kept:
+            continue
+        try:
+            # Renamed first, because a half-deleted directory must not look published.
+            doomed = directory.with_name(directory.name + ".tmp")
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            shutil.rmtree(directory.rename(doomed))
+        except OSError as error:
+            failures.append(
+                f"can't delete the old checkpoint {directory}: {error}; it takes up room until "
+                "you delete it, and the run goes on"
+            )
+    return failures
+
+
+def best(directories: list[Path]) -> set[Path]:
+    """The checkpoint with the lowest held-out loss, the newest of equals; none without a loss."""
+    losses = {}
+    for directory in directories:
+        try:
+            loss = manifests.read(directory).held_out_loss
+        except (manifests.Damaged, UserError):
+            continue
+        if loss is not None:
+            losses[directory] = loss
+    # `directories` is sorted from the newest on, and min returns the first of equals.
+    return {min(losses, key=losses.__getitem__)} if losses else set()
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what dead processes of this run left behind; returns the names.
+
+    The caller holds the run lock, so nobody is writing there.
+    """
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if LEFTOVER.fullmatch(p.name) and not p.is_symlink()]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in found if not path.exists())
