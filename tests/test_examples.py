@@ -45,15 +45,52 @@ def test_ids_are_the_files_own_and_unlabelled_files_need_no_label(tmp_path: Path
         (["", '{"sentence": "a", "label": "105"}'], r"a\.json:2: label '105' is not one of tnews"),
         (['{"sentence": "a"}'], r"a\.json:1: no field 'label' \(has sentence\)"),
         (['{"text": "a", "label": "100"}'], r"a\.json:1: no field 'sentence' \(has text, label\)"),
-        (['{"sentence": null, "label": "100"}'], r"a\.json:1: None is not text"),
+        (['{"sentence": null, "label": "100"}'], r"a\.json:1: null is not text"),
+        (['{"sentence": "a", "label": null}'], r"a\.json:1: the label is null"),
+        (['{"sentence": "a", "label": 100.0}'], r"a\.json:1: label 100\.0 must be a string"),
+        (['{"sentence": "a", "label": NaN}'], r"a\.json:1: not JSON: NaN"),
+        (['{"sentence": "a", "label": "100", "id": 1.5}'], r"a\.json:1: id 1\.5 must be a whole"),
+        (["", "[" * 200_000], r"a\.json:2: not JSON: nested too deeply"),
+        (['[{"sentence": "a"},'], r"a\.json:1: a JSON array begins here; write one JSON object"),
         (['{"sentence": " ", "label": "100"}'], r"a\.json:1: the text is empty"),
-        (["[1]"], r"a\.json:1: a line must be a JSON object"),
+        (["", "[1]"], r"a\.json:2: a line must be a JSON object"),
         ([""], r"a\.json has no examples"),
     ],
 )
 def test_each_mistake_names_file_and_line(lines: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         examples.read(TNEWS, write(tmp_path / "a.json", *lines))
+
+
+def test_the_same_lines_are_read_the_same_from_every_format(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, trailing spaces, and blank lines change nothing."""
+    rows = {
+        "a.json": [
+            '{"sentence": "一", "label": 100, "id": null} ',
+            '{"sentence": "二", "label": "101 "}',
+        ],
+        "a.tsv": ["sentence\tlabel ", "一\t100", "二\t101 "],
+        "a.csv": ["sentence,label", '"一",100', "二,101 "],
+    }
+    expected = [Example(0, "一", "100"), Example(1, "二", "101")]
+    for name, lines in rows.items():
+        for mark, end, last in (("", "\n", ""), ("\ufeff", "\r\n", " \r\n\r\n")):
+            path = tmp_path / name
+            path.write_text(mark + "".join(x + end for x in lines) + last, "utf-8", newline="")
+            assert examples.read(TNEWS, path) == expected, (name, mark)
+
+
+def test_a_column_that_is_named_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "label,sentence,label", "100,a,101")
+    with pytest.raises(UserError, match=r"a\.csv:1: two columns have the same name"):
+        examples.read(TNEWS, path)
+
+
+def test_null_is_not_the_label_none(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("name: t\ntext: [sentence]\nlabels: [None, x]\n")
+    path = write(tmp_path / "a.json", {"sentence": "a", "label": None})
+    with pytest.raises(UserError, match=r"a\.json:1: the label is null"):
+        examples.read(registry.get(tmp_path / "t.yaml"), path)
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ line feed ends a line: other separators (U+2028) belong to the text.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clue_ds import files
 from clue_ds.errors import UserError, existing_file
+from clue_ds.tasks import lines
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.registry import Record, Split, Task
 
@@ -72,9 +72,10 @@ def collect(
             continue
         text = text_of(task, record, where)
         number = len(examples) + examples.num_skipped
-        examples.append(Example(id_of(record, number), text, label))
-        if label is not None and task.name_field is not None and record.get(task.name_field):
-            examples.names[label] = str(record[task.name_field])
+        examples.append(Example(id_of(record, number, where), text, label))
+        name = record.get(task.name_field) if task.name_field is not None else None
+        if label is not None and isinstance(name, str) and name:
+            examples.names[label] = name
     if not examples:
         skipped = f"all {examples.num_skipped:,} lines are without a label"
         raise UserError(
@@ -95,8 +96,8 @@ def find(task: Task, data: str | Path, split: Split, version: str = "1.1") -> Pa
         raise UserError(
             f"data directory {data} {reason}; give the directory that holds the tasks' files"
         )
-    if split == "test" and version not in task.test_stems:
-        known = ", ".join(task.test_stems)
+    if split == "test" and version not in task.test_versions:
+        known = ", ".join(task.test_versions)
         raise UserError(f"{task.name} has no test set {version}; versions: {known}")
     found = candidates(task, data, split, version)
     if len(found) > 1:
@@ -108,29 +109,50 @@ def find(task: Task, data: str | Path, split: Split, version: str = "1.1") -> Pa
 
 
 def candidates(task: Task, data: Path, split: Split, version: str) -> list[Path]:
-    """The files of a split in the first directory of `data` that has any, best name first."""
+    """The files of a split in the first directory of `data` that has any, best name first.
+
+    Older archives call the test set 1.0 `test`, which is the name of 1.1 today: a file of that name
+    is a candidate for 1.0 if its content is 1.0's.
+    """
     names = _file_names(task, split, version)
     for directory in (data / task.folder, data / task.name, data):
         found = [directory / name for name in names if (directory / name).is_file()]
+        if not found and split == "test":
+            old = [stem + suffix for stem in task.old_stems(version) for suffix in SUFFIXES]
+            named = [directory / name for name in old if (directory / name).is_file()]
+            found = [path for path in named if version_of(task, path) == version]
         if found:
             return found
     return []
 
 
 def _file_names(task: Task, split: Split, version: str) -> list[str]:
-    stems = (task.test_stems[version],) if split == "test" else task.stems[split]
+    stems = (task.test_versions[version].stem,) if split == "test" else task.stems[split]
     return [stem + suffix for stem in stems for suffix in SUFFIXES]
 
 
-def version_of(task: Task, path: str | Path) -> str:
-    """Which version of the test set a file is, judged by its content and not by its name.
-
-    TNEWS 1.0 has keywords and 1.1 has none; the other tasks have one version, 1.1.
-    """
-    if len(task.test_stems) == 1:
-        return next(iter(task.test_stems))
+def version_of(task: Task, path: str | Path) -> str | None:
+    """Which version of the test set a file is by its content; None when that doesn't tell."""
+    if len(task.test_versions) == 1:
+        return next(iter(task.test_versions))
     path = existing_file(path, f"{task.name} file")
-    return "1.0" if any(record.get("keywords") for _, record in records(path)) else "1.1"
+    return task.recognize(record for _, record in records(path)) if task.recognize else None
+
+
+def test_files(task: Task, data: Path) -> dict[str, Path]:
+    """The file of each version of the test set that the data directory has.
+
+    A file that is another version by its content counts as that version, unless that version has
+    a file of its own: then one of the two has the wrong name, and `submit` refuses it.
+    """
+    found: dict[str, Path] = {}
+    for version in task.test_versions:
+        if candidates(task, data, "test", version):
+            path = find(task, data, "test", version)
+            content = version_of(task, path) or version
+            if content == version or candidates(task, data, "test", content) != [path]:
+                found[version] = path
+    return found
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -140,52 +162,31 @@ def records(path: Path) -> Iterator[tuple[int, Record]]:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end with {', '.join(SUFFIXES)}, which tells its format")
-    yield from (_table_records if path.suffix in (".csv", ".tsv") else _json_records)(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines with their line feeds, without a byte order mark."""
-    with path.open("rb") as stream:
-        for line, data in enumerate(stream, start=1):
-            try:
-                yield data.decode("utf-8-sig" if line == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{line}: not UTF-8 ({error.reason}); convert it first"
-                ) from None
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, Record]]:
-    for line, content in enumerate(_lines(path), start=1):
-        if not content.strip():
-            continue
-        try:
-            record = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{path}:{line}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}:{line}: a line must be a JSON object, not {content.strip()[:40]!r}"
-            )
-        yield line, record
+    if path.suffix in (".csv", ".tsv"):
+        yield from _table_records(path)
+    else:
+        yield from lines.json_objects(enumerate(lines.read_lines(path), start=1), path)
 
 
 def _table_records(path: Path) -> Iterator[tuple[int, Record]]:
     """CSV as spreadsheets write it, or TSV, which has no quoting. Line 1 names the columns."""
     csv.field_size_limit(1 << 30)  # the default refuses texts of more than 131,072 characters
+    text = lines.read_lines(path)
     if path.suffix == ".tsv":
-        reader = csv.reader(_lines(path), strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.reader(text, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(_lines(path), strict=True)
+        reader = csv.reader(text, strict=True)
     columns: list[str] | None = None
     begin = 1
     try:
         for cells in reader:
             line, begin = begin, reader.line_num + 1
-            if not any(cells):
+            if not any(cell.strip() for cell in cells):
                 continue
             if columns is None:
-                columns = cells
+                columns = [cell.strip() for cell in cells]
+                if len(set(columns)) < len(columns):
+                    raise UserError(f"{path}:{line}: two columns have the same name; rename one")
                 continue
             if len(cells) != len(columns):
                 raise UserError(
@@ -202,17 +203,38 @@ def _label(task: Task, record: Record, where: str) -> str:
             f"{where}: no field {task.label_field!r} (has {', '.join(record)}); "
             "a file without labels is only good for clue-ds predict"
         )
-    value = record[task.label_field]
-    label = str(value).lower() if isinstance(value, bool) else str(value)
+    label = label_text(record[task.label_field], where)
     if label not in task.labels and label not in task.skipped_labels:
         few = ", ".join(task.labels[:20]) + (", ..." if len(task.labels) > 20 else "")
         raise UserError(f"{where}: label {label!r} is not one of {task.name}'s: {few}")
     return label
 
 
-def id_of(record: Record, number: int) -> int | str:
-    """The record's own id, else the number of its line from 0."""
-    return next((record[f] for f in ID_FIELDS if isinstance(record.get(f), int | str)), number)
+def label_text(value: Any, where: str) -> str:
+    """A label as text, from the JSON string, whole number or boolean `value`."""
+    if value is None:
+        raise UserError(
+            f"{where}: the label is null; give the line a label, or remove the line from the file"
+        )
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | str):
+        return str(value).strip()
+    raise UserError(
+        f"{where}: label {value!r} must be a string or a whole number; write it as it is in the "
+        "task's list of labels"
+    )
+
+
+def id_of(record: Record, number: int, where: str) -> int | str:
+    """The record's own id, else (also if that is null) the number of its line from 0."""
+    for name in ID_FIELDS:
+        value = record.get(name)
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            return value
+        if value is not None:
+            raise UserError(f"{where}: {name} {value!r} must be a whole number or a string")
+    return number
 
 
 def text_of(task: Task, record: Record, where: str) -> Text:
@@ -233,7 +255,8 @@ def checked(text: Text, where: str) -> Text:
     texts = text if isinstance(text, tuple) else (text,)
     for one in texts:
         if not isinstance(one, str):
-            raise UserError(f"{where}: {one!r} is not text")
+            shown = "null" if one is None else repr(one)
+            raise UserError(f"{where}: {shown} is not text; give a string")
         if len(one) > MAX_CHARACTERS:
             raise UserError(
                 f"{where}: a text of {len(one):,} characters, which is more than "

@@ -7,7 +7,7 @@ settings of OCNLI, which are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class TestVersion:
+    """A version of a task's test set, and the name that the leaderboard wants for its answers.
+
+    A wrong name scores 0 without a message, so `source` tells where the name is written.
+    """
+
+    stem: str = "test"  # of the file's name
+    answers: str = ""  # file name in the zip; default: {task}_predict.json
+    source: str = ""
+    num_lines: int | None = None  # of CLUE's file
+
+
+@dataclass(frozen=True)
 class Task:
     """A classification task: the fields to read, the labels to predict, how to train."""
 
@@ -56,16 +69,27 @@ class Task:
     metric: str = "accuracy"
     # Stems of the file names, best first; the suffix tells the format (examples.SUFFIXES).
     stems: dict[Split, tuple[str, ...]] = field(
-        default_factory=lambda: {s: (s,) for s in ("train", "dev", "test")}
+        default_factory=lambda: {"train": ("train",), "dev": ("dev",)}
     )
-    # Version of the test set -> stem of its file. Only TNEWS has two.
-    test_stems: dict[str, str] = field(default_factory=lambda: {"1.1": "test"})
-    num_published: dict[Split, int] = field(default_factory=dict)
+    test_versions: dict[str, TestVersion] = field(default_factory=lambda: {"1.1": TestVersion()})
+    # Which of several versions a test file is, by its content; None: it doesn't tell.
+    recognize: Callable[[Iterable[Record]], str | None] | None = None
+    # Names for the answers that were published and are no longer accepted -> by whom.
+    old_answers: dict[str, str] = field(default_factory=dict)
+    num_published: dict[Split, int] = field(default_factory=dict)  # examples of train and dev
 
     @property
     def folder(self) -> str:
         """Where CLUE's archives put the task's files."""
         return f"{self.name}_public"
+
+    def old_stems(self, version: str) -> tuple[str, ...]:
+        """Names of other versions' files, which older archives give to this one."""
+        return tuple(v.stem for name, v in self.test_versions.items() if name != version)
+
+    def answers_name(self, version: str) -> str:
+        """The name in a submission of the answers to a version of the test set."""
+        return self.test_versions[version].answers or f"{self.name}_predict.json"
 
     def text(self, record: Record) -> Text:
         """What the model reads of a record, which has all of `fields`."""
@@ -88,7 +112,7 @@ class Task:
 
 def csl_text(record: Record) -> Text:
     """The pair of keywords (joined by spaces) and abstract; the task: do they belong together?"""
-    if isinstance(record["keyword"], str):
+    if not isinstance(record["keyword"], list):
         raise TypeError("keyword must be a list of texts")
     return " ".join(record["keyword"]), record["abst"]
 
@@ -107,6 +131,30 @@ def wsc_text(record: Record) -> Text:
     return text
 
 
+def tnews_version(records: Iterable[Record]) -> str:
+    """Test set 1.0 has keywords and 1.1 has none."""
+    return "1.0" if any(record.get("keywords") for record in records) else "1.1"
+
+
+def wsc_version(records: Iterable[Record]) -> str | None:
+    """The two test sets have no text in common; the number of lines tells them apart."""
+    num_lines = sum(1 for _ in records)
+    versions = TASKS["cluewsc2020"].test_versions
+    return next((name for name, v in versions.items() if v.num_lines == num_lines), None)
+
+
+def _one_test(answers: str, num_lines: int | None = None) -> dict[str, TestVersion]:
+    return {"1.1": TestVersion("test", answers, GUIDE, num_lines)}
+
+
+def _two_tests(answers: str, num_new: int, num_old: int) -> dict[str, TestVersion]:
+    return {
+        "1.1": TestVersion("test", f"{answers}11_predict.json", GUIDE, num_new),
+        "1.0": TestVersion("test1.0", f"{answers}10_predict.json", GUIDE, num_old),
+    }
+
+
+GUIDE = "CLUE's submission guide of 2021-09-04"
 NLI_LABELS = ("contradiction", "entailment", "neutral")
 TNEWS_LABELS = tuple(str(n) for n in range(100, 117) if n not in (105, 111))
 NO_LABEL = frozenset({"-"})
@@ -120,7 +168,8 @@ TASKS: dict[str, Task] = {
             "pair",
             PAIR,
             ("0", "1"),
-            num_published={"train": 34_334, "dev": 4_316, "test": 3_861},
+            test_versions=_one_test("afqmc_predict.json", 3_861),
+            num_published={"train": 34_334, "dev": 4_316},
         ),
         Task(
             "tnews",
@@ -128,8 +177,10 @@ TASKS: dict[str, Task] = {
             ("sentence",),
             TNEWS_LABELS,
             name_field="label_desc",
-            test_stems={"1.1": "test", "1.0": "test1.0"},
-            num_published={"train": 53_360, "dev": 10_000, "test": 10_000},
+            test_versions=_two_tests("tnews", 10_000, 10_000),
+            recognize=tnews_version,
+            old_answers={"tnews_predict.json": "CLUE's scripts, when there was one test set"},
+            num_published={"train": 53_360, "dev": 10_000},
         ),
         Task(
             "iflytek",
@@ -138,7 +189,8 @@ TASKS: dict[str, Task] = {
             tuple(map(str, range(119))),
             Settings(batch_size=32),
             name_field="label_des",
-            num_published={"train": 12_133, "dev": 2_599, "test": 2_600},
+            test_versions=_one_test("iflytek_predict.json", 2_600),
+            num_published={"train": 12_133, "dev": 2_599},
         ),
         Task(
             "cmnli",
@@ -147,7 +199,8 @@ TASKS: dict[str, Task] = {
             NLI_LABELS,
             Settings(batch_size=64, lr=3e-5, epochs=2),
             skipped_labels=NO_LABEL,
-            num_published={"train": 391_783, "dev": 12_241, "test": 13_880},
+            test_versions=_one_test("cmnli_predict.json", 13_880),
+            num_published={"train": 391_783, "dev": 12_241},
         ),
         Task(
             "csl",
@@ -157,7 +210,8 @@ TASKS: dict[str, Task] = {
             Settings(max_length=256, lr=1e-5, epochs=5),
             small_settings=Settings(lr=SMALL_MODEL_LR, epochs=5),
             build=csl_text,
-            num_published={"train": 20_000, "dev": 3_000, "test": 3_000},
+            test_versions=_one_test("csl_predict.json", 3_000),
+            num_published={"train": 20_000, "dev": 3_000},
         ),
         Task(
             "cluewsc2020",
@@ -167,7 +221,13 @@ TASKS: dict[str, Task] = {
             Settings(lr=1e-5, epochs=10),
             small_settings=Settings(lr=SMALL_MODEL_LR, epochs=50),
             build=wsc_text,
-            num_published={"train": 1_244, "dev": 304, "test": 290},
+            test_versions=_two_tests("cluewsc", 2_574, 290),
+            recognize=wsc_version,
+            old_answers={
+                "cluewsc2020_predict.json": "CLUE's sample submission of 2020",
+                "wsc_predict.json": "the README of CLUE's archive of 2021-08-29",
+            },
+            num_published={"train": 1_244, "dev": 304},
         ),
         Task(
             "ocnli",
@@ -176,7 +236,9 @@ TASKS: dict[str, Task] = {
             NLI_LABELS,
             Settings(batch_size=32),
             skipped_labels=NO_LABEL,
-            stems={"train": ("train", "train.50k"), "dev": ("dev",), "test": ("test",)},
+            stems={"train": ("train", "train.50k"), "dev": ("dev",)},
+            test_versions=_one_test("ocnli_50k_predict.json"),
+            old_answers={"ocnli_predict.json": "some scripts; it scored 0 (issue 104 of CLUE)"},
         ),
     )
 }

@@ -131,15 +131,10 @@ def _run_json(
 
 def _test_versions(task: Task, data: str) -> dict[str, str]:
     """SHA-256 of each version of the test set in the data directory."""
-    found = {}
-    for version in task.test_stems if data != "hub" else ():
-        try:
-            path = examples.find(task, data, "test", version)
-        except UserError:  # training needs no test set
-            continue
-        digest = files.sha256(path)
-        found[examples.version_of(task, path)] = digest
-    return found
+    if data == "hub":
+        return {}
+    found = examples.test_files(task, Path(data))
+    return {version: files.sha256(path) for version, path in found.items()}
 
 
 def _prepare(spec: RunSpec, run_json: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:

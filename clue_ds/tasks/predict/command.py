@@ -152,7 +152,7 @@ def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
     for number, (line, record) in enumerate(examples.records(path)):
         where = f"{path}:{line}"
         text = text_of_record(predictor, record, where)
-        yield Example(examples.id_of(record, number), text, None)
+        yield Example(examples.id_of(record, number, where), text, None)
     if number < 0:
         raise UserError(f"{path} has no examples: it is empty; give one JSON object per line")
 

@@ -8,41 +8,48 @@ set, in order; all mistakes are listed at once. The zip's comment records the ve
 each test set.
 
 CLUE scores line by line and reads only the labels. The id is the line's number from 0, as in CLUE's
-samples, even if the test file has its own ids (CSL, CLUEWSC2020); predictions may have either. If a
-task has two test sets, the file's name contains the version (CLUE's rule since 2021-09).
+samples, even if the test file has its own ids (CSL, CLUEWSC2020); predictions may have either.
+
+A file with a wrong name scores 0 without a message. The names are data of the registry, with their
+source; each is printed with the test version whose answers it has.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clue_ds.errors import UserError, existing_file
-from clue_ds.tasks import examples, registry
+from clue_ds.tasks import examples, lines, registry
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.predict.command import output_file
+from clue_ds.tasks.predict.names import Names
 from clue_ds.tasks.predict.predictor import Predictor
-from clue_ds.tasks.registry import Record, Task
+from clue_ds.tasks.registry import Task
 
 SHOWN = 10  # ids in one message; more are only counted
+MAX_BYTES = 64 << 20  # of a file in the zip
+# What zipfile raises for a damaged or encrypted zip, or one that is packed in another way.
+DAMAGED = (
+    zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError, ValueError,
+    struct.error, zlib.error,
+)  # fmt: skip
 DATE = (1980, 1, 1, 0, 0, 0)  # a fixed date in the zip, so that equal answers give equal bytes
 
 
 class TestSet(NamedTuple):
-    """A test file and its version."""
+    """A test file, its version, and the name of its answers in the zip."""
 
     task: Task
     version: str
     examples: Examples
-
-    @property
-    def name(self) -> str:
-        """The name of its answers in the zip."""
-        return file_name(self.task, self.version)
+    name: str
 
 
 def submit(
@@ -51,31 +58,36 @@ def submit(
     predictions: Path | None = None,
     models: tuple[Path, ...] = (),
     check: Path | None = None,
+    name: tuple[str, ...] = (),
     force: bool = False,
 ) -> None:
     """Write the zip for CLUE's leaderboard, or check one; a zip with mistakes is refused.
 
     Args:
-        data: the directory of CLUE's files ({task}_public/test.json; TNEWS also test1.0.json).
+        data: the directory of CLUE's files ({task}_public/test.json; TNEWS and CLUEWSC2020 also
+            test1.0.json).
         output: the zip to write.
         predictions: a directory of answers from `clue-ds predict --out`, named as in the zip:
             afqmc_predict.json, tnews10_predict.json, tnews11_predict.json.
         models: instead of --predictions, fine-tuned models; each answers every version of its
             task's test set in the data directory.
         check: instead of writing, check this zip against the data.
+        name: TASK=FILE, other names in the zip than those of CLUE's guide; TASK:VERSION=FILE for a
+            task with two test sets.
         force: replace the output if it exists.
     """
     if sum((predictions is not None, bool(models), check is not None)) != 1:
         raise UserError("give exactly one of --predictions, --models and --check")
+    names = Names(data, name)
     if check is not None:
-        print(_report(check, check_zip(check, data)))
+        print(_report(check, check_zip(check, names), names))
         return
     if predictions is not None:
-        found = read_predictions(predictions, data)
+        found = read_predictions(predictions, names)
     else:
-        found = [pair for model in models for pair in answer(model, data)]
-    names = [test.name for test, _ in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+        found = [pair for model in models for pair in answer(model, names)]
+    written = [test.name for test, _ in found]
+    twice = sorted({one for one in written if written.count(one) > 1})
     if twice:
         raise UserError(f"two models answer {', '.join(twice)}; give one for each task")
     with output_file(output, force) as stream, zipfile.ZipFile(stream, "w") as archive:
@@ -84,156 +96,175 @@ def submit(
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, "".join(_lines(test.task, labels)))
         archive.comment = json.dumps(_record([test for test, _ in found])).encode()
-    print(_report(output, check_zip(output, data)))
+    print(_report(output, check_zip(output, names), names))
 
 
-def file_name(task: Task, version: str) -> str:
-    """{task}_predict.json, with the version in it if the task has several test sets."""
-    number = version.replace(".", "") if len(task.test_stems) > 1 else ""
-    return f"{task.name}{number}_predict.json"
-
-
-def _by_name() -> dict[str, tuple[Task, str]]:
-    """File name in the zip -> task and version."""
-    return {
-        file_name(task, version): (task, version)
-        for task in registry.TASKS.values()
-        for version in task.test_stems
-    }
-
-
-def open_test(task: Task, data: Path, version: str) -> TestSet:
+def open_test(task: Task, version: str, names: Names) -> TestSet:
     """A version of a test set; UserError when it is missing, or is another version by content."""
-    path = examples.find(task, data, "test", version)
-    found = examples.version_of(task, path)
+    path = examples.find(task, names.data, "test", version)
+    found = examples.version_of(task, path) or version
     if found != version:
         raise UserError(
-            f"{path} is test set {found} of {task.name} by its content, not {version}; "
-            f"rename it to {task.test_stems[found]}{path.suffix}"
+            f"{path} is test set {found} of {task.name} by its content, not {version}; its answers "
+            f"are called {names.of(task, found)}. If you have both test sets, call this one "
+            f"{task.test_versions[found].stem}{path.suffix}"
         )
-    return TestSet(task, version, examples.read(task, path, labelled=False))
+    rows = examples.read(task, path, labelled=False)
+    return TestSet(task, version, rows, names.of(task, version))
 
 
-def answer(model: Path, data: Path) -> Iterator[tuple[TestSet, list[str]]]:
+def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[str]]]:
     """A model's labels for every version of its task's test set in the data directory."""
     predictor = Predictor(model)
     task = predictor.task
     if task is None:
         raise UserError(f"{model} is not fine-tuned for a task of CLUE; give a model that is")
-    versions = [v for v in task.test_stems if examples.candidates(task, data, "test", v)]
-    for version in versions or list(task.test_stems)[:1]:
-        test = open_test(task, data, version)
+    versions = list(examples.test_files(task, names.data))
+    for version in versions or list(task.test_versions)[:1]:
+        test = open_test(task, version, names)
         encoded = predictor.encode([example.text for example in test.examples])
         yield test, [prediction.label for prediction in predictor.classify(encoded)]
 
 
-def read_predictions(directory: Path, data: Path) -> list[tuple[TestSet, list[str]]]:
+def read_predictions(directory: Path, names: Names) -> list[tuple[TestSet, list[str]]]:
     """The answers in a directory; one UserError lists every mistake in all of its files."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give the directory of the predictions")
     files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
-    mistakes, tests = _known_files(list(files), data, str(directory))
+    mistakes, tests = _known_files(list(files), names, str(directory))
     found = []
     for test in tests:
         path = files[test.name]
-        labels, wrong = check_lines(test, path.read_bytes(), str(path))
+        labels, wrong = check_lines(test, path.read_bytes(), str(path), is_scored=False)
         mistakes += wrong
         found.append((test, labels))
     _refuse(mistakes, str(directory))
     return found
 
 
-def check_zip(path: Path, data: Path) -> list[TestSet]:
+def check_zip(path: Path, names: Names) -> list[TestSet]:
     """The test sets that a zip answers; one UserError lists every mistake."""
     existing_file(path, "submission")
+    contents: dict[str, bytes] = {}
+    mistakes = []
     try:
         with zipfile.ZipFile(path) as archive:
-            contents = {name: archive.read(name) for name in archive.namelist()}
-            num_files = len(archive.namelist())
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is not a complete zip: {error}; write or copy it again") from None
-    mistakes, tests = _known_files(list(contents), data, str(path))
-    if num_files != len(contents):
-        mistakes.append(f"{path} contains a file twice")
+            for entry in archive.infolist():
+                if entry.filename in contents:
+                    mistakes.append(f"{path} contains {entry.filename} twice")
+                if entry.file_size > MAX_BYTES:
+                    size = f"{entry.filename} has {entry.file_size:,} bytes"
+                    raise zipfile.BadZipFile(f"{size}, and answers have at most {MAX_BYTES:,}")
+                contents[entry.filename] = archive.read(entry)
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f"{path} is not a complete zip of answers: {reason}; write or copy it again"
+        ) from None
+    wrong, tests = _known_files(list(contents), names, str(path))
+    mistakes += wrong
     for test in tests:
         mistakes += check_lines(test, contents[test.name], f"{path}:{test.name}")[1]
     _refuse(mistakes, str(path))
     return tests
 
 
-def _known_files(names: Sequence[str], data: Path, where: str) -> tuple[list[str], list[TestSet]]:
+def _known_files(found: Sequence[str], names: Names, where: str) -> tuple[list[str], list[TestSet]]:
     """(mistakes in file names, test sets of the files with correct names)."""
-    known = _by_name()
-    mistakes = [] if names else [f"{where} contains no predictions"]
+    mistakes = [] if found else [f"{where} contains no predictions"]
     tests = []
-    for name in names:
-        if name in known:
-            task, version = known[name]
-            tests.append(open_test(task, data, version))
-            continue
-        unversioned = registry.TASKS.get(name.removesuffix("_predict.json"))
-        hint = f"accepted names: {', '.join(known)}"
-        if unversioned is not None:
-            options = " or ".join(file_name(unversioned, v) for v in unversioned.test_stems)
-            hint = f"{unversioned.name} has two test sets; call it {options}"
-        mistakes.append(f"{where}: {name} is not a file name that CLUE accepts; {hint}")
+    for file in found:
+        if file in names.known:
+            tests.append(open_test(*names.known[file], names))
+        else:
+            advice = names.advice(file)
+            mistakes.append(f"{where}: {file} is not a file name that CLUE accepts; {advice}")
     return mistakes, tests
 
 
-def check_lines(test: TestSet, content: bytes, where: str) -> tuple[list[str], list[str]]:
-    """(labels, mistakes) of a file of answers."""
+def check_lines(
+    test: TestSet, content: bytes, where: str, is_scored: bool = True
+) -> tuple[list[str], list[str]]:
+    """(labels, mistakes) of a file of answers.
+
+    `is_scored`: the leaderboard reads these bytes, so they must have one answer on every line and
+    no byte order mark. Otherwise the answers are written anew, and both are harmless.
+    """
     mistakes: list[str] = []
     labels: list[str] = []
-    ids: list[Any] = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
+    ids: list[tuple[int, Any]] = []  # with the numbers of their lines
+    if content.startswith(lines.BYTE_ORDER_MARK):
+        content = content.removeprefix(lines.BYTE_ORDER_MARK)
+        if is_scored:
+            mistakes.append(
+                f"{where}:1: begins with a byte order mark, which CLUE's scorer would take for a "
+                "part of the first answer; save it as UTF-8 without BOM"
+            )
+    for number, data in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            line = lines.decode(data, where, number)
+            if not line.strip():
+                if is_scored:
+                    mistakes.append(
+                        f"{where}:{number}: a blank line; CLUE scores line by line, so remove it"
+                    )
+                continue
+            record = lines.json_object(line, where, number)
+        except UserError as error:
+            mistakes.append(str(error))
             continue
-        record = _json_object(line)
-        if record is None or "id" not in record or "label" not in record:
+        if "id" not in record or "label" not in record:
             mistakes.append(f'{where}:{number}: not {{"id": ..., "label": ...}}')
             continue
-        ids.append(record["id"])
+        ids.append((number, record["id"]))
         labels.append(record["label"])
-        if record["label"] not in test.task.labels:
-            mistakes.append(
-                f"{where}:{number}: label {record['label']!r} is not one of {test.task.name}'s"
-            )
+        wrong = _wrong_label(test.task, record["label"])
+        mistakes += [f"{where}:{number}: {wrong}"] if wrong else []
     mistakes += _wrong_ids(ids, [example.id for example in test.examples], where)
     return labels, mistakes
 
 
-def _json_object(line: bytes) -> Record | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+def _wrong_label(task: Task, label: Any) -> str | None:
+    if isinstance(label, str):
+        return None if label in task.labels else f"label {label!r} is not one of {task.name}'s"
+    given = json.dumps(label, ensure_ascii=False)[:40]
+    if label is None or isinstance(label, list | dict):
+        return f"label {given} must be a string, one of {task.name}'s labels"
+    meant = examples.label_text(label, "") if isinstance(label, int) else given
+    return f'label {given} must be a string: write "label": "{meant}"'
 
 
-def _wrong_ids(ids: list[Any], own: list[Any], where: str) -> list[str]:
+def _wrong_ids(ids: list[tuple[int, Any]], own: list[Any], where: str) -> list[str]:
     """Mistakes in the ids, which must be the test file's own ids or its line numbers."""
     numbers = list(range(len(own)))
-    if ids in (own, numbers):
+    given = [json.dumps(i) for _, i in ids]  # 1, "1" and true are three ids
+    if given in ([json.dumps(i) for i in own], [json.dumps(i) for i in numbers]):
         return []
     mistakes = []
     if len(ids) != len(own):
         mistakes.append(f"{where}: {len(ids):,} answers, but the test set has {len(own):,} lines")
     # Compare with whichever of the two the ids resemble more.
-    expected = min((own, numbers), key=lambda either: len({*map(str, either)} ^ {*map(str, ids)}))
-    given = [str(i) for i in ids]
-    missing = sorted({*map(str, expected)} - {*given}, key=lambda i: (len(i), i))
-    unknown = sorted({*given} - {*map(str, expected)}, key=lambda i: (len(i), i))
-    twice = [i for i, count in Counter(given).items() if count > 1]
+    plain = [str(i) for _, i in ids]
+    expected = min((own, numbers), key=lambda either: len({*map(str, either)} ^ {*plain}))
+    missing = sorted({*map(str, expected)} - {*plain}, key=lambda i: (len(i), i))
+    unknown = sorted({*plain} - {*map(str, expected)}, key=lambda i: (len(i), i))
+    twice = [i for i, count in Counter(plain).items() if count > 1]
     for what, which in (("missing", missing), ("unknown", unknown), ("twice", twice)):
         if which:
             more = f" and {len(which) - SHOWN:,} more" if len(which) > SHOWN else ""
-            mistakes.append(f"{where}: ids {what}: {', '.join(which[:SHOWN])}{more}")
+            shown = ", ".join(one[:40] for one in which[:SHOWN])
+            mistakes.append(f"{where}: ids {what}: {shown}{more}")
     if not mistakes:
-        line = next(n for n, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b)
-        mistakes.append(
-            f"{where}:{line + 1}: id {ids[line]!r} instead of {expected[line]!r}; answers must be "
-            "in the order of the test set"
+        line, one, right = next(
+            (line, one, right)
+            for (line, one), right in zip(ids, expected, strict=True)
+            if json.dumps(one) != json.dumps(right)
         )
+        advice = "answers must be in the order of the test set"
+        if str(one) == str(right):
+            kind = "a number, without quotes" if isinstance(right, int) else "a string"
+            advice = f"the id must be {kind}"
+        mistakes.append(f"{where}:{line}: id {one!r} instead of {right!r}; {advice}")
     return mistakes
 
 
@@ -259,14 +290,21 @@ def _record(tests: Sequence[TestSet]) -> dict[str, Any]:
     return {test.name: {"test": test.version, "sha256": test.examples.sha256} for test in tests}
 
 
-def _report(path: Path, tests: Sequence[TestSet]) -> str:
-    lines = [f"{path} is ready to submit:"]
+def _report(path: Path, tests: Sequence[TestSet], names: Names) -> str:
+    said = [f"{path} is ready to submit:"]
     for test in tests:
-        lines.append(
+        said.append(
             f"  {test.name}: {len(test.examples):,} answers to {test.task.name}'s test set "
-            f"{test.version} ({test.examples.path.name}, SHA-256 {test.examples.sha256[:12]})"
+            f"{test.version} ({test.examples.path.name}, SHA-256 {test.examples.sha256[:12]}); "
+            f"{names.source(test.task, test.version)}"
         )
+        published = test.task.test_versions[test.version].num_lines
+        if published is not None and len(test.examples) != published:
+            said.append(
+                f"    WARNING: CLUE's test set {test.version} has {published:,} lines, so this "
+                "file is not the whole of it, and the leaderboard would not accept the answers"
+            )
     absent = [name for name in registry.ALL if name not in {test.task.name for test in tests}]
     if absent:
-        lines.append(f"  tasks without answers: {', '.join(absent)}")
-    return "\n".join(lines)
+        said.append(f"  tasks without answers: {', '.join(absent)}")
+    return "\n".join(said)
