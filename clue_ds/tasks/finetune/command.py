@@ -9,6 +9,7 @@ kept is the best of their seeds.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -30,8 +31,9 @@ from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
-from clue_ds.tasks import registry
+from clue_ds.tasks import outputs, registry
 from clue_ds.tasks.finetune import run
+from clue_ds.tasks.finetune.directory import RESULT, locked, read_result
 from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
 from clue_ds.tasks.finetune.run import RunSpec
 
@@ -128,6 +130,7 @@ def finetune(
             from_scratch=from_scratch,
             limit=limit,
             force=force,
+            kernels=kernels,
         )
         for name in names
         for point in points
@@ -276,16 +279,20 @@ def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
     """Once all runs are done, link DIRECTORY/best to the best one and delete the other models."""
     if dist.rank() > 0:
         return
-    done = [r.directory for r in specs if (r.directory / run.RESULT).is_file()]
+    done = [r.directory for r in specs if (r.directory / RESULT).is_file()]
     if len(done) < len(specs):
         print(
             f"{len(done)} of {len(specs)} runs in {directory} are done; the last job of the array "
             "to end chooses the best"
         )
         return
-    results = {
-        run_dir: json.loads((run_dir / run.RESULT).read_text(encoding="utf-8")) for run_dir in done
-    }
+    with locked(directory, wait=True), outputs.explained(directory, "give another --output"):
+        best = _choose(directory, {run_dir: read_result(run_dir) for run_dir in done})
+    print(f"best model: {directory / BEST / 'model'} ({best.name})")
+
+
+def _choose(directory: Path, results: dict[Path, dict[str, Any]]) -> Path:
+    """Link the best of the runs, delete the models of the others, return the best."""
     by_settings: dict[str, list[Path]] = {}
     for run_dir, result in results.items():
         settings = json.dumps({**result["recipe"], "seed": None})
@@ -297,13 +304,15 @@ def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
     winners = max(by_settings.values(), key=lambda runs: sum(map(accuracy, runs)) / len(runs))
     best = max(winners, key=accuracy)
     for run_dir in results:
+        # Another command may have begun to work there; then the model is its own.
         if run_dir != best:
-            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            with contextlib.suppress(UserError), locked(run_dir):
+                shutil.rmtree(run_dir / "model", ignore_errors=True)
     # Two jobs may end at the same time; both choose the same run, so either link is right.
     link = directory / f".{BEST}-{socket.gethostname()}-{os.getpid()}"
     link.symlink_to(best.name)
     link.replace(directory / BEST)
-    print(f"best model: {directory / BEST / 'model'} ({best.name})")
+    return best
 
 
 def main(argv: list[str]) -> None:

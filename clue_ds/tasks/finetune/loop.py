@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clue_ds import dist, files
+from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.job import watchdog
 from clue_ds.pretrain import optim, schedule
 from clue_ds.pretrain.engine import dropout_seed
 from clue_ds.tasks import features
 from clue_ds.tasks.features import Features
-from clue_ds.tasks.finetune import measures
+from clue_ds.tasks.finetune import measures, state
 from clue_ds.tasks.finetune.updater import RanksUpdater, Updater
 from clue_ds.tasks.heads import BertForSequenceClassification
 
@@ -276,23 +276,22 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 
 
 def _save(path: Path, updater: Updater, progress: TrainingState) -> None:
-    """Replace the state file as one step: a kill leaves the old state or the new one."""
+    """Replace the state file, on rank 0."""
     if dist.rank() == 0:
-        state = {
+        saved = {
             "network": updater.network.state_dict(),
             "optimizer": updater.optimizer.state_dict(),
             "progress": vars(progress),
         }
-        with files.writing(path) as file:
-            torch.save(state, file)
+        state.save(path, saved)
     dist.barrier()
 
 
 def _resume(path: Path, updater: Updater) -> TrainingState:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    updater.network.load_state_dict(state["network"])
-    updater.optimizer.load_state_dict(state["optimizer"])
-    return TrainingState(**state["progress"])
+    saved = state.load(path)
+    updater.network.load_state_dict(saved["network"])
+    updater.optimizer.load_state_dict(saved["optimizer"])
+    return TrainingState(**saved["progress"])
 
 
 # ---------------------------------------------------------------------------------- classifying

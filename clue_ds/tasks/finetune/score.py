@@ -19,8 +19,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import registry
-from clue_ds.tasks.finetune import run
+from clue_ds.tasks import outputs, registry
+from clue_ds.tasks.finetune.directory import RESULT, read_result
 from clue_ds.tasks.registry import Split
 
 # Accuracy on the test sets, from the tables of CLUE and CLUEPretrainedModels.
@@ -32,6 +32,10 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
 }
 COLUMNS = ["task", "model", "settings", "seeds", "accuracy", "macro F1", "majority class", "data"]
+
+
+# What runs have in common that differ only in their seed; earlier versions recorded a part of it.
+SAME = ("task", "model", "task_content", "model_content", "from_scratch", "limit", "data")
 
 
 class Group(NamedTuple):
@@ -77,10 +81,10 @@ def score(
             table.add_row(*row)
         console.print(table)
     if markdown is not None:
-        markdown.write_text(as_markdown(groups), encoding="utf-8")
+        outputs.write_text(markdown, as_markdown(groups))
         print(f"wrote {markdown}")
     if html is not None:
-        html.write_text(as_html(groups), encoding="utf-8")
+        outputs.write_text(html, as_html(groups))
         print(f"wrote {html}")
 
 
@@ -92,23 +96,23 @@ def report(place: tyro.conf.Positional[Path], output: Path | None = None) -> Non
         output: the file to write, a self-contained page; default PLACE/report.html.
     """
     target = output if output is not None else place / "report.html"
-    target.write_text(as_html(collect((place,)), details=True), encoding="utf-8")
+    outputs.write_text(target, as_html(collect((place,)), details=True))
     print(f"wrote {target}")
 
 
 def collect(places: tuple[Path, ...]) -> list[Group]:
     """The finished runs in `places`, grouped over seeds, CLUE's tasks in CLUE's order."""
-    paths = {path.resolve() for place in places for path in place.glob(f"**/{run.RESULT}")}
+    paths = {path.resolve() for place in places for path in place.glob(f"**/{RESULT}")}
     if not paths:
         where = f" in {', '.join(map(str, places))}" if places else ""
         raise UserError(
-            f"there is no finished run ({run.RESULT}){where}; give an output directory of clue-ds "
+            f"there is no finished run ({RESULT}){where}; give an output directory of clue-ds "
             "finetune"
         )
     groups: dict[str, Group] = {}
     for path in sorted(paths):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        same = {k: result[k] for k in ("task", "model", "from_scratch", "limit", "data")}
+        result = read_result(path.parent)
+        same = {k: result.get(k) for k in SAME}
         key = json.dumps({**same, **result["recipe"], "seed": None})
         if key not in groups:
             groups[key] = Group(result["task"], _model(result), _settings(result), [])

@@ -1,0 +1,157 @@
+"""The directory of a fine-tuning run: one process at a time, one request, verified files.
+
+Guarantees: while a process works in a directory, from before its first byte to after its last, no
+other process changes it; a result is given only to the request that it was computed for; a state
+that is damaged is never resumed from, and the run starts again from its first step. The lock is the
+file system's and ends with its process. On a disk without such locks (Lustre without `-o flock`)
+every process gets the lock, and the user must start only one.
+
+Earlier versions of clue_ds recorded neither the model's weights nor the versions of the packages. A
+finished result of such a version is kept if all that it recorded agrees, with a note; an unfinished
+run starts again, because there is no telling what its state was trained from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clue_ds import files
+from clue_ds.errors import UserError
+from clue_ds.tasks import outputs
+from clue_ds.tasks.finetune import request, state
+
+RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.json"
+LOCK = ".lock"
+RESULT_KEYS = (
+    "task", "labels", "model", "from_scratch", "limit", "recipe", "data", "test_versions",
+    "num_trained_on", "best", "majority", "epochs", "losses", "label_names", "f1_of_classes",
+    "confusion", "seconds", "num_ranks", "versions",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Make `directory` if necessary and keep other processes out of it during the block.
+
+    UserError when another process is in it; with `wait`, wait until it leaves.
+    """
+    path = directory / LOCK
+    with outputs.explained(directory, "give another --output"):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = _lock_file(path, wait)
+    with file:
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            # Removed while it is still locked: see `_lock_file`.
+            path.unlink(missing_ok=True)
+
+
+def _lock_file(path: Path, wait: bool) -> Any:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        if not files.lock(file, wait):
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            raise UserError(f"{path.parent} is in use{_holder(holder)}")
+        # The process that had the lock may have removed the file: then this one locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+def _holder(text: str) -> str:
+    advice = "; wait until it ends, or give another --output"
+    try:
+        holder = json.loads(text)
+        return f": process {holder['pid']} on {holder['host']} works there{advice}"
+    except (ValueError, KeyError, TypeError):  # it has not written its name yet
+        return f" by another process{advice}"
+
+
+def prepare(
+    directory: Path, run_json: dict[str, Any], force: bool
+) -> tuple[list[str], dict[str, Any] | None]:
+    """(notes for the user, the result if the run is finished); the caller holds the lock.
+
+    UserError when the directory holds something else. Afterwards it holds `run_json`, and a state
+    only if the run can resume from it.
+    """
+    notes: list[str] = []
+    found = {path.name for path in directory.iterdir()} - {LOCK}
+    if found and RUN not in found:
+        raise UserError(f"{directory} exists and is not a fine-tuning run; choose another --output")
+    if found:
+        result = _earlier(directory, run_json, force, notes)
+        if result is not None:
+            return notes, result
+    files.write_json(directory / RUN, run_json)
+    return notes, None
+
+
+def _earlier(
+    directory: Path, run_json: dict[str, Any], force: bool, notes: list[str]
+) -> dict[str, Any] | None:
+    """The result of the earlier run in a directory, which is cleared unless it can be continued."""
+    is_finished, has_state = ((directory / name).exists() for name in (RESULT, STATE))
+    try:
+        earlier = files.read_json(directory / RUN, "run")
+        result = read_result(directory) if is_finished else None
+    except UserError as error:
+        if not force:
+            raise UserError(f"{error}. To discard this run, give --force") from None
+        clear(directory)
+        return None
+    different = request.differences(earlier, run_json)
+    if different and (is_finished or has_state) and not force:
+        raise UserError(
+            f"{directory} holds a run that differs in {', '.join(different)}; choose another "
+            "--output, or give --force to discard that run"
+        )
+    is_known = request.is_complete(earlier)
+    if result is not None and not different and (is_known or not force):
+        if not is_known:
+            notes.append(
+                f"{directory} was finished by an earlier version, which did not record the weights "
+                "of the model; if they may have changed since, give --force to train it again"
+            )
+        return result
+    reason = state.damage(directory / STATE) if has_state else None
+    if has_state and not is_known:
+        reason = "an earlier version saved it, which did not record the weights of the model"
+    if reason is not None and not different:
+        notes.append(f"can't resume from {directory / STATE}: {reason}; the run starts again")
+    if different or reason is not None or not has_state:
+        clear(directory)
+    return None
+
+
+def clear(directory: Path) -> None:
+    """Remove everything except the lock."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """The content of a run's result.json; UserError when it is damaged."""
+    path = directory / RESULT
+    result = files.read_json(path, "result")
+    missing = [key for key in RESULT_KEYS if key not in result]
+    if missing:
+        raise UserError(f"{path} is damaged: it has no {missing[0]}; restore it from a copy")
+    return result
