@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import clue_ds.export as export
 from clue_ds.errors import UserError
 from clue_ds.tasks import Predictor
 from clue_ds.tasks.serve import command
@@ -26,7 +27,9 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 service = pytest.importorskip("clue_ds.tasks.serve.app")
 
-from test_predict import TEXTS, finetuned, pretrained, vocab_file  # noqa: E402, F401
+from test_predict import TEXTS, WORDS, finetuned, pretrained, vocab_file  # noqa: E402, F401
+
+from clue_ds.tasks.serve import connections  # noqa: E402
 
 LIMITS = service.Limits(body_bytes=4_000, texts=4, text_chars=50)
 
@@ -34,13 +37,16 @@ LIMITS = service.Limits(body_bytes=4_000, texts=4, text_chars=50)
 class Running:
     """A service in this process, on a port of its own."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
+    def __init__(self, directory: Path, limited: Any = None, **options: Any) -> None:
         predictor = Predictor(directory)
         self.batcher = Batcher(service.compute(predictor), **options)
-        app = service.create_app(predictor, self.batcher, LIMITS)
+        app = service.create_app(predictor, self.batcher, LIMITS, frozenset({"model.example"}))
         self.listener = command.bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        settings = command.server_config(app)
+        if limited is not None:
+            settings.http = limited
+        self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
         while not self.server.started:
@@ -114,6 +120,113 @@ def test_health_metrics_page_and_openapi(classifier: Running) -> None:
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page), "loads something from elsewhere"
     paths = httpx.get(f"{classifier.url}/openapi.json").json()["paths"]
     assert {"/predict", "/embed", "/fill-mask"} <= set(paths)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("Model.Example.:443", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("10.0.0.1:8000", 421),
+        ("", 421),
+    ],
+)
+def test_a_page_elsewhere_does_not_reach_the_model_by_its_own_name(
+    host: str, status: int, classifier: Running
+) -> None:
+    """DNS rebinding: the browser asks 127.0.0.1 and names the attacker's host."""
+    for path in ("/health/live", "/"):
+        found = httpx.get(f"{classifier.url}{path}", headers={"Host": host})
+        assert found.status_code == status
+    if status == 421:
+        assert "not called" in httpx.get(classifier.url, headers={"Host": host}).text
+
+
+def unfinished(running: Running) -> socket.socket:
+    client = socket.create_connection(running.listener.getsockname())
+    client.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+    return client
+
+
+def test_unfinished_headers_leave_the_service_reachable(finetuned: Path) -> None:  # noqa: F811
+    """1,015 of them took all file descriptors, and no other client was answered for 70 s."""
+    running = Running(finetuned, limited=connections.protocol(limit=8))
+    clients = []
+    try:
+        for _ in range(4):
+            clients += [unfinished(running) for _ in range(10)]
+            assert httpx.get(f"{running.url}/health/live", timeout=30).status_code == 200
+            assert len(running.server.server_state.connections) <= 8
+        # The newest ones are still open and may finish.
+        clients[-1].sendall(b"x\r\n\r\n")
+        assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+    finally:
+        for client in clients:
+            client.close()
+        running.close()
+
+
+def test_a_header_that_does_not_end_is_ended(finetuned: Path) -> None:  # noqa: F811
+    running = Running(finetuned, limited=connections.protocol(limit=8, seconds=0.3))
+    try:
+        with unfinished(running) as client:
+            assert client.recv(1000).startswith(b"HTTP/1.1 408")
+            assert client.recv(1000) == b""
+        with socket.create_connection(running.listener.getsockname()) as client:
+            # A second request on a kept connection has the same limit.
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h")
+            heard = b""
+            while block := client.recv(1000):
+                heard += block
+            assert heard.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 408" in heard
+    finally:
+        running.close()
+
+
+def test_requests_in_work_are_never_replaced(finetuned: Path) -> None:  # noqa: F811
+    running = Running(finetuned, limited=connections.protocol(limit=2), max_wait_s=3.0)
+    body = {"texts": ["今天"]}
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)
+                for _ in range(2)
+            ]
+            while running.batcher.num_waiting < 2:
+                time.sleep(0.01)
+            with socket.create_connection(running.listener.getsockname()) as client:
+                assert client.recv(1000).startswith(b"HTTP/1.1 503")
+            assert [each.result().status_code for each in asked] == [200, 200]
+    finally:
+        running.close()
+
+
+def test_an_answer_that_is_not_finite_names_its_text(pretrained: Path, tmp_path: Path) -> None:  # noqa: F811
+    config, state = export.load(pretrained)
+    name = "bert.embeddings.word_embeddings.weight"
+    rows = state[name].clone()
+    rows[WORDS.index("湖")] = 3e38
+    state |= {name: rows, "cls.predictions.decoder.weight": rows}
+    directory = export.save(config, state, pretrained / "vocab.txt", tmp_path / "model")
+    running = Running(directory)
+    try:
+        # The word's vector is a row of the MLM head, too, so that head answers no text at all.
+        for path, texts, where in (
+            ("/embed", ["今天", "湖"], "texts.1"),
+            ("/fill-mask", ["[MASK]"], "texts.0"),
+        ):
+            found = httpx.post(f"{running.url}{path}", json={"texts": texts}, timeout=30)
+            error = found.json()["error"]
+            assert found.status_code == 500 and error["where"] == where
+            assert "is NaN or infinite" in error["what"]
+        found = httpx.post(f"{running.url}/embed", json={"texts": ["今天"]}, timeout=30)
+        assert found.status_code == 200
+    finally:
+        running.close()
 
 
 def test_fill_mask_and_embed(pretrained: Path) -> None:  # noqa: F811

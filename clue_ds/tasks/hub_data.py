@@ -28,7 +28,7 @@ def read(task: Task, split: Split) -> Examples:
     try:
         dataset = datasets.load_dataset(REPOSITORY, task.name, split=SPLITS[split])
     except Exception as error:  # every library below raises its own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"can't fetch {task.name} of {REPOSITORY} from the hub: {reason}; download the task's "
             "files elsewhere and give their directory with --data"

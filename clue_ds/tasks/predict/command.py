@@ -34,7 +34,7 @@ from clue_ds.settings import arguments
 from clue_ds.tasks import examples, features
 from clue_ds.tasks.examples import Example
 from clue_ds.tasks.features import Features, Text
-from clue_ds.tasks.predict.predictor import MASK, Prediction, Predictor
+from clue_ds.tasks.predict.predictor import MASK, Prediction, Predictor, check_finite
 from clue_ds.tasks.registry import Record
 
 CHUNK = 4096  # lines that are read, sorted by length and computed together
@@ -207,8 +207,8 @@ def _check_output(out: Path, force: bool) -> None:
 @contextlib.contextmanager
 def output_file(out: Path, force: bool) -> Iterator[IO[bytes]]:
     """A new file that gets its name only when it is complete."""
-    _check_output(out, force)
     try:
+        _check_output(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         with files.writing(out, shared=True) as stream:
             yield stream
@@ -225,7 +225,10 @@ def answered(
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         encoded = predictor.encode([example.text for example in chunk])
-        yield list(map(Answered, chunk, encoded, _answers(predictor, encoded, embed)))
+        answers = _answers(predictor, encoded, embed)
+        for example, answer in zip(chunk, answers, strict=True):
+            check_finite(answer, f"the text with id {example.id!r}")
+        yield list(map(Answered, chunk, encoded, answers))
 
 
 def _answers(predictor: Predictor, encoded: list[Features], embed: bool) -> list[Any]:
@@ -250,7 +253,7 @@ def write_answers(chunks: Iterable[list[Answered]], stream: IO[str]) -> tuple[in
     for chunk in chunks:
         for example, feature, answer in chunk:
             line = {"id": example.id, **_answer(answer), "truncated": feature.truncated}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             num_cut += feature.truncated
         num_texts += len(chunk)
     return num_texts, num_cut

@@ -40,6 +40,20 @@ class Prediction(NamedTuple):
     truncated: bool = False  # the model did not read the whole text
 
 
+class NotFinite(UserError):
+    """The model's answer to a text has NaN or infinity in it."""
+
+
+def check_finite(answer: Prediction | np.ndarray, where: str) -> None:
+    """Raise NotFinite, which begins with `where`, unless every number of an answer is finite."""
+    values = list(answer.probabilities.values()) if isinstance(answer, Prediction) else answer
+    if not np.isfinite(values).all():
+        raise NotFinite(
+            f"{where}: the model's answer is NaN or infinite, because its numbers overflow on this "
+            "text; the model is damaged or its training diverged, so use another one"
+        )
+
+
 class Predictor:
     """A model from a run directory, a checkpoint or a Hugging Face directory, ready for use.
 
@@ -162,6 +176,7 @@ class Predictor:
             **inputs, masked_positions=torch.from_numpy(positions)[None].to(self.device)
         )
         probabilities, ids = out.prediction_logits[0].float().softmax(-1).topk(top_k)  # [masks, k]
+        check_finite(probabilities.cpu().numpy(), f"the text {text!r}")
         return [
             [(self.tokenizer.tokens[i], p) for i, p in zip(row_ids, row, strict=True)]
             for row_ids, row in zip(ids.tolist(), probabilities.tolist(), strict=True)
@@ -174,7 +189,10 @@ class Predictor:
         """
         encoded = self.encode(texts)
         self._report_truncation(encoded)
-        return self.pool(encoded)
+        vectors = self.pool(encoded)
+        for number, vector in enumerate(vectors):
+            check_finite(vector, f"text {number}")
+        return vectors
 
     def similarity(
         self, first: Sequence[features.Text], second: Sequence[features.Text]
@@ -190,7 +208,10 @@ class Predictor:
         """The class of every text (or pair of texts), from a fine-tuned directory."""
         encoded = self.encode(texts)
         self._report_truncation(encoded)
-        return self.classify(encoded)
+        predictions = self.classify(encoded)
+        for number, prediction in enumerate(predictions):
+            check_finite(prediction, f"text {number}")
+        return predictions
 
     def encode(self, texts: Sequence[features.Text]) -> list[features.Features]:
         """The tokens that the model will read of every text, and whether it was truncated."""
@@ -200,7 +221,7 @@ class Predictor:
 
     @torch.inference_mode()
     def classify(self, encoded: Sequence[features.Features]) -> list[Prediction]:
-        """The class of every encoded text."""
+        """The class of every encoded text. The caller checks that the numbers are finite."""
         if self.classifier is None:
             raise UserError(f"{self.directory} has no classifier; fine-tune it first")
         result: list[Prediction] = [Prediction("", {})] * len(encoded)
@@ -214,7 +235,7 @@ class Predictor:
 
     @torch.inference_mode()
     def pool(self, encoded: Sequence[features.Features]) -> np.ndarray:
-        """The embedding of every encoded text, float32 [texts, H]."""
+        """The embedding of every encoded text, float32 [texts, H], not checked to be finite."""
         result = np.empty((len(encoded), self.config.hidden_size), dtype=np.float32)
         for rows, inputs in self._batches(encoded):
             hidden = self.bert(**inputs).float()  # [B, S, H]

@@ -17,6 +17,7 @@ source; each is printed with the test version whose answers it has.
 from __future__ import annotations
 
 import json
+import lzma
 import struct
 import zipfile
 import zlib
@@ -30,7 +31,7 @@ from clue_ds.tasks import examples, lines, registry
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.predict.command import output_file
 from clue_ds.tasks.predict.names import Names
-from clue_ds.tasks.predict.predictor import Predictor
+from clue_ds.tasks.predict.predictor import Predictor, check_finite
 from clue_ds.tasks.registry import Task
 
 SHOWN = 10  # ids in one message; more are only counted
@@ -38,7 +39,7 @@ MAX_BYTES = 64 << 20  # of a file in the zip
 # What zipfile raises for a damaged or encrypted zip, or one that is packed in another way.
 DAMAGED = (
     zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError, ValueError,
-    struct.error, zlib.error,
+    IndexError, lzma.LZMAError, struct.error, zlib.error,
 )  # fmt: skip
 DATE = (1980, 1, 1, 0, 0, 0)  # a fixed date in the zip, so that equal answers give equal bytes
 
@@ -123,7 +124,10 @@ def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[str]]]:
     for version in versions or list(task.test_versions)[:1]:
         test = open_test(task, version, names)
         encoded = predictor.encode([example.text for example in test.examples])
-        yield test, [prediction.label for prediction in predictor.classify(encoded)]
+        predictions = predictor.classify(encoded)
+        for number, prediction in enumerate(predictions):
+            check_finite(prediction, f"{test.examples.path}, text {number}")
+        yield test, [prediction.label for prediction in predictions]
 
 
 def read_predictions(directory: Path, names: Names) -> list[tuple[TestSet, list[str]]]:

@@ -27,7 +27,7 @@ from clue_ds.errors import UserError
 from clue_ds.tasks import examples
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.predict.command import text_of_record
-from clue_ds.tasks.predict.predictor import MASK, Predictor
+from clue_ds.tasks.predict.predictor import MASK, NotFinite, Predictor, check_finite
 from clue_ds.tasks.serve.batcher import Closed, Counters, Full
 from clue_ds.tasks.serve.http_errors import REFUSALS, Gate, Refusal, add_refusals
 
@@ -113,20 +113,37 @@ def compute(predictor: Predictor) -> Callable[[Hashable, list[Any]], Sequence[An
         except UserError as error:
             return error
 
+    def finite(answer: Any) -> Any:
+        try:
+            check_finite(answer, "this text")
+        except UserError as error:
+            return error
+        return answer
+
     def run(kind: Hashable, items: list[Any]) -> Sequence[Any]:
         if isinstance(kind, tuple):
             return [fill(text, kind[1]) for text in items]
         encoded = predictor.encode(items)
         if kind == "predict":
-            return predictor.classify(encoded)
-        vectors = predictor.pool(encoded).tolist()
-        return [(v, feature.truncated) for v, feature in zip(vectors, encoded, strict=True)]
+            return [finite(prediction) for prediction in predictor.classify(encoded)]
+        return [
+            (finite(vector), feature.truncated)
+            for vector, feature in zip(predictor.pool(encoded), encoded, strict=True)
+        ]
 
     return run
 
 
-def create_app(predictor: Predictor, waiting: Queue, limits: Limits = Limits()) -> FastAPI:
-    """The service for a model. When it shuts down it closes `waiting`, which answers everything."""
+def create_app(
+    predictor: Predictor,
+    waiting: Queue,
+    limits: Limits = Limits(),
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:
+    """The service for a model. When it shuts down it closes `waiting`, which answers everything.
+
+    `hosts`: the names that a request's Host header may have, beside those of loopback; None: any.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -138,7 +155,7 @@ def create_app(predictor: Predictor, waiting: Queue, limits: Limits = Limits()) 
         description=f"Predictions of the model {predictor.directory.name}.",
     )  # fmt: skip
     statuses: Counter[tuple[str, int]] = Counter()
-    app.add_middleware(Gate, limit=limits.body_bytes, statuses=statuses)
+    app.add_middleware(Gate, limit=limits.body_bytes, statuses=statuses, hosts=hosts)
     add_refusals(app)
     _add_health(app, predictor, waiting, limits, statuses)
     _add_answers(app, predictor, waiting, limits)
@@ -168,6 +185,7 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
             raise _wrong_model("/predict", "is not fine-tuned", "serve a fine-tuned model")
         texts = _texts(predictor, body.texts, limits)
         found = await _ask(waiting, "predict", texts)
+        _refuse_errors(found)
         return Predictions.model_construct(
             predictions=[Class.model_construct(**answer._asdict()) for answer in found]
         )
@@ -176,8 +194,9 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
     async def embed(body: Texts) -> Embeddings:
         """The embedding of every text (the mean of its token vectors), in order."""
         found = await _ask(waiting, "embed", _texts(predictor, body.texts, limits))
+        _refuse_errors([vector for vector, _ in found])
         return Embeddings.model_construct(
-            embeddings=[vector for vector, _ in found], truncated=[cut for _, cut in found]
+            embeddings=[vector.tolist() for vector, _ in found], truncated=[cut for _, cut in found]
         )
 
     @app.post("/fill-mask", responses=REFUSALS)
@@ -189,9 +208,7 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
         for number, text in enumerate(body.texts):
             _checked(text, f"texts.{number}")
         found = await _ask(waiting, ("fill-mask", body.top_k), body.texts)
-        for number, answer in enumerate(found):
-            if isinstance(answer, UserError):
-                raise Refusal(422, str(answer), f"texts.{number}", "correct this text")
+        _refuse_errors(found)
         return Fillings(
             fillings=[
                 [
@@ -201,6 +218,15 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
                 for masks in found
             ]
         )
+
+
+def _refuse_errors(found: Sequence[Any]) -> None:
+    """Answer with the first text that the model could not answer, if there is one."""
+    for number, answer in enumerate(found):
+        if isinstance(answer, NotFinite):
+            raise Refusal(500, str(answer), f"texts.{number}", "serve another model")
+        if isinstance(answer, UserError):
+            raise Refusal(422, str(answer), f"texts.{number}", "correct this text")
 
 
 def _wrong_model(where: str, what: str, what_to_do: str) -> Refusal:

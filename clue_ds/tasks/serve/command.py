@@ -1,8 +1,11 @@
 """`clue-ds serve`: serve a model over HTTP, by default only to clients on this machine.
 
-Guarantees: the address is printed once requests are accepted; on TERM and INT the server accepts no
-more connections, answers the requests in flight and exits. torch uses as many cores as it would
-without the server (OMP_NUM_THREADS), because the event loop computes nothing and needs little time.
+Guarantees: the address is printed once requests are accepted; on a loopback address, only requests
+to that address by name or number are answered, so that a web page can't reach the model through a
+host name of its own that it points to this machine (DNS rebinding); on TERM and INT the server
+accepts no more connections, answers the requests in flight and exits. torch uses as many cores as
+it would without the server (OMP_NUM_THREADS), because the event loop computes nothing and needs
+little time.
 """
 
 from __future__ import annotations
@@ -12,9 +15,14 @@ import ipaddress
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clue_ds.errors import UserError
 from clue_ds.tasks.predict.predictor import Predictor
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 # At shutdown, wait at most this long for clients to read their answers.
 SECONDS_TO_DRAIN = 60
@@ -32,6 +40,7 @@ def serve(
     body_bytes: int = 1 << 20,
     texts: int = 64,
     text_chars: int = 10_000,
+    allowed_hosts: tuple[str, ...] = (),
 ) -> None:
     """Serve a model over HTTP: /predict, /fill-mask, /embed, and a page at / to try them.
 
@@ -49,6 +58,9 @@ def serve(
         body_bytes: most bytes in the body of a request.
         texts: most texts in a request.
         text_chars: most characters in a text.
+        allowed_hosts: further names under which clients call the server (their Host header), such
+            as the one that a proxy passes on. On loopback, localhost and loopback addresses are
+            always allowed; on another address, all names are, unless this option lists some.
     """
     check_installed()
     import uvicorn
@@ -67,16 +79,39 @@ def serve(
     with bind(host, port) as listener:
         predictor = Predictor(model, task, max_batch, max_length)
         batcher = Batcher(compute(predictor), max_batch, max_wait_ms / 1000, max_waiting)
-        app = create_app(predictor, batcher, limits)
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=SECONDS_TO_DRAIN,
-        )
+        app = create_app(predictor, batcher, limits, _hosts(listener, host, allowed_hosts))
+        settings = server_config(app)
         listener.listen(settings.backlog)
         _announce(listener, predictor)
         uvicorn.Server(settings).run(sockets=[listener])
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """uvicorn's settings for the service, with the limits of its connections."""
+    import uvicorn
+
+    from clue_ds.tasks.serve import connections
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SECONDS_TO_DRAIN,
+        http=connections.protocol(connections.most_connections()),
+        ws="none",
+        backlog=connections.BACKLOG,
+    )
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _hosts(listener: socket.socket, host: str, allowed: tuple[str, ...]) -> frozenset[str] | None:
+    """The names that a Host header may have beside those of loopback; None: any name."""
+    if not _is_loopback(listener) and not allowed:
+        return None
+    return frozenset({host, *allowed})
 
 
 def check_installed() -> None:
@@ -111,7 +146,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _announce(listener: socket.socket, predictor: Predictor) -> None:
     host, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(host).is_loopback:
+    if not _is_loopback(listener):
         print(
             f"clue-ds serve: WARNING: {host} can be reached from other machines, and there is no "
             "password and no encryption; put a proxy that has both in front of the server",

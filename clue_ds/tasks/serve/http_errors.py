@@ -8,6 +8,7 @@ however the client sends it; a slow client occupies one connection, for at most 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -51,6 +52,7 @@ class ErrorBody(BaseModel):
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the body is not JSON"},
+    421: {"model": ErrorBody, "description": "the Host header names another server"},
     413: {"model": ErrorBody, "description": "more bytes, texts or characters than allowed"},
     422: {"model": ErrorBody, "description": "a field or a text is invalid"},
     503: {"model": ErrorBody, "description": "the queue is full; see Retry-After"},
@@ -96,16 +98,41 @@ def add_refusals(app: FastAPI) -> None:
         return Refusal(500, what, request.url.path, "see the server's log").response()
 
 
+def host_name(header: str) -> str:
+    """The host in a Host header, without port and brackets, in lower case."""
+    host = header.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].removesuffix(".")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only mean the machine itself."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
 class Gate:
-    """ASGI middleware: reads whole bodies within limits of size and time, and counts answers."""
+    """ASGI middleware: checks the Host, reads bodies within size and time, counts answers."""
 
-    def __init__(self, app: Any, limit: int, statuses: Counter[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        limit: int,
+        statuses: Counter[tuple[str, int]],
+        hosts: frozenset[str] | None = None,
+    ) -> None:
         self.app = app
+        self.hosts = hosts
         self.limit = limit
         self.statuses = statuses
 
@@ -122,6 +149,7 @@ class Gate:
             await send(message)
 
         try:
+            self._check_host(scope)
             body = await asyncio.wait_for(self._body(scope, receive), SECONDS_FOR_A_BODY)
         except asyncio.TimeoutError:
             refused = Refusal(
@@ -132,6 +160,20 @@ class Gate:
             await self._refuse(error, scope, receive, counted)
         else:
             await self.app(scope, self._replay(body, receive), counted)
+
+    def _check_host(self, scope: Message) -> None:
+        """Raise a Refusal if the request is for another host; see `serve/command.py`."""
+        if self.hosts is None:
+            return
+        for name in [value for key, value in scope["headers"] if key == b"host"]:
+            host = host_name(name.decode("latin-1"))
+            if host not in self.hosts and not is_loopback(host):
+                raise Refusal(
+                    421,
+                    f"this server is not called {host[:100]!r}",
+                    "the Host header",
+                    "call it by its address, or start it with --allowed-hosts and this name",
+                )
 
     async def _refuse(self, error: Refusal, scope: Message, receive: Receive, send: Send) -> None:
         # The rest of the body stays unread, so the connection can't be used again.
