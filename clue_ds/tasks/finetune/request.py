@@ -46,7 +46,7 @@ def weights_hash(state: StateDict) -> str:
     for name in sorted(name for name in state if name.startswith("bert.")):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

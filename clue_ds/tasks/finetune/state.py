@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -48,7 +48,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     with outputs.explained(path, "give another --output"), files.writing(path) as file:
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, cast(IO[bytes], hashing))
         except RuntimeError:  # torch's own report of an error that `write` raised
             if hashing.error is None:
                 raise
