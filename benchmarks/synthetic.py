@@ -3,19 +3,22 @@
 Tokens are ordinary ids made by hashing; two of five continue a word. Sentences of 1 to 160 tokens
 (40 on average) and documents of 1 to 60 sentences repeat in cycles. Sections of a shard that are
 not written are holes of the file, which take no disk space and read as zeros. The bytes are the
-same on any machine. Only `Corpus.verify` sees a difference from a real corpus: the checksums in
+same on any machine. Only `Corpus.verify` sees a difference from a real corpus: the SHA-256 in
 corpus.json are not those of the shards.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from clue_ds import files
+from clue_ds.data.checksums import PIECE_BYTES, checksums, num_pieces, write_checksums
 from clue_ds.data.corpus import (
     ALIGNMENT,
     FORMAT_VERSION,
@@ -23,6 +26,7 @@ from clue_ds.data.corpus import (
     VOCAB_FILE,
     ShardRecord,
     fingerprint,
+    manifest_checksum,
     shard_header,
     shard_name,
 )
@@ -49,7 +53,7 @@ def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes
         _write_shard(directory / shard_name(index), index, tokens, holes)
         for index, tokens in enumerate(np.diff(bounds).tolist())
     ]
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": "clue_ds corpus",
         "version": FORMAT_VERSION,
         "vocab_sha256": files.sha256(vocab),
@@ -61,7 +65,32 @@ def write_corpus(directory: Path, num_tokens: int, num_shards: int, holes: Holes
         "options": {"lower_case": True},
         "shards": [record._asdict() for record in records],
     }
-    files.write_json(directory / MANIFEST, {**manifest, "fingerprint": fingerprint(manifest)})
+    manifest["fingerprint"] = fingerprint(manifest)
+    sums = [_checksums(directory / record.file) for record in records]
+    write_checksums(directory, manifest["fingerprint"], sums)
+    files.write_json(directory / MANIFEST, {**manifest, "checksum": manifest_checksum(manifest)})
+
+
+def _checksums(path: Path) -> np.ndarray:
+    """The checksums of a shard; its holes are not read: zeros have the checksum 0."""
+    size = path.stat().st_size
+    sums = np.zeros(num_pieces(size), np.uint64)
+    with open(path, "rb", buffering=0) as file:
+        end = 0
+        while end < size:
+            try:
+                written = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    break
+                raise
+            begin = written // PIECE_BYTES * PIECE_BYTES
+            hole = os.lseek(file.fileno(), written, os.SEEK_HOLE)
+            end = min(size, begin + _AT_ONCE, -(-hole // PIECE_BYTES) * PIECE_BYTES)
+            data = np.fromfile(path, np.uint8, end - begin, offset=begin)
+            first = begin // PIECE_BYTES
+            sums[first : first + num_pieces(len(data))] = checksums(data)
+    return sums
 
 
 def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> ShardRecord:
@@ -74,13 +103,16 @@ def _write_shard(path: Path, index: int, num_tokens: int, holes: Holes) -> Shard
             for begin in range(0, num_tokens, _AT_ONCE):
                 file.write(_tokens(index, begin, min(begin + _AT_ONCE, num_tokens)).data)
         file.truncate(size)
+        # The last ends, which `Corpus` compares, are there in any case.
+        documents = size - 4 * num_documents
+        sentences = (documents - 4 * num_sentences) // ALIGNMENT * ALIGNMENT
+        for behind, last in ((sentences + 4 * num_sentences, num_tokens), (size, num_sentences)):
+            file.seek(behind - 4)
+            file.write(last.to_bytes(4, "little"))
         if holes != "everything":
-            document_ends = _ends(DOCUMENTS, num_documents, num_sentences)
-            # The two tables are at the end of the file, each at a multiple of ALIGNMENT.
-            at = size - document_ends.nbytes
-            file.seek(at)
-            file.write(document_ends.data)
-            file.seek((at - 4 * num_sentences) // ALIGNMENT * ALIGNMENT)
+            file.seek(documents)
+            file.write(_ends(DOCUMENTS, num_documents, num_sentences).data)
+            file.seek(sentences)
             file.write(_ends(SENTENCES, num_sentences, num_tokens).data)
     digest = hashlib.sha256(header + str(index).encode()).hexdigest()
     return ShardRecord(path.name, num_tokens, num_sentences, num_documents, size, digest)

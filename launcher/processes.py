@@ -158,10 +158,15 @@ def true_status(status: int, folder: Path, num_ranks: int) -> int:
         return 128 - status
     if num_ranks and status in DEATHS:
         if len(_ended(folder)) < num_ranks:
+            number = DEATHS[status]
+            cause = (
+                "a mapped file, such as a shard of the corpus, was cut off, or its disk failed"
+                if number == signal.SIGBUS
+                else "out of memory? see `dmesg` on its host"
+            )
             print(
                 "clue-ds launch: error: a rank was killed or has crashed "
-                f"({DEATHS[status].name}; out of memory? see `dmesg` on its host), and no other "
-                "rank was left to report which one",
+                f"({number.name}; {cause}), and no other rank was left to report which one",
                 file=sys.stderr,
             )
             return contract.STATUS_DIED

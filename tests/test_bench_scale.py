@@ -20,7 +20,7 @@ def test_a_sparse_corpus_of_100_gb_gives_batches(tmp_path: Path, order: str) -> 
     """With 50 G tokens: sample numbers, offsets and positions are beyond 2^32."""
     write_corpus(tmp_path / "corpus", 50_000_000_000, 40, holes="everything")
     used = sum(path.stat().st_blocks for path in (tmp_path / "corpus").iterdir()) * 512
-    assert used < 10_000_000
+    assert used < 40_000_000  # 24 MB of it are checksums
     corpus = Corpus(tmp_path / "corpus")
     assert corpus.num_tokens == 50_000_000_000
     last = corpus.shards[-1].tokens

@@ -54,7 +54,7 @@ def test_attributes_of_a_corpus(corpus: Path, sample_text: str) -> None:
 
 def test_the_documented_reader_reads_it(corpus: Path, sample_text: str) -> None:
     """The example of docs/shard-format.md, run unchanged, prints jieba's words."""
-    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)[-1]
     result = subprocess.run(
         [sys.executable, "-c", code, str(corpus)], capture_output=True, text=True, check=True
     )

@@ -47,6 +47,13 @@ LAW: dict[str, set[str]] = {
     "clue_ds.data.sampling": set(),
     "clue_ds.data.jit": set(),
     "clue_ds.data.counter_rng": set(),
+    "clue_ds.data.derived": {"clue_ds.data.corpus"},
+    "clue_ds.data.checksums": {"clue_ds.data.corpus", "clue_ds.data.derived", "clue_ds.data.jit"},
+    "clue_ds.data.verification": {
+        "clue_ds.data.corpus",
+        "clue_ds.data.derived",
+        "clue_ds.data.checksums",
+    },
     "clue_ds.data.text": {
         "clue_ds.data.corpus",
         "clue_ds.data.jit",
@@ -55,12 +62,17 @@ LAW: dict[str, set[str]] = {
     "clue_ds.data.build": {
         "clue_ds.config",
         "clue_ds.data.corpus",
+        "clue_ds.data.checksums",
+        "clue_ds.data.verification",
         "clue_ds.data.jit",
         "clue_ds.data.counter_rng",
         "clue_ds.data.text",
     },
     "clue_ds.data.stream": {
         "clue_ds.data.corpus",
+        "clue_ds.data.derived",
+        "clue_ds.data.checksums",
+        "clue_ds.data.verification",
         "clue_ds.data.jit",
         "clue_ds.data.counter_rng",
         "clue_ds.data.text",

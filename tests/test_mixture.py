@@ -122,7 +122,7 @@ def test_a_file_cut_off_while_in_use_is_an_error(directories: list[Path], tmp_pa
     with open(victim, "r+b") as file:
         file.truncate(100)
     loader = Loader(stream)
-    with pytest.raises(OSError, match=r"shard-000001.bin ends at byte"):
+    with pytest.raises(UserError, match=r"shard-000001.bin ends at byte"):
         for _ in range(stream.num_samples // 8):
             next(loader)
 

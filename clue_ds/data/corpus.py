@@ -5,10 +5,12 @@ A shard is one file: a header, then tokens, sentence ends and document ends as l
 mapped and never loaded. The top bit of a token is its word mark (text/words.py). This module has
 the layout, and writes and maps shards; corpus.json is written by build/corpus_manifest.py.
 
-Guarantees: `Corpus` checks the size and the header of every shard before it maps that shard,
-because reading a map of a truncated file kills the process (SIGBUS), where an error can name the
-file. Rejected: one index file for all shards (a writer could not publish shards one by one), 64-bit
-offsets (a shard is cut long before 2^32 tokens), Arrow (rows take 8 bytes per offset and a copy).
+Guarantees: `Corpus` compares corpus.json with its checksum and vocab.txt with its SHA-256, and
+checks size, header and last table entries of every shard before it maps that shard, because reading
+a map of a truncated file kills the process (SIGBUS), where an error can name the file. What is in
+between is checked when it is first used (verification.py). Rejected: one index file for all shards
+(a writer could not publish shards one by one), 64-bit offsets (a shard is cut long before 2^32
+tokens), Arrow (rows take 8 bytes per offset and a copy).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import mmap
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +31,8 @@ from clue_ds.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 VOCAB_FILE = "vocab.txt"
+# Checksums of the pieces of all shards (verification.py); earlier versions did not write it.
+CHECKSUMS = "checksums.bin"
 STATE_DIRECTORY = ".building"
 # A corpus inside the corpus: the documents that `clue-ds shard --held-out` set aside.
 HELD_OUT = "held_out"
@@ -41,6 +45,12 @@ HEADER_BYTES = 64
 ALIGNMENT = 64
 # Ids of at most 15 bits leave room for the word mark in 16 (text/words.py).
 MAX_SMALL_VOCAB = 1 << 15
+# All keys of a corpus.json that was written before it had a checksum.
+_KEYS_WITHOUT_CHECKSUM = frozenset(
+    "format version vocab_sha256 vocab_size token_bytes max_token_id options num_tokens "
+    "num_sentences num_documents statistics shards fingerprint counts samples rejected_examples "
+    "shard_bytes inputs".split()
+)
 
 
 class ShardArrays(NamedTuple):
@@ -73,6 +83,13 @@ class ShardFile(NamedTuple):
             for count, offset in zip(counts, offsets, strict=True)
         )
         return sentences, documents
+
+
+class Digest(Protocol):
+    """What can be made of a shard's bytes while they are written."""
+
+    def update(self, data: memoryview, /) -> object:
+        """Take the next bytes."""
 
 
 class ShardRecord(NamedTuple):
@@ -122,8 +139,8 @@ def shard_header(
     return header.ljust(HEADER_BYTES, b"\0"), size
 
 
-def write_shard(path: Path, arrays: ShardArrays) -> ShardRecord:
-    """Write a shard under a temporary name, sync it, and rename it."""
+def write_shard(path: Path, arrays: ShardArrays, digest: Digest | None = None) -> ShardRecord:
+    """Write a shard under a temporary name, sync it, and rename it; `digest` gets all its bytes."""
     token_bytes = arrays.tokens.dtype.itemsize
     counts = (len(arrays.tokens), len(arrays.sentence_ends), len(arrays.document_ends))
     assert counts[0] < 1 << 32, "a shard holds fewer than 2^32 tokens"
@@ -135,16 +152,18 @@ def write_shard(path: Path, arrays: ShardArrays) -> ShardRecord:
         (layout[1], _little_endian(arrays.sentence_ends, "<u4")),
         (layout[2], _little_endian(arrays.document_ends, "<u4")),
     )
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
+    digests: list[Digest] = [sha256] if digest is None else [sha256, digest]
     written = 0
     with files.writing(path) as file:
         for offset, data in sections:
             for block in (memoryview(bytes(offset - written)), data):  # padding, then the section
                 file.write(block)
-                digest.update(block)
+                for one in digests:
+                    one.update(block)
             written = offset + data.nbytes
     assert written == layout[3]
-    return ShardRecord(path.name, *counts, written, digest.hexdigest())
+    return ShardRecord(path.name, *counts, written, sha256.hexdigest())
 
 
 def _little_endian(array: np.ndarray, dtype: str) -> memoryview:
@@ -214,6 +233,7 @@ class Corpus:
             raise UserError(
                 f"{self.manifest_file} is damaged ({error}); copy the corpus again"
             ) from None
+        self._check_numbers()
         self._check_vocab()
         self.num_bytes = sum(record.num_bytes for record in self.records)
         # The kernel's read-ahead makes random samples from a cold disk ten times slower (1,500 per
@@ -230,14 +250,28 @@ class Corpus:
         for record in self.records:
             if files.sha256(self.directory / record.file) != record.sha256:
                 bad.append(record.file)
-        is_whole = self._manifest.get("checksum") == manifest_checksum(self._manifest)
-        if not is_whole or self.fingerprint != fingerprint(self._manifest):
-            bad.append(MANIFEST)
         if bad:
             raise UserError(
                 f"corpus {self.directory} is damaged: {', '.join(bad)} changed since it was "
                 "written; copy it again or run `clue-ds shard` again with --overwrite"
             )
+
+    def _check_numbers(self) -> None:
+        """Compare numbers that follow from others, for a corpus.json that has no checksum."""
+        sums = (self.num_tokens, self.num_sentences, self.num_documents)
+        found = (
+            sum(record.num_tokens for record in self.records),
+            sum(record.num_sentences for record in self.records),
+            sum(record.num_documents for record in self.records),
+        )
+        largest = self._manifest.get("max_token_id", 0)
+        if (
+            sums != found
+            or largest >= self.vocab_size
+            or self.fingerprint != fingerprint(self._manifest)
+            or self._token_bytes != token_dtype(self.vocab_size)(0).nbytes
+        ):
+            raise _damaged_manifest(self.directory)
 
     def _check_vocab(self) -> None:
         if not self.vocab_file.is_file():
@@ -259,14 +293,21 @@ class Corpus:
                 f"{path} has {size:,} bytes where {MANIFEST} says {record.num_bytes:,}; it was cut "
                 "off or changed. Copy the corpus again"
             )
-        with open(path, "rb") as file:
-            header = _HEADER.unpack(file.read(HEADER_BYTES)[: _HEADER.size])
-            token_bytes, *counts = header[1:]
-            expected = (MAGIC, self._token_bytes, *record[1:4])
-            if header != expected or _layout(token_bytes, *counts)[3] != size:
+        counts = record[1:4]
+        header, expected_size = shard_header(self._token_bytes, *counts)
+        # A file that is cut off just now has fewer bytes here, and so other ones.
+        with open(path, "rb", buffering=0) as file:
+            if file.read(HEADER_BYTES) != header or expected_size != size:
                 raise UserError(
                     f"{path} does not have the header that {MANIFEST} describes; copy it again"
                 )
+            _, sentences, _, end = _layout(self._token_bytes, *counts)
+            for behind, expected in ((sentences + 4 * counts[1], counts[0]), (end, counts[1])):
+                if os.pread(file.fileno(), 4, behind - 4) != expected.to_bytes(4, "little"):
+                    raise UserError(
+                        f"{path} is damaged: the 4 bytes before byte {behind:,} are not "
+                        f"{expected:,}, the last end; copy it again"
+                    )
         return map_shard(path, random_access=self._exceeds_memory)
 
 
@@ -282,7 +323,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} {what}; make one with `clue-ds shard`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the corpus again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "clue_ds corpus":
         raise UserError(f"{path} does not describe a corpus of clue_ds; choose another directory")
@@ -291,4 +332,19 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('version')}, and this clue_ds reads "
             f"version {FORMAT_VERSION}; make the corpus again, or use the clue_ds that wrote it"
         )
+    # A damaged key "checksum" is a key that no corpus.json without a checksum has.
+    is_whole = (
+        manifest["checksum"] == manifest_checksum(manifest)
+        if "checksum" in manifest
+        else manifest.keys() <= _KEYS_WITHOUT_CHECKSUM
+    )
+    if not is_whole:
+        raise _damaged_manifest(directory)
     return manifest
+
+
+def _damaged_manifest(directory: Path) -> UserError:
+    return UserError(
+        f"corpus {directory} is damaged: {MANIFEST} changed since it was written; copy it again or "
+        "run `clue-ds shard` again with --overwrite"
+    )

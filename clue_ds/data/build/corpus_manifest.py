@@ -15,9 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clue_ds import files
 from clue_ds.data.build.options import FOREIGN, REASONS, ConvertOptions
 from clue_ds.data.build.staging import COMPARED, CONVERTED, Staging
+from clue_ds.data.checksums import write_checksums
 from clue_ds.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT,
@@ -70,7 +73,7 @@ def finish(
         manifest = _manifest(vocab_file, options, held_out)
         manifest["counts"] = {name: manifest["num_sentences"] for name in ("lines", "sentences")}
         manifest["counts"]["documents"] = manifest["num_documents"]
-        _write(output / HELD_OUT, vocab_file, manifest)
+        _write(output / HELD_OUT, vocab_file, manifest, held_out)
     manifest = _manifest(vocab_file, options, training)
     names = sorted({name for name, number in tally.counts.items() if number} | {*_ALWAYS})
     unknown = sorted(tally.unknown.items(), key=lambda item: (-item[1], item[0]))
@@ -81,7 +84,7 @@ def finish(
     manifest["shard_bytes"] = staging.request["shard_bytes"]
     hashes = (record["input_sha256"] for record in staging.records())
     manifest["inputs"] = staging.request["inputs"] | {"text_sha256": text_sha256(hashes)}
-    _write(output, vocab_file, manifest)
+    _write(output, vocab_file, manifest, training)
     staging.remove()
     return manifest
 
@@ -132,8 +135,14 @@ def _manifest(
     return manifest
 
 
-def _write(directory: Path, vocab_file: Path, manifest: dict[str, Any]) -> None:
+def _write(
+    directory: Path, vocab_file: Path, manifest: dict[str, Any], sides: list[dict[str, Any]]
+) -> None:
     shutil.copyfile(vocab_file, directory / VOCAB_FILE)
+    # A run that an earlier version began has shards without checksums.
+    if all("checksums" in side for side in sides):
+        sums = [np.frombuffer(bytes.fromhex(side["checksums"]), "<u8") for side in sides]
+        write_checksums(directory, manifest["fingerprint"], sums)
     manifest["checksum"] = manifest_checksum(manifest)
     files.write_json(directory / MANIFEST, manifest)
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from clue_ds import files
 from clue_ds.config import flatten
-from clue_ds.data.corpus import HELD_OUT, MANIFEST, REPORT, STATE_DIRECTORY, VOCAB_FILE
+from clue_ds.data.corpus import CHECKSUMS, HELD_OUT, MANIFEST, REPORT, STATE_DIRECTORY, VOCAB_FILE
 from clue_ds.errors import UserError
 
 PLAN = "plan.json"
@@ -87,8 +87,10 @@ class Staging:
         (self.output / MANIFEST).unlink(missing_ok=True)
         for name in (HELD_OUT, REPORT):
             shutil.rmtree(self.output / name, ignore_errors=True)
-        for path in (self.output / VOCAB_FILE, *self.output.glob("shard-*.bin*")):
-            path.unlink(missing_ok=True)
+        for path in self.output.glob("shard-*.bin*"):
+            path.unlink()
+        for name in (VOCAB_FILE, CHECKSUMS):
+            (self.output / name).unlink(missing_ok=True)
         for path in self.directory.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

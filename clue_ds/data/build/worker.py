@@ -26,6 +26,7 @@ from clue_ds.data.build.options import (
     Cleaning,
     ConvertOptions,
 )
+from clue_ds.data.checksums import PieceChecksums
 from clue_ds.data.corpus import (
     HELD_OUT,
     STATE_DIRECTORY,
@@ -94,8 +95,11 @@ def _write_side(
     tokenizer = worker.tokenizer
     ids = arrays.tokens & (tokenizer.continues - 1)
     document_ends = np.asarray(arrays.sentence_ends)[np.asarray(arrays.document_ends) - 1]
+    pieces = PieceChecksums()
+    record = write_shard(directory / shard_name(index), arrays, pieces)
     return {
-        "shard": write_shard(directory / shard_name(index), arrays)._asdict(),
+        "shard": record._asdict(),
+        "checksums": pieces.result().astype("<u8").tobytes().hex(),
         "max_token_id": int(ids.max()),
         "num_unknown": int((ids == tokenizer.unk_id).sum()),
         "sentence_tokens": _histogram(arrays.sentence_ends),

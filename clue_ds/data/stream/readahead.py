@@ -4,9 +4,9 @@ The order is a pure function, so the blocks that come next are known: for each l
 current window and, shortly before that ends, the next one. One thread reads these blocks with pread
 into one scratch buffer, which leaves them in the page cache, where the mapped shards find them.
 `wait` returns when everything that a step needs has been read, and the pages of windows that are
-done are unmapped. So the disk sees reads of 1 MiB, a read error is an OSError that names its file
-(through the map it would kill the process), and the memory that a rank maps is that of its lanes'
-windows, however large the corpus is.
+done are unmapped. So the disk sees reads of 1 MiB, a read error is a UserError that names its file
+(through the map it would kill the process), what was read is compared with its checksums, and the
+memory that a rank maps is that of its lanes' windows, however large the corpus is.
 
 Batches are the same without all this, only slower. Rejected: reading into buffers of our own (every
 kind of samples would need a second way to its tokens, and ranks of one host could not share what
@@ -17,7 +17,6 @@ ignored by many network file systems).
 from __future__ import annotations
 
 import mmap
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ import numpy as np
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.order import BLOCK_BYTES, line_samples, windows_at
 from clue_ds.data.stream.sample_stream import SampleStream
+from clue_ds.data.verification import open_shard, read_exactly
 
 _MAPPED_AT_ONCE = 1 << 16  # bytes that Linux maps around a touched page
 
@@ -61,6 +61,7 @@ class ReadAhead:
     def __init__(self, stream: SampleStream, rank: int, world_size: int) -> None:
         assert stream.uses_lanes and not isinstance(stream.corpus, LabelledPairs)
         self._stream, self._files = stream, stream.corpus.files
+        self._checks = stream.checks
         table = stream.order
         size = stream.batch_size(world_size)
         rows_per_lane = table.global_batch_size // table.num_lanes
@@ -136,7 +137,7 @@ class ReadAhead:
             file.data.madvise(mmap.MADV_DONTNEED, tables)
 
     def _run(self) -> None:
-        scratch = memoryview(bytearray(BLOCK_BYTES))
+        scratch = np.empty(BLOCK_BYTES, np.uint8)
         while not self._stopped and (window := self._queue.get()) is not None:
             try:
                 if self._error is None:
@@ -146,16 +147,17 @@ class ReadAhead:
                 self._error = error
             window.is_read.set()
 
-    def _read(self, byte_range: _ByteRange, scratch: memoryview) -> None:
-        path = self._files[byte_range.shard].path
-        file = os.open(path, os.O_RDONLY)
-        try:
-            offset = byte_range.begin
-            while offset < byte_range.end:
-                num = os.preadv(file, [scratch[: byte_range.end - offset]], offset)
-                if num == 0:
-                    raise OSError(f"{path} ends at byte {offset:,}; it was cut off while in use")
-                offset += num
-                self.bytes_read += num
-        finally:
-            os.close(file)
+    def _read(self, byte_range: _ByteRange, scratch: np.ndarray) -> None:
+        """Read the bytes, and compare all pieces that lie in them."""
+        path, checks = self._files[byte_range.shard].path, self._checks
+        offset, last = checks.widen(*byte_range)
+        with open_shard(path) as descriptor:
+            while offset < last:
+                # Up to a multiple of BLOCK_BYTES, so that no piece lies across two reads, and at
+                # its own place in the buffer, so that the words of a piece are aligned.
+                begin = offset % BLOCK_BYTES
+                data = scratch[begin : min(BLOCK_BYTES, begin + last - offset)]
+                read_exactly(descriptor, path, data.data, offset)
+                checks.compare(byte_range.shard, offset, data)
+                offset += len(data)
+                self.bytes_read += len(data)

@@ -33,6 +33,7 @@ from clue_ds.data.stream.order import BLOCK_BYTES, CYCLE, order_table, places, s
 from clue_ds.data.stream.samples import Samples
 from clue_ds.data.text.special_tokens import is_special
 from clue_ds.data.text.vocab import read_vocab
+from clue_ds.data.verification import Checks
 from clue_ds.errors import UserError
 from clue_ds.vocab_file import SPECIAL_TOKENS
 
@@ -162,6 +163,12 @@ class SampleStream:
         """The tokens of samples first_sample .. end_sample - 1: see Samples.token_runs."""
         assert isinstance(self._samples, Samples), "labelled pairs are in memory"
         return self._samples.token_runs(first_sample, end_sample)
+
+    @property
+    def checks(self) -> Checks:
+        """What of the corpus this process has compared with its checksums."""
+        assert isinstance(self._samples, Samples), "labelled pairs are in memory"
+        return self._samples.checks
 
     def _zero_types(self, size: int) -> np.ndarray:
         """Zeros [size, S] shared by all batches: at length 512 new ones cost as much as masks."""

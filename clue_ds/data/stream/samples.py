@@ -30,12 +30,15 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from clue_ds.data.corpus import Corpus, ShardArrays
+from clue_ds.data.checksums import PIECE_BYTES
+from clue_ds.data.corpus import HEADER_BYTES, Corpus, ShardArrays
 from clue_ds.data.sampling import Kind, PairKind
 from clue_ds.data.stream import rows
+from clue_ds.data.stream.first_use import missing_of_sequences, missing_of_windows
 from clue_ds.data.stream.mixture import Mixture, corpora_of
 from clue_ds.data.stream.sample_index import Walk, open_index
-from clue_ds.data.stream.tables import Frame, Index, MappedCorpus
+from clue_ds.data.stream.tables import Frame, Index, MappedCorpus, Pieces
+from clue_ds.data.verification import Checks
 
 KINDS: tuple[str, ...] = get_args(Kind)
 PAIR_KINDS: tuple[str, ...] = get_args(PairKind)
@@ -68,6 +71,15 @@ class Samples:
         self._mapped = _mapped_corpus(corpus.shards)
         id_mask = (1 << (8 * self._dtype.itemsize - 1)) - 1
         self._frame = Frame(cls_id, sep_id, id_mask)
+        self.checks = Checks(corpora_of(corpus))
+        self._pieces = Pieces(
+            self.checks.first_pieces,
+            self.checks.is_compared,
+            self.checks.has_tables_compared,
+            PIECE_BYTES,
+            HEADER_BYTES,
+            self._dtype.itemsize,
+        )
         self._num_sequences = 1
         if kind == "windows":
             self._firsts = _cumulative(-(-self._mapped.num_tokens // (seq_length - 2)))
@@ -86,7 +98,7 @@ class Samples:
         self._walk = rows.WALKS[name]
         specials = {"packed": 0, "nsp": 3, "sop": 3}.get(self.kind, 2)
         walk = Walk(name, self.seq_length - specials, self._num_sequences)
-        found = [open_index(corpus, walk, STREAM_VERSION) for corpus in corpora]
+        found = [open_index(corpus, walk, STREAM_VERSION, self.checks) for corpus in corpora]
         self._marks = [marks for index in found for marks in index.marks]
         return Index(
             _cumulative(np.concatenate([index.num_samples for index in found])),
@@ -124,6 +136,8 @@ class Samples:
 
     def rows(self, samples: np.ndarray, epochs: np.ndarray, pair_key: np.uint64) -> Rows:
         """The rows of `samples` in `epochs`, uint64 [B]; the key decides how pairs are made."""
+        if not self.checks.is_complete:
+            self._compare(samples)
         shape = (len(samples), self.seq_length)
         tokens = np.empty(shape, self._dtype)
         lengths = np.empty(len(samples), np.int64)
@@ -150,6 +164,23 @@ class Samples:
             if self.kind == "packed":
                 extras["cu_seqlens"] = cu_seqlens
         return Rows(tokens, lengths, extras)
+
+    def _compare(self, samples: np.ndarray) -> None:
+        """Compare what these samples read with its checksums, unless this process did already."""
+        num_tokens = self._mapped.num_tokens
+        if self.kind == "windows":
+            window = self.seq_length - 2
+            missing = missing_of_windows(samples, self._firsts, num_tokens, window, self._pieces)
+        else:
+            reach = rows.PARTNER_WINDOW if self.kind == "nsp" else rows.STRIDE
+            missing = missing_of_sequences(
+                samples, self._index, num_tokens, rows.STRIDE, reach, self._pieces
+            )
+        if len(missing):
+            self.checks.compare_pieces(missing)
+            if self.kind != "windows":
+                shards = np.searchsorted(self._firsts, samples.astype(np.int64), side="right") - 1
+                self.checks.has_tables_compared[shards] = 1
 
 
 def _cumulative(counts: Any) -> np.ndarray:

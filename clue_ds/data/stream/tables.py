@@ -1,4 +1,4 @@
-"""What the compiled code of rows.py reads: where a corpus is mapped and where its samples begin."""
+"""What the compiled code of rows.py reads: where a corpus is mapped, where its samples begin."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ class Frame(NamedTuple):
     cls_id: int
     sep_id: int
     id_mask: int  # the bits of a token that are its id
+
+
+class Pieces(NamedTuple):
+    """Which pieces of a corpus have been compared with their checksums (verification.Checks)."""
+
+    first_pieces: np.ndarray  # int64 [shards + 1]: pieces before each shard, and in all
+    is_compared: np.ndarray  # uint8 [pieces]
+    has_tables_compared: np.ndarray  # uint8 [shards]
+    piece_bytes: int
+    first_token: int  # byte offset of a shard's tokens
+    token_bytes: int
