@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from clue_ds import config as run_config
-from clue_ds import dist, plan
+from clue_ds import dist, files, plan
 from clue_ds.checkpoint import manifest
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
@@ -91,7 +91,7 @@ def _shared_memory() -> Check:
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
-    text = f"{Path.cwd()} has {free / 2**30:.1f} GiB free"
+    text = f"{Path.cwd()} has {files.size_text(free)} free"
     if free >= MIN_DISK_BYTES:
         return Check("ok", text)
     return Check("note", text, "`clue-ds plan` prints how much a run needs")
@@ -153,8 +153,8 @@ def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
     parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     text = (
-        f"run_dir {run_dir}: {free / 2**30:.1f} GiB free; {number} more checkpoints take "
-        f"{number * size / 2**30:.1f} GiB"
+        f"run_dir {run_dir}: {files.size_text(free)} free; {number} more checkpoints take "
+        f"{files.size_text(number * size)}"
     )
     if not os.access(parent, os.W_OK):
         return Check(

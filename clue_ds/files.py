@@ -103,3 +103,13 @@ def lock(file: IO[Any], wait: bool) -> bool:
         if error.errno not in WITHOUT_LOCKS:
             raise
     return True
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes in the largest unit of which there is at least one, such as "3.4 KiB"."""
+    size, unit = float(num_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"

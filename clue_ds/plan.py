@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from clue_ds import config as run_config
-from clue_ds import presets
+from clue_ds import files, presets
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus
 from clue_ds.errors import UserError
@@ -248,9 +248,9 @@ def _disk_lines(
     number = saving.most_on_disk(run)
     shards = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if corpus else 0
     return [
-        f"checkpoint  {size / GIB:.2f} GiB every {run.checkpoint.every:,} steps",
-        f"disk        {number * size / GIB:.2f} GiB for {number - 1} checkpoints and the "
-        f"one being written; corpus {shards / GIB:.2f} GiB",
+        f"checkpoint  {files.size_text(size)} every {run.checkpoint.every:,} steps",
+        f"disk        {files.size_text(number * size)} for {number - 1} checkpoints and the "
+        f"one being written; corpus {files.size_text(shards)}",
     ]
 
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from clue_ds.data.text import inputs as inputs_module
 from clue_ds.data.text.choices import OnError
 from clue_ds.data.text.decode import Tally, read_lines, text_blocks
-from clue_ds.data.text.inputs import TextSource, _cut, read_chunks, read_segments, resolve
+from clue_ds.data.text.inputs import _cut, read_chunks, read_segments
+from clue_ds.data.text.sources import TextSource, resolve
 from clue_ds.errors import UserError
 
 DOCUMENTS = [["第一句。", "第二句。"], ["another document"], ["三", "四", "五"]]
@@ -193,7 +194,9 @@ def test_reading_stops_at_a_record_without_end(
 ) -> None:
     monkeypatch.setattr(inputs_module, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(inputs_module, "READ_BYTES", 100)
-    with pytest.raises(UserError, match=r"a\.jsonl has a record of more than .* after byte 0"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: byte 0: a record of 5,000 bytes, more than 1,000"
+    ):
         read_all(b"x" * 5000, "a.jsonl", tmp_path, "refuse")
 
 
@@ -201,7 +204,7 @@ def cut_all(data: bytes, segment_bytes: int, max_bytes: int, read_bytes: int) ->
     """Cut `data` as the reader does, with reads of any size."""
     buffer, segments, place = bytearray(), [], 0
     while place < len(data) or buffer:
-        cut = _cut(buffer, segment_bytes - 1, max_bytes, "text", place >= len(data))
+        cut = _cut(buffer, segment_bytes - 1, max_bytes, place >= len(data))
         if cut is None:
             buffer += data[place : place + read_bytes]
             place += read_bytes

@@ -93,10 +93,10 @@ def make_model(
     return model
 
 
-def describe(corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
-    """Notes for the user about labelled pairs; none for a corpus."""
+def describe(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
+    """Notes for the user: on labelled pairs, or on a corpus of too few documents for nsp."""
     if not isinstance(corpus, LabelledPairs):
-        return []
+        return _true_pairs_only(corpus) if config.train.objective == "nsp" else []
     sets: dict[int, list[str]] = {}
     for number, name in corpus.labels:
         sets.setdefault(number, []).append(name)
@@ -104,4 +104,22 @@ def describe(corpus: Corpus | Mixture | LabelledPairs) -> list[str]:
         f"{corpus.num_documents:,} labelled pairs, {corpus.num_skipped:,} labelled - skipped; "
         f"label sets: {'; '.join(', '.join(names) for names in sets.values())}; accuracy of always "
         f"predicting the most frequent label: {corpus.majority:.2%}"
+    ]
+
+
+def _true_pairs_only(corpus: Corpus | Mixture) -> list[str]:
+    """A note on the shards of one document, in which no second text can be from another one."""
+    lonely = sum(len(arrays.document_ends) == 1 for arrays in corpus.shards)
+    if not lonely:
+        return []
+    every = lonely == len(corpus.shards)
+    where = (
+        f"the corpus has only one document in {'its shard' if lonely == 1 else 'each shard'}"
+        if every
+        else f"{lonely:,} of {len(corpus.shards):,} shards have only one document"
+    )
+    learns = ", and nsp learns nothing from it" if every else " there"
+    return [
+        f"note: {where}, so every pair is a true pair{learns}; blank lines in the text separate "
+        "documents, and sop needs no second document"
     ]

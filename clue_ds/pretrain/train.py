@@ -221,7 +221,7 @@ def build_model(
     section = identity.config.model
     rows = pad_vocab(identity.model).vocab_size
     model = batches.make_model(identity, corpus, padded_vocab_size=rows)
-    notes = batches.describe(corpus)
+    notes = batches.describe(identity.config, corpus)
     if choice is None:
         initialize(model, identity.config.seed)
         if section.init is not None:

@@ -37,7 +37,9 @@ from clue_ds.data.build.workers import Workers, open_workers
 from clue_ds.data.corpus import HELD_OUT, MANIFEST, STATE_DIRECTORY, Corpus
 from clue_ds.data.text.choices import InputFormat, OnError, WordFinder, Words
 from clue_ds.data.text.decode import BLOCK_BYTES
-from clue_ds.data.text.inputs import Chunk, TextSource, chunk_hash, read_chunks, resolve
+from clue_ds.data.text.formats.parts import check_kinds, is_packed
+from clue_ds.data.text.inputs import Chunk, chunk_hash, read_chunks
+from clue_ds.data.text.sources import TextSource, resolve
 from clue_ds.data.verification import verify_with_own_checksums
 from clue_ds.errors import UserError, existing_file
 from clue_ds.settings.arguments import PathOrName
@@ -76,8 +78,9 @@ def shard(
 
     Inputs are files, globs in quotes, - for standard input, and Hugging Face data sets: hf:NAME,
     hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a directory that save_to_disk wrote. Files are UTF-8
-    text (one sentence per line, a blank line between documents), jsonl or parquet (one document
-    per record), each also as .gz or .zst.
+    text (one sentence per line, a blank line between documents), or jsonl, JSON arrays, csv, tsv
+    or parquet (one document per record), each also compressed (gzip, zstd, bzip2, xz) or in a zip
+    or tar archive. Their content says what they are; docs/corpus.md lists the kinds.
 
     The corpus has the same bytes for any number of workers. If a run is interrupted, repeat the
     command to resume it.
@@ -98,8 +101,8 @@ def shard(
         words: how words are found for whole-word masking; with none, only ## pieces are marked
         segmented: the text is already segmented, so take its spaces as word boundaries
         t2s: first convert traditional characters to simplified ones (with OpenCC)
-        format: format of the inputs; auto decides by the file name
-        text_field: name of the column or key that holds the text, in jsonl, parquet and hf: inputs
+        format: format of the inputs; auto decides by their content and, between texts, their name
+        text_field: name of the column or key that holds the text, in JSON, csv, parquet and hf:
         on_error: refuse stops at a bad byte or record and names it; skip drops and counts it
         clean: cleaning rules, described in docs/corpus.md
         held_out: share of the documents, chosen by hash, for a separate corpus, OUTPUT/held_out
@@ -176,7 +179,7 @@ class Build(NamedTuple):
 
         Inputs count by their size and file name without directories, because they may have moved.
         """
-        seen = [[source.path.name, source.num_bytes] for source in self.sources]
+        seen = [source.identity for source in self.sources]
         return {
             "vocab_sha256": files.sha256(self.vocab_file),
             "shard_bytes": self.shard_bytes,
@@ -225,6 +228,7 @@ def run_build(build: Build, workers: Workers, overwrite: bool) -> None:
     """Do what is left to do; if that fails, raise a UserError that tells how to resume."""
     _check_inputs(build)
     _check_room(build)
+    check_kinds(build.sources)
     list(workers.run(f"{_WORKER}:prepare", [(None, (str(build.vocab_file), build.options))]))
     try:
         with Staging(build.output, build.request, overwrite) as staging:
@@ -270,11 +274,8 @@ def _check_inputs(build: Build) -> None:
 
 def _check_room(build: Build) -> None:
     """Refuse a run that would fill the disk; inputs of unknown size count as empty."""
-    packed = (".gz", ".zst", ".zstd", ".parquet")
     needed = sum(
-        (source.num_bytes or 0)
-        * OUTPUT_SHARE
-        * (UNPACKED_SHARE if source.name.endswith(packed) else 1.0)
+        (source.num_bytes or 0) * OUTPUT_SHARE * (UNPACKED_SHARE if is_packed(source) else 1.0)
         for source in build.sources
     )
     needed -= sum(path.stat().st_size for path in build.output.glob("**/shard-*.bin"))
@@ -282,8 +283,8 @@ def _check_room(build: Build) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{build.output} would need about {needed / 2**30:,.1f} GiB, but only "
-            f"{free / 2**30:,.1f} GiB are free there; free some space or choose another --output"
+            f"{build.output} would need about {files.size_text(needed)}, but only "
+            f"{files.size_text(free)} are free there; free some space or choose another --output"
         )
 
 

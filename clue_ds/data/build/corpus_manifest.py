@@ -30,11 +30,11 @@ from clue_ds.data.corpus import (
     manifest_checksum,
     token_dtype,
 )
-from clue_ds.data.text.decode import Tally
+from clue_ds.data.text.decode import REJECTED_RECORDS, Tally
 from clue_ds.data.text.vocab import read_vocab
 from clue_ds.errors import UserError
 
-_REJECTED = ("lines_not_utf8", "records_not_utf8", "records_not_json", "records_without_text")
+_REJECTED = ("inputs_empty", "lines_not_utf8", *REJECTED_RECORDS)
 _ALWAYS = ("lines", "sentences", "blank_lines", "lines_not_utf8", "lines_without_tokens")
 _DROPPED = (
     *(f"lines_{reason}" for reason in REASONS[1:FOREIGN]),
@@ -169,7 +169,7 @@ def format_counts(output: Path, manifest: dict[str, Any]) -> str:
     lines = [
         f"{output}: {manifest['num_tokens']:,} tokens in {manifest['num_sentences']:,} sentences "
         f"and {manifest['num_documents']:,} documents, {len(manifest['shards'])} shards, "
-        f"{num_bytes / 2**20:,.1f} MiB"
+        f"{files.size_text(num_bytes)}"
     ]
     if manifest["options"]["held_out"] and not counts.get("documents_held_out"):
         lines.append(f"  held out: none of the {counts['documents']:,} documents: too few")

@@ -13,6 +13,7 @@ from typing import Any
 from clue_ds import files
 from clue_ds.data.build.options import FOREIGN, REASONS
 from clue_ds.data.corpus import REPORT, Corpus
+from clue_ds.data.text.decode import REJECTED_RECORDS
 from clue_ds.errors import UserError
 
 _LINES = (
@@ -27,7 +28,6 @@ _DOCUMENTS = (
     *(f"documents_{reason}" for reason in REASONS[FOREIGN:]),
     "documents_held_out",
 )
-_RECORDS = ("records_not_utf8", "records_not_json", "records_without_text")
 
 
 def check_report() -> None:
@@ -61,7 +61,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
     }
     if "records" in counts:
         accepted = counts.get("records_accepted", 0)
-        accounts["records"] = _account(counts, "records", accepted, _RECORDS)
+        accounts["records"] = _account(counts, "records", accepted, REJECTED_RECORDS)
     edits = ("characters_removed", "entities_replaced", "documents_split")
     return {
         "tokens": manifest["num_tokens"],

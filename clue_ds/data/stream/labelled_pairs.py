@@ -13,7 +13,6 @@ under a million pairs, and a pair takes some 100 bytes, so they are held in memo
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -27,9 +26,11 @@ from clue_ds.data.corpus import MANIFEST, VOCAB_FILE, Corpus
 from clue_ds.data.jit import compiled
 from clue_ds.data.stream.samples import Rows
 from clue_ds.data.stream.tables import Frame
+from clue_ds.data.text.formats.json_records import read_records
+from clue_ds.data.text.sources import matches
 from clue_ds.data.text.tokenizer import Tokenizer
 from clue_ds.data.text.words import mark_words, word_lengths
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, existing_file
 
 FIELDS = ("sentence1", "sentence2", "label")
 NO_LABEL = "-"
@@ -173,33 +174,44 @@ def _lower_case(directory: Path) -> bool:
     return vocab_file.lower_case(directory / "vocab.txt")
 
 
-def _expand(files: tuple[str, ...]) -> list[str]:
+def _expand(patterns: tuple[str, ...]) -> list[str]:
     paths = []
-    for pattern in files:
-        found = sorted(glob.glob(pattern))
+    for pattern in patterns:
+        found = matches(pattern)
         if not found:
-            raise UserError(f"there is no file {pattern}")
+            raise UserError(f"there is no file {pattern}; give files of pairs, or globs")
         paths += found
     return paths
 
 
 def _read(path: str) -> Iterator[Pair]:
     """The pairs of one file; a mistake in it is a UserError with file and line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                fields = [record[name] for name in FIELDS]
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"{path}, line {number} lacks one of the fields {', '.join(FIELDS)}"
-                ) from None
-            texts = [str(field).strip() for field in fields]
-            if not all(texts):
-                raise UserError(f"{path}, line {number} has an empty {FIELDS[texts.index('')]}")
-            yield Pair(*texts)
+    for number, record in read_records(existing_file(path, "file of pairs")):
+        where = f"{path}, line {number}"
+        if not isinstance(record, dict) or not record.keys() >= set(FIELDS):
+            raise UserError(
+                f"{where} lacks one of the fields {', '.join(FIELDS)}; add it, or leave the line "
+                "out"
+            )
+        yield Pair(*(_text(record[name], name, where) for name in FIELDS))
+
+
+def _text(value: object, name: str, where: str) -> str:
+    """The text of a field, which may be a number, as labels are in some sets."""
+    if value is None or isinstance(value, (dict, list)):
+        kind = "null" if value is None else "an object" if isinstance(value, dict) else "a list"
+        raise UserError(f"{where}: {name} is {kind}, not text; correct it, or leave the line out")
+    text = str(value).strip()
+    if not text:
+        raise UserError(f"{where} has an empty {name}; correct it, or leave the line out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {name} has half of a surrogate pair, which no UTF-8 text can hold; correct "
+            "it, or leave the line out"
+        ) from None
+    return text
 
 
 def _names(pairs: list[Pair]) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-FileFormat = Literal["text", "jsonl", "parquet"]
-# How an input file is read; "auto" decides by the extension of its name.
+FileFormat = Literal["text", "jsonl", "csv", "parquet"]
+# How an input file is read; "auto" decides by its content, and between texts by its name.
 InputFormat = Literal["auto", FileFormat]
 # What happens to bytes or records that can't be read: an error, or they are dropped and counted.
 OnError = Literal["refuse", "skip"]

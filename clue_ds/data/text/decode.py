@@ -10,26 +10,36 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from clue_ds.data.text.choices import OnError
+from clue_ds.data.text.formats.json_records import BadLine, parse_line
+from clue_ds.data.text.formats.parts import check_kinds
+from clue_ds.data.text.formats.tables import BadRecord
 from clue_ds.data.text.inputs import (
     MAX_LINE_BYTES,
     Segment,
-    TextSource,
     character_start,
     read_segments,
 )
+from clue_ds.data.text.sources import TextSource
 from clue_ds.errors import UserError
 
 # Text is handled in blocks of about this size, which fits into a processor's cache.
 BLOCK_BYTES = 1 << 20
 _MAX_LINE_CHARS = MAX_LINE_BYTES // 3
 _MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Why a record is dropped: the counts in corpus.json.
+REJECTED_RECORDS = (
+    "records_not_utf8",
+    "records_not_json",
+    "records_not_csv",
+    "records_too_long",
+    "records_without_text",
+)
 MAX_EXAMPLES = 20
 # Samples that are kept of what one rule dropped or changed.
 MAX_SAMPLES = 5
@@ -44,7 +54,7 @@ class Tally:
     These sums hold:
     lines = sentences + blank_lines + lines_not_utf8 + lines_without_tokens + lines_held_out +
     lines_REASON for each reason of `options.REASONS`;
-    records = records_accepted + records_not_utf8 + records_not_json + records_without_text;
+    records = records_accepted + the counts of REJECTED_RECORDS;
     documents = num_documents + documents_held_out + documents_emptied + documents_REASON.
     """
 
@@ -141,21 +151,22 @@ def _decoded_blocks(
         try:
             yield block.decode()
         except UnicodeDecodeError:
+            # With their ends: a line without one may be dropped, but not the end before it.
             lines = block.split(b"\n")
+            lines = [line + b"\n" for line in lines[:-1]] + [lines[-1]]
             offset = segment.offset + begin
-            good = [
+            yield "".join(
                 line.decode()
                 for line, at in zip(lines, _line_offsets(lines, offset), strict=True)
                 if _is_utf8(line, at, segment.source, on_error, tally)
-            ]
-            yield "\n".join(good)
+            )
         begin = end
 
 
 def _line_offsets(lines: list[bytes], offset: int) -> Iterator[int]:
     for line in lines:
         yield offset
-        offset += len(line) + 1
+        offset += len(line)
 
 
 def _is_utf8(line: bytes, offset: int, source: str, on_error: OnError, tally: Tally) -> bool:
@@ -179,22 +190,21 @@ def _records(segment: Segment, text_field: str, on_error: OnError, tally: Tally)
     for where, value in _values(segment, text_field, on_error, tally):
         if not isinstance(value, str):
             kind = "missing or null" if value is None else f"{type(value).__name__}, not text"
-            message = (
-                f"{segment.source}: {where}: {text_field!r} is {kind}; choose the field with "
-                "--text-field, or drop such records with --on-error skip"
-            )
-            tally.reject("records_without_text", message, on_error)
+            message = f"{where}: {text_field!r} is {kind}; choose the field with --text-field"
+            _reject(segment, "records_without_text", message, on_error, tally)
         elif not value or value.isspace():
             tally.counts["records_without_text"] += 1
         elif not _encodes(value):
-            message = (
-                f"{segment.source}: {where}: half of a surrogate pair, which no UTF-8 text can "
-                "hold; correct it, or drop such records with --on-error skip"
-            )
-            tally.reject("records_not_utf8", message, on_error)
+            message = f"{where}: half of a surrogate pair, which no UTF-8 text can hold; correct it"
+            _reject(segment, "records_not_utf8", message, on_error, tally)
         else:
             tally.counts["records_accepted"] += 1
             yield value
+
+
+def _reject(segment: Segment, reason: str, message: str, on_error: OnError, tally: Tally) -> None:
+    full = f"{segment.source}: {message}, or drop such records with --on-error skip"
+    tally.reject(reason, full, on_error)
 
 
 def _encodes(text: str) -> bool:
@@ -211,8 +221,15 @@ def _values(
     """(where it is, value of its text field) of each record that can be parsed."""
     if segment.format == "rows":
         for row, value in enumerate(segment.data, start=segment.offset):
-            tally.counts["records"] += 1
-            yield f"row {row}", value
+            if not isinstance(value, BadRecord):
+                tally.counts["records"] += 1
+                yield f"row {row}", value
+            elif value.reason == "inputs_empty":
+                message = f"input {segment.source} is empty; leave it out, or ignore it with"
+                tally.reject(value.reason, f"{message} --on-error skip", on_error)
+            else:
+                tally.counts["records"] += 1
+                _reject(segment, value.reason, f"{value.where}; correct it", on_error, tally)
         return
     assert isinstance(segment.data, bytes)
     next_offset = segment.offset
@@ -223,20 +240,15 @@ def _values(
         tally.counts["records"] += 1
         where = f"byte {offset}"
         try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            message = (
-                f"{segment.source}: byte {offset + error.start} is not UTF-8; convert the file, or "
-                "drop such records with --on-error skip"
-            )
-            tally.reject("records_not_utf8", message, on_error)
-            continue
-        except json.JSONDecodeError as error:
-            message = (
-                f"{segment.source}: {where} and after is not a JSON record ({error.msg}); correct "
-                "it, or drop such records with --on-error skip"
-            )
-            tally.reject("records_not_json", message, on_error)
+            record = parse_line(line)
+        except BadLine as error:
+            if error.byte is not None:
+                reason = "records_not_utf8"
+                message = f"byte {offset + error.byte} is not UTF-8; convert the file"
+            else:
+                reason = "records_not_json"
+                message = f"{where} and after is not a JSON record ({error.reason}); correct it"
+            _reject(segment, reason, message, on_error, tally)
             continue
         yield where, record.get(text_field) if isinstance(record, dict) else record
 
@@ -244,6 +256,7 @@ def _values(
 def read_lines(sources: list[TextSource], text_field: str) -> Iterator[str]:
     """All lines of the sources, including blank ones; UserError for a bad line or record."""
     tally = Tally()
+    check_kinds(sources)
     for source in sources:
         for segment in read_segments(source, BLOCK_BYTES, BLOCK_BYTES, text_field):
             for block in text_blocks(segment, text_field, "refuse", tally):

@@ -17,7 +17,7 @@ from clue_ds import files
 from clue_ds.data.text.choices import InputFormat
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.decode import read_lines
-from clue_ds.data.text.inputs import resolve
+from clue_ds.data.text.sources import resolve
 from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.errors import UserError
 from clue_ds.settings.arguments import PathOrName
@@ -53,8 +53,9 @@ def learn(
 ) -> None:
     """Learn a WordPiece vocabulary from text and write it as vocab.txt.
 
-    It takes the same inputs as `clue-ds shard`: UTF-8 text, .jsonl and .parquet (each also as .gz
-    or .zst), globs in quotes, hf:NAME for a Hugging Face data set, - for standard input.
+    It takes the same inputs as `clue-ds shard`: UTF-8 text, jsonl, JSON arrays, csv, tsv and
+    parquet, each also compressed or in a zip or tar archive, globs in quotes, hf:NAME for a Hugging
+    Face data set, - for standard input.
 
     The same text and options always give the same vocabulary. A few hundred megabytes of varied
     text are enough; they are read at about 7 MB/s.
@@ -66,8 +67,8 @@ def learn(
         min_frequency: characters and pairs of pieces that occur less often get no token
         lower_case: lower-case the text and remove accents, as BERT does
         t2s: first convert traditional characters to simplified ones (with OpenCC)
-        format: format of the inputs; auto decides by the file name
-        text_field: name of the column or key that holds the text, in jsonl, parquet and hf: inputs
+        format: format of the inputs; auto decides by their content and, between texts, their name
+        text_field: name of the column or key that holds the text, in JSON, csv, parquet and hf:
     """
     if size <= len(LEADING_TOKENS):
         raise UserError(
