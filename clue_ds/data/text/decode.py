@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clue_ds.data.text.choices import OnError
-from clue_ds.data.text.formats.json_records import BadLine, parse_line
+from clue_ds.data.text.formats.json_records import BadLine, is_blank, parse_line
 from clue_ds.data.text.formats.parts import check_kinds
 from clue_ds.data.text.formats.tables import BadRecord
 from clue_ds.data.text.inputs import (
@@ -235,7 +235,7 @@ def _values(
     next_offset = segment.offset
     for line in io.BytesIO(segment.data):  # not split: a record may have tens of megabytes
         offset, next_offset = next_offset, next_offset + len(line)
-        if not line.strip():
+        if is_blank(line):
             continue
         tally.counts["records"] += 1
         where = f"byte {offset}"

@@ -117,7 +117,10 @@ def _text_segments(part: Part, segment_bytes: int, max_bytes: int) -> Iterator[S
 
 
 def _record_segments(part: Part, segment_bytes: int) -> Iterator[Segment]:
-    """Segments of whole lines; a line of more than MAX_RECORD_BYTES becomes a `BadRecord`."""
+    """Segments of whole lines; a line of more than MAX_RECORD_BYTES becomes a `BadRecord`.
+
+    Only the last line of a segment can be one, because segment_bytes is smaller.
+    """
     stream = ArrayLines(part.stream, part.name) if part.format == "array" else part.stream
     buffer = bytearray()
     offset = position = searched = 0

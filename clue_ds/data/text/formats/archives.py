@@ -45,6 +45,7 @@ _ZIP_ERRORS = (
     OverflowError,
     ValueError,
     NotImplementedError,
+    OSError,  # a damaged offset is before the beginning of the file
 )
 
 
@@ -75,7 +76,7 @@ def _checked(function: Callable[[], Any], errors: tuple[type[Exception], ...]) -
 
 def is_wanted(name: str) -> bool:
     """Whether a member is a file that somebody packed."""
-    return not name.endswith("/") and not _ADDED.search(name)
+    return not _ADDED.search(name)
 
 
 def zip_members(file: IO[bytes], name: str) -> Iterator[Member]:
@@ -83,6 +84,7 @@ def zip_members(file: IO[bytes], name: str) -> Iterator[Member]:
     archive = _checked(lambda: zipfile.ZipFile(file), _ZIP_ERRORS)
     with archive:
         entries = archive.infolist()
+        _check_number(file, len(entries))
         kind = _kind_of_zip(archive)
         if kind is not None:
             refuse(name, kind)
@@ -98,7 +100,23 @@ def zip_members(file: IO[bytes], name: str) -> Iterator[Member]:
                 stream = _checked(lambda entry=entry: archive.open(entry), _ZIP_ERRORS)  # type: ignore[misc]
                 with stream:
                     yield Member(entry.filename, _Checked(stream, _ZIP_ERRORS), packed)
+            elif entry.CRC and not entry.file_size:
+                raise Damaged(f"{entry.filename} has a checksum, but no content")
             packed += entry.compress_size
+
+
+def _check_number(file: IO[bytes], num_entries: int) -> None:
+    """Compare the number of members with the one at the end of a zip archive.
+
+    zipfile doesn't, and loses the members behind an entry whose length is damaged.
+    """
+    tail_bytes = 22 + 0xFFFF  # the last record, and the longest comment
+    file.seek(-min(tail_bytes, file.seek(0, 2)), 2)
+    tail = file.read(tail_bytes)
+    at = tail.rfind(b"PK\x05\x06")
+    said = int.from_bytes(tail[at + 10 : at + 12], "little")
+    if said not in (0xFFFF, num_entries & 0xFFFF):  # 0xFFFF: a 64-bit record has the number
+        raise Damaged(f"its directory has {num_entries} members instead of {said}")
 
 
 def _kind_of_zip(archive: zipfile.ZipFile) -> str | None:

@@ -30,6 +30,11 @@ class BadLine(Exception):
         self.byte = byte
 
 
+def is_blank(line: bytes) -> bool:
+    """Whether a line has no record: white space, perhaps after a byte order mark."""
+    return not line.removeprefix(BOM).strip()
+
+
 def parse_line(line: bytes) -> Any:
     """The JSON value of one line."""
     try:
@@ -65,7 +70,7 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:
             )
         file.seek(0)
         for number, line in enumerate(file, 1):
-            if not line.removeprefix(BOM).strip():
+            if is_blank(line):
                 continue
             try:
                 record = parse_line(line)

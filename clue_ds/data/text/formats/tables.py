@@ -132,14 +132,16 @@ def _decoded_lines(stream: Readable, max_bytes: int) -> Iterator[str]:
         first, *lines = block.split(b"\n")
         left += first
         for line in lines:
-            yield (
-                _TOO_LONG + "\n" if is_too_long else left.decode("utf-8", "surrogateescape") + "\n"
-            )
+            yield _decoded(left, is_too_long or len(left) > max_bytes) + "\n"
             left, is_too_long = line, False
         if len(left) > max_bytes:
             left, is_too_long = b"", True
     if left or is_too_long:
-        yield _TOO_LONG if is_too_long else left.decode("utf-8", "surrogateescape")
+        yield _decoded(left, is_too_long)
+
+
+def _decoded(line: bytes, is_too_long: bool) -> str:
+    return _TOO_LONG if is_too_long else line.decode("utf-8", "surrogateescape")
 
 
 def parquet_batches(part: Part, source: TextSource, text_field: str) -> Iterator[Batch]:
