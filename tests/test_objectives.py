@@ -16,10 +16,12 @@ from clue_ds import config as run_config
 from clue_ds import export, presets
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data import Corpus, SampleStream
+from clue_ds.data.build.command import shard
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
+from clue_ds.pretrain import batches
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Two ranks add the sequences' losses in another order.
@@ -182,6 +184,19 @@ MISTAKES = {
         '{"sentence1": "a", "sentence2": " ", "label": "1"}',
         "line 2 has an empty sentence2",
     ),
+    "null text": (
+        '{"sentence1": null, "sentence2": "b", "label": "1"}',
+        r"pairs\.json, line 2: sentence1 is null, not text",
+    ),
+    "null label": (
+        '{"sentence1": "a", "sentence2": "b", "label": null}',
+        r"pairs\.json, line 2: label is null, not text",
+    ),
+    "list": ('{"sentence1": "a", "sentence2": ["b"], "label": 1}', "line 2: sentence2 is a list"),
+    "surrogate": (
+        '{"sentence1": "\\ud800", "sentence2": "b", "label": 1}',
+        "line 2: sentence1 has half of a surrogate pair",
+    ),
     "one label": ('{"sentence1": "a", "sentence2": "b", "label": "0"}', "only the label '0'"),
 }
 
@@ -193,6 +208,33 @@ def test_mistakes_in_pairs_name_file_and_line(corpus: Path, tmp_path: Path, mist
     path.write_text('{"sentence1": "a", "sentence2": "b", "label": "0"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         LabelledPairs((str(path),), corpus)
+
+
+def test_blank_lines_marks_and_brackets_make_no_difference(corpus: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"sentence1": "中", "sentence2": "文", "label": i}) for i in (0, 1)]
+    plain, odd = tmp_path / "a1.json", tmp_path / "a[1].json"
+    plain.write_text("\n".join(lines))
+    odd.write_text("\ufeff\n" + " \r\n\r\n".join(lines) + "\n \n\n")
+    pairs = [LabelledPairs((str(path),), corpus) for path in (plain, odd)]
+    assert pairs[0].fingerprint == pairs[1].fingerprint
+    assert pairs[1].num_documents == 2
+
+
+def test_a_note_says_when_nsp_has_true_pairs_only(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", train={"objective": "nsp"})
+    assert batches.describe(config, Corpus(corpus)) == []
+    (tmp_path / "one.txt").write_text("中文。\n第二句。\n")
+    shard(
+        (str(tmp_path / "one.txt"),),
+        output=tmp_path / "one",
+        vocab=corpus / "vocab.txt",
+        words="none",
+        workers=1,
+    )
+    (note,) = batches.describe(config, Corpus(tmp_path / "one"))
+    assert "every pair is a true pair, and nsp learns nothing from it" in note
+    mlm = tiny_config(corpus, tmp_path / "run")
+    assert batches.describe(mlm, Corpus(tmp_path / "one")) == []
 
 
 def test_settings_that_do_not_belong_together(corpus: Path, tmp_path: Path) -> None:

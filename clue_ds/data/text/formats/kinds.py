@@ -231,8 +231,11 @@ def looks_like_table(head: bytes, at_end: bool) -> bool:
         names = lines[0].rstrip("\r\n").split(delimiter)
         if len(names) < 2 or not all(map(_COLUMN.fullmatch, names)):
             continue
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.reader(lines[1:], delimiter=delimiter, quoting=quoting)
+        rows = (
+            csv.reader(lines[1:], delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            if delimiter == "\t"
+            else csv.reader(lines[1:], delimiter=delimiter)
+        )
         try:
             widths = [len(row) for row, _ in zip(rows, range(3), strict=False) if row]
         except csv.Error:

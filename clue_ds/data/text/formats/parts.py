@@ -8,7 +8,6 @@ its end (zip, parquet) and comes compressed or through a pipe is copied to a tem
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -115,7 +114,8 @@ def seekable(stream: HeadStream) -> Iterator[IO[bytes]]:
         yield stream.base
         return
     with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(stream, file, _COPY_BYTES)
+        while block := stream.read(_COPY_BYTES):
+            file.write(block)
         file.seek(0)
         yield file
 
