@@ -193,9 +193,9 @@ def test_progress_says_rate_and_time_left_from_the_first_shard_on() -> None:
     """The rate doesn't count what an earlier run had finished."""
     progress = ShardProgress(1000_000_000, None, now=0.0)
     progress.advance(500_000_000, found=True, now=0.1)
-    assert progress.state(0.1) == "0.50 of 1.00 GB"
+    assert progress.state(0.1) == "476.8 MiB of 953.7 MiB"
     progress.advance(100_000_000, now=40.0)
-    assert progress.state(40.0) == "0.60 of 1.00 GB, 2.5 MB/s, 0:02:40 left"
+    assert progress.state(40.0) == "572.2 MiB of 953.7 MiB, 2.4 MiB/s, 0:02:40 left"
     unknown = ShardProgress(None, None, now=0.0)
     unknown.advance(100_000_000, now=20.0)
-    assert unknown.state(20.0) == "0.10 GB, 5.0 MB/s"
+    assert unknown.state(20.0) == "95.4 MiB, 4.8 MiB/s"

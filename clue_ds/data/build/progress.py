@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from clue_ds.files import size_text
+
 LOG_SECONDS = 30.0
 
 
@@ -38,14 +40,14 @@ class ShardProgress:
             print(f"sharding: {self.state(now)}", file=sys.stderr, flush=True)
 
     def state(self, now: float) -> str:
-        """The progress as text, such as "1.20 of 3.40 GB, 95.0 MB/s, 0:00:23 left"."""
+        """The progress as text, such as "1.2 GiB of 3.4 GiB, 95.0 MiB/s, 0:00:23 left"."""
         worked, seconds = self._done - self._found, now - self._start
-        size = f"{self._done / 1e9:.2f}"
-        size += " GB" if self._total is None else f" of {self._total / 1e9:.2f} GB"
+        size = size_text(self._done)
+        size += "" if self._total is None else f" of {size_text(self._total)}"
         if worked <= 0 or seconds <= 0:
             return size
         rate = worked / seconds
-        text = f"{size}, {rate / 1e6:.1f} MB/s"
+        text = f"{size}, {size_text(rate)}/s"
         if self._total is not None:
             minutes, left = divmod(int(max(0, self._total - self._done) / rate), 60)
             text += f", {minutes // 60}:{minutes % 60:02}:{left:02} left"
