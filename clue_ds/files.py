@@ -1,6 +1,9 @@
-"""Hashing, writing and locking files, for every module that does one of these.
+"""Hashing, writing, locking and reading files, for every module that does one of these.
 
-Guarantees: readers see a file written by `writing`, `write_text` or `write_json` with its old
+Guarantees: a file that is empty, a Git LFS pointer or a web page is called that by
+`refuse_placeholder`, before a reader of some format calls it damaged; `read_json` is the only
+reader of JSON objects, so that a byte order mark is skipped everywhere and an error names the
+place. Readers see a file written by `writing`, `write_text` or `write_json` with its old
 content or its complete new content, and it is on disk when the function returns; the temporary file
 is removed when writing fails. The system drops a lock when its process ends. On file systems
 without locks (Lustre without `-o flock`, some NFS) `lock` grants every request, so callers must
@@ -23,6 +26,11 @@ from clue_ds.errors import UserError, existing_file
 
 # Errors of flock on file systems that have no locks.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+# What downloads leave in place of a file, and how many bytes are enough to recognise it.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGES = (b"<!doctype html", b"<html", b"<head")
+PLACEHOLDER_SIZE = 512
 
 
 def sha256(path: str | Path) -> str:
@@ -77,17 +85,57 @@ def write_json(path: Path, value: Any, indent: int = 1, sort_keys: bool = False)
 
 
 def read_json(path: Path, what: str = "config") -> dict[str, Any]:
-    """The JSON object in `path`; UserError when it is missing or something else."""
+    """The JSON object in `path`, which may begin with a byte order mark.
+
+    UserError with line and column when the file is missing, damaged, or holds something else.
+    """
     content = existing_file(path, what).read_bytes()
+    refuse_placeholder(path, content[:PLACEHOLDER_SIZE])
     try:
-        value = json.loads(content)
-    except ValueError as error:
+        value = json.loads(content.decode(json.detect_encoding(content)))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path} is not valid JSON: {error}; correct it, or copy it again"
+            f"{path} is not UTF-8 at byte {error.start} (line {line}); convert it to UTF-8, or "
+            "copy it again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{path} is not valid JSON: {reason}; correct it, or copy it again"
         ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object; correct it, or copy it again")
     return value
+
+
+def refuse_placeholder(path: Path, begin: bytes | None = None) -> None:
+    """UserError when `path` is empty, a Git LFS pointer or a web page instead of its content.
+
+    `begin`: the first PLACEHOLDER_SIZE bytes, if the caller has read them.
+    """
+    if begin is None:
+        with open(path, "rb") as file:
+            begin = file.read(PLACEHOLDER_SIZE)
+    if not begin:
+        raise UserError(
+            f"{path} is empty (0 bytes): it is truncated or damaged; copy or download it again"
+        )
+    if begin.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+            "repository, or download the file"
+        )
+    if begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
+        raise UserError(
+            f"{path} is a web page, not the file itself (a link to a page was downloaded, or a "
+            "login is needed); download the file again from its direct link"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has no message."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def lock(file: IO[Any], wait: bool) -> bool:
