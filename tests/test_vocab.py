@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from clue_ds import files
+from clue_ds import files, vocab_file
 from clue_ds.cli import main
 from clue_ds.data import Tokenizer
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.data.text.vocab import clue, learn, read_vocab
 from clue_ds.errors import UserError
+from clue_ds.export import huggingface
 
 
 def test_layout_is_googles() -> None:
@@ -26,12 +29,20 @@ def test_layout_is_googles() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "lacks \\[PAD\\]"),
+        (b"", "vocab.txt is empty"),
+        (b"\n", "ends with an empty line \\(line 1\\)"),
         ("中\n国\n".encode(), "not a BERT vocabulary"),
         (
-            "".join(f"{t}\n" for t in LEADING_TOKENS).encode() + b"\nab\n",
-            "line 105 of .* is empty",
+            b"\xef\xbb\xbf" + "".join(f"{t}\n" for t in LEADING_TOKENS).encode(),
+            r"byte order mark .* sed -i",
         ),
+        ("[PAD]\n".encode("utf-16"), "is UTF-16; convert it with: iconv"),
+        ("".join(f"{t}\n" for t in LEADING_TOKENS).encode() + b"\n", r"empty line \(line 105\)"),
+        ("".join(f"{t}\n" for t in LEADING_TOKENS).encode() + b" \t\n", r"empty line \(line 105"),
+        (b"[PAD]\n[MASK] \n", r"line 2 of .* is '\[MASK\] ', .* write '\[MASK\]' there"),
+        (b"[PAD]\na\rb\n", "line 2 of .* holds a carriage return"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
         (b"[PAD]\n\xff\n", "not UTF-8 at byte 6"),
     ],
 )
@@ -45,6 +56,86 @@ def test_what_is_no_vocabulary(tmp_path: Path, content: bytes, message: str) -> 
 def test_missing_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_vocab(tmp_path / "none.txt")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is a symbolic link to nowhere, which does not exist"):
+        read_vocab(tmp_path / "dangling.txt")
+
+
+def test_empty_line_keeps_its_id_and_is_never_found(tmp_path: Path) -> None:
+    """Removing the line would move every later id by one."""
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{t}\n" for t in (*LEADING_TOKENS, "中", "", "国", "", "##国")))
+    assert read_vocab(path)[104:] == ["中", "", "国", "", "##国"]
+    assert Tokenizer(path).encode("国中 国 x 中国").tolist() == [106, 104, 106, 100, 104, 106]
+
+
+def test_line_ends_of_windows_are_no_part_of_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes("".join(f"{t}\r\n" for t in (*LEADING_TOKENS, "中")).encode())
+    assert read_vocab(path) == [*LEADING_TOKENS, "中"]
+
+
+def test_tokenizer_json_holds_the_same_tokens(tmp_path: Path) -> None:
+    tokens = [*LEADING_TOKENS, "中", "", "##国"]
+    library = huggingface.fast_tokenizer(tokens, lower_case=False)
+    library.save(str(tmp_path / "tokenizer.json"))
+    path = vocab_file.find(tmp_path)
+    assert path == tmp_path / "tokenizer.json"
+    assert read_vocab(path) == tokens
+    assert vocab_file.lower_case(path) is False
+    values = json.loads(path.read_text("utf-8"))
+    # A hole keeps the ids behind it.
+    del values["model"]["vocab"][""]
+    path.write_text(json.dumps(values))
+    assert read_vocab(path) == tokens
+    values["added_tokens"].append({"id": 107, "content": "<new>"})
+    path.write_text(json.dumps(values))
+    assert read_vocab(path) == [*tokens, "<new>"]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert vocab_file.lower_case(path) is True
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": "false"}')
+    with pytest.raises(UserError, match="do_lower_case is 'false'; it must be true or false"):
+        vocab_file.lower_case(path)
+    with pytest.raises(UserError, match="is not a vocab.txt; `clue-ds import`"):
+        vocab_file.existing_text(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("model", {"type": "BPE"}, 'model.type is "BPE", not "WordPiece"'),
+        ("model", {"continuing_subword_prefix": "@@"}, "continuing_subword_prefix"),
+        ("model", {"vocab": ["a"]}, "model.vocab is not an object"),
+        ("model", {"vocab": {"a": "0"}}, "'a' has the id '0'"),
+        ("model", {"vocab": {"a": 0, "b": 0}}, "'b' have the same id 0"),
+        ("model", {"vocab": {"a": 1 << 60}}, "which is no id"),
+        ("model", {"vocab": {"a": 9_999_999}}, "most ids are missing"),
+        ("model", {"vocab": {"a\nb": 200}}, "holds a line break"),
+        ("normalizer", {"type": "NFKC"}, 'normalizer.type is "NFKC"'),
+        ("normalizer", {"strip_accents": False}, "strip_accents differs"),
+        ("pre_tokenizer", {"type": "ByteLevel"}, 'pre_tokenizer.type is "ByteLevel"'),
+    ],
+)
+def test_tokenizer_json_that_is_no_berts(
+    part: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    huggingface.fast_tokenizer(LEADING_TOKENS, lower_case=True).save(str(path))
+    content = json.loads(path.read_text("utf-8"))
+    if message.endswith("most ids are missing") or "no id" in message or "same id" in message:
+        content["added_tokens"] = []
+    content[part] |= values
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_vocab(path)
+
+
+def test_vocabularies_are_compared_by_tokens() -> None:
+    assert vocab_file.difference(["a", "b"], ["a", "b"]) is None
+    assert vocab_file.difference(["a", "b"], ["a", "c"]) == "id 1 is 'b' there and 'c' here"
+    assert vocab_file.difference(["a"], ["a", "c"]) == "1 tokens there and 2 here"
+    # Only the last line of a token is used; tokenizer.json has no other.
+    assert vocab_file.difference(["a", "b", "a"], ["", "b", "a"]) is None
 
 
 def test_line_separators_other_than_line_feeds_are_tokens(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ from clue_ds.data.text.formats.parts import check_kinds, is_packed
 from clue_ds.data.text.inputs import Chunk, chunk_hash, read_chunks
 from clue_ds.data.text.sources import TextSource, resolve
 from clue_ds.data.verification import verify_with_own_checksums
-from clue_ds.errors import UserError, existing_file
+from clue_ds.errors import UserError
 from clue_ds.settings.arguments import PathOrName
+from clue_ds.vocab_file import existing_text
 
 # Bytes of a corpus per byte of text: a Chinese character of 3 bytes in UTF-8 becomes a token of 2
 # bytes, and every sentence takes 4 more.
@@ -150,7 +151,7 @@ def _plan(
     return Build(
         sources=resolve(inputs, format),
         output=output,
-        vocab_file=existing_file(vocab, "vocabulary"),
+        vocab_file=existing_text(vocab),
         options=options,
         shard_bytes=max(1, int(shard_megabytes * (1 << 20))),
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import tyro
 
-from clue_ds import files
 from clue_ds.data.text.choices import InputFormat
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.decode import read_lines
@@ -21,23 +20,20 @@ from clue_ds.data.text.sources import resolve
 from clue_ds.data.text.special_tokens import LEADING_TOKENS
 from clue_ds.errors import UserError
 from clue_ds.settings.arguments import PathOrName
-from clue_ds.vocab_file import check_special_tokens, vocab_lines
+from clue_ds.vocab_file import check_special_tokens, vocab_lines, write_tokens
 
 
 def read_vocab(path: str | Path) -> list[str]:
-    """The tokens of a vocab.txt in the order of their ids; UserError if BERT can't use it."""
+    """The tokens of a vocabulary in the order of their ids; UserError if BERT can't use it."""
     tokens = vocab_lines(path)
     check_special_tokens(tokens, path)
-    for number, token in enumerate(tokens, start=1):
-        if not token:
-            raise UserError(f"line {number} of vocabulary {path} is empty; remove it")
     return tokens
 
 
 def write_vocab(tokens: list[str], path: Path) -> None:
     """Write one token per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, "".join(f"{token}\n" for token in tokens))
+    write_tokens(tokens, path)
 
 
 def learn(

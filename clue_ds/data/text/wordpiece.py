@@ -55,6 +55,8 @@ def build_trie(tokens: list[str]) -> Trie:
     ends: dict[int, int] = {}
     num_nodes = 2
     for token_id, token in enumerate(tokens):
+        if not token:  # an empty line of vocab.txt keeps its id, and no text is this token
+            continue
         is_piece = token.startswith("##") and len(token) > 2
         node = _CONTINUATION_ROOT if is_piece else _ROOT
         for character in token[2:] if is_piece else token:
