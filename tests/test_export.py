@@ -320,7 +320,7 @@ def test_save_refuses_what_readers_would_choke_on(
     state = model.state_dict()
     with pytest.raises(UserError, match="layouts: hf, tf, onnx"):
         export.save(CONFIG, state, vocab_file, tmp_path / "out", to="gguf")
-    with pytest.raises(UserError, match="14 lines but the model has 16"):
+    with pytest.raises(UserError, match="14 tokens but the model has 16"):
         export.save(CONFIG.replace(vocab_size=16), state, vocab_file, tmp_path / "out")
     padded = BertForPreTraining(CONFIG, padded_vocab_size=64).state_dict()
     with pytest.raises(UserError, match=r"word_embeddings.weight is \(64, 24\)"):

@@ -54,7 +54,10 @@ def test_published_model_is_imported_by_name(
     found = export.load(tmp_path / "out")[1]
     assert all(same_bits(found[key], tensor) for key, tensor in state.items())
     # One copy of the weights, no code, no card.
-    assert server.asked == {"config.json", "tokenizer_config.json", "vocab.txt", weights}
+    assert server.asked == {
+        *("config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt"),
+        weights,
+    }
 
 
 def test_unknown_name_is_one_message(server: Hub, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_mistakes_get_one_clear_message(
     with pytest.raises(UserError, match="no masked-language-model head"):
         Predictor(directory).fill_mask("[MASK]")
     (directory / "vocab.txt").unlink()
+    (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="vocab.txt does not exist"):
         Predictor(directory)
 

@@ -17,10 +17,11 @@ import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
 from clue_ds import config as run_config
-from clue_ds import export, files
+from clue_ds import export
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.errors import UserError
 from clue_ds.pretrain import start_weights, train
+from clue_ds.vocab_file import vocab_lines, write_tokens
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Another order of the sums over sequences.
@@ -102,17 +103,20 @@ def test_run_directory_holds_everything(folder: Path, corpus: Path) -> None:
     }
 
 
-def test_weights_of_another_shape_or_vocabulary_are_refused(folder: Path) -> None:
+def test_weights_of_another_shape_or_vocabulary_are_refused(folder: Path, tmp_path: Path) -> None:
     config, _, vocab_file = load_weights(folder / "one")
     model = train.BertForPreTraining(config.replace(num_hidden_layers=1))
     with pytest.raises(UserError, match="num_hidden_layers is 2 there and 1 here"):
-        start_weights.load(model, str(folder / "one"), files.sha256(vocab_file))
+        start_weights.load(model, str(folder / "one"), vocab_file, True)
     model = train.BertForPreTraining(config)
+    tokens = vocab_lines(vocab_file)
+    other = tmp_path / "other.txt"
+    write_tokens([*tokens[:-2], tokens[-1], tokens[-2]], other)
     for source in ("one", "exported"):
-        with pytest.raises(UserError, match="another vocabulary than the corpus"):
-            start_weights.load(model, str(folder / source), "0" * 64)
+        with pytest.raises(UserError, match=f"another vocabulary .*id {len(tokens) - 2} is"):
+            start_weights.load(model, str(folder / source), other, True)
     with pytest.raises(UserError, match="is not a directory"):
-        start_weights.load(model, str(folder / "nowhere"), "any")
+        start_weights.load(model, str(folder / "nowhere"), vocab_file, True)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clue_ds.errors import UserError
 from clue_ds.files import read_json
 from clue_ds.model.weights import TIED, StateDict
 
@@ -109,7 +110,14 @@ def _shape(config: dict[str, Any], state: StateDict) -> Facts:
 
 def _training(made_in: Path) -> Facts:
     """Rows from manifest.json, log.jsonl and corpus.json; none when `made_in` is no checkpoint."""
-    manifest = _read(made_in / "manifest.json")
+    try:
+        return _facts_of_run(made_in, _read(made_in / "manifest.json"))
+    # A download may hold a manifest.json that is something else; it must not end an export.
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
+
+
+def _facts_of_run(made_in: Path, manifest: dict[str, Any]) -> Facts:
     if not manifest:
         return []
     config = manifest["config"]
@@ -139,12 +147,22 @@ def _training(made_in: Path) -> Facts:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    """The JSON object in a file that others may have moved, replaced or damaged; {} then."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except UserError:
+        return {}
 
 
 def _last_record(path: Path, step: int) -> dict[str, Any]:
-    """The last line of log.jsonl that is not after `step`."""
+    """The last line of log.jsonl that is not after `step`; a damaged line is passed over."""
     if not path.is_file():
         return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return next((record for record in reversed(records) if record["step"] <= step), {})
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("step", step + 1) <= step:
+            return record
+    return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import LAYOUTS, archives, check_layout, save, slim
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
-from clue_ds.model.weights import TIED
+from clue_ds.model.weights import CLASSIFIER_WEIGHT, TIED, lacking
 from clue_ds.presets import HiddenAct
 from clue_ds.settings.arguments import PathOrName
 
@@ -50,7 +51,7 @@ def export(
     output = _default_output(run, to) if output is None else output
     with opened(run) as model:
         before = slim.sizes(model)
-        for note in model.notes:
+        for note in [*model.notes, *_fresh_heads(model)]:
             print(note)
         model = _slimmed(model, trim_vocab, vocab, drop_heads)
         for target in targets:
@@ -69,6 +70,20 @@ def _default_output(run: Path, to: str) -> Path:
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} is not a run directory, so there is no default; give --output DIR")
     return run / "export" if to == "all" else run / "export" / to
+
+
+def _fresh_heads(model: OpenedModel) -> list[str]:
+    """A sentence for each head that the model lacks and that others fill with random weights.
+
+    A classifier needs no heads of pretraining.
+    """
+    is_classifier = CLASSIFIER_WEIGHT in model.state_dict
+    return [
+        f"the model has no {head} ({', '.join(missing)}); programs that need it start it from "
+        "random weights"
+        for head, missing in lacking(model.config, model.state_dict).items()
+        if head == "pooler" or not is_classifier
+    ]
 
 
 def _slimmed(
@@ -123,11 +138,12 @@ def import_model(
         force: replace the output if it exists.
     """
     if output is None:
-        name = Path(model).resolve().name
+        # Not Path.resolve, which fails on a link that leads to itself.
+        name = Path(os.path.abspath(model)).name
         output = Path(f"{name.removesuffix('.zip')}-imported")
     with opened(model, layout) as opened_model:
         before = slim.sizes(opened_model)
-        for note in opened_model.notes:
+        for note in [*opened_model.notes, *_fresh_heads(opened_model)]:
             print(note)
         trimmed = slim.drop_unused_rows(opened_model)
         config = trimmed.config
@@ -137,5 +153,10 @@ def import_model(
         if after != before:
             dropped = before.words - after.words
             print(f"dropped {dropped:,} rows beyond vocab.txt\n{slim.table(before, after)}")
+            print(
+                "this is right only if these rows are padding: if lines were removed from the "
+                "vocabulary, every id after them now means another word; put the lines back as "
+                "[unused-a] and so on, and import it again"
+            )
         _write(trimmed._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
         print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {output}")

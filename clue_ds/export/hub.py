@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from clue_ds.errors import UserError
+from clue_ds.files import first_line
 
 # Preset -> the name under which CLUE published it.
 PUBLISHED = {
@@ -21,7 +22,7 @@ PUBLISHED = {
     "roberta_large_clue": "clue/roberta_chinese_clue_large",
     "roberta_large_pair": "clue/roberta_chinese_pair_large",
 }
-FILES = ("*config*.json", "vocab.txt", "bert_model.ckpt*")
+FILES = ("*config*.json", "vocab.txt", "tokenizer.json", "bert_model.ckpt*")
 SAFE = ("model*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -57,8 +58,7 @@ def download(name: str) -> Path:
             f"{name} is neither a directory nor a model on the hub (or it is private: set HF_TOKEN)"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"can't download {repository} from the hub: {reason}; download it on another machine "
-            "and give its directory"
+            f"can't download {repository} from the hub: {first_line(error)}; download it on "
+            "another machine and give its directory"
         ) from None

@@ -18,9 +18,24 @@ import safetensors
 
 from clue_ds import files
 from clue_ds.errors import UserError
-from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict, expected_shapes
+from clue_ds.model.weights import (
+    CLASSIFIER_BIAS,
+    CLASSIFIER_WEIGHT,
+    HEADS,
+    WORD_EMBEDDINGS,
+    StateDict,
+    check_finite,
+    expected_shapes,
+    lacking,
+)
 from clue_ds.presets import ModelConfig
-from clue_ds.vocab_file import check_special_tokens, vocab_lines
+from clue_ds.vocab_file import (
+    VOCAB_TEXT,
+    check_special_tokens,
+    is_text,
+    vocab_lines,
+    write_tokens,
+)
 
 # A directory with one of these holds a model, so --force may replace it.
 MODEL_FILES = ("config.json", "bert_config.json")
@@ -70,20 +85,32 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def read_tokens(vocab_file: str | Path, vocab_size: int) -> list[str]:
-    """The tokens of vocab.txt; UserError unless there are `vocab_size`, with the special ones."""
+    """The tokens of a vocabulary; UserError unless they are `vocab_size`, with the special ones."""
     tokens = vocab_lines(vocab_file)
     if len(tokens) != vocab_size:
         raise UserError(
-            f"vocabulary {vocab_file} has {len(tokens):,} lines but the model has {vocab_size:,} "
-            "words; give the vocab.txt that it was trained with"
-            + (", or --trim-vocab to drop the other rows" if len(tokens) < vocab_size else "")
+            f"vocabulary {vocab_file} has {len(tokens):,} tokens but the model has {vocab_size:,} "
+            "words; give the vocabulary that it was trained with"
+            + (f". {lost_line(vocab_size - len(tokens))}" if len(tokens) < vocab_size else "")
         )
     check_special_tokens(tokens, vocab_file)
     return tokens
 
 
+def lost_line(num_rows: int) -> str:
+    """What to do about `num_rows` more rows than tokens, which may mean that ids have moved."""
+    return (
+        f"If lines were removed from it, every id after them means another row: put them back as "
+        f"[unused-a] and so on. Only if the last {num_rows:,} rows are padding, which no text "
+        "uses, drop them: clue-ds export MODEL --trim-vocab"
+    )
+
+
 def check_state(config: ModelConfig, state: StateDict) -> None:
-    """UserError for weights that readers would fill up with random numbers, or could not load."""
+    """UserError for weights that readers would fill up with random numbers, or could not load.
+
+    Heads may be absent, but not incomplete.
+    """
     if WORD_EMBEDDINGS not in state:
         raise UserError(
             f"the state dict has no {WORD_EMBEDDINGS}: it is not a BERT encoder; give the state "
@@ -99,6 +126,19 @@ def check_state(config: ModelConfig, state: StateDict) -> None:
             raise UserError(
                 f"the state dict holds {name}, which is no tensor of BertForPreTraining; remove it"
             )
+    check_finite(state, "the state dict")
+    for head, missing in lacking(config, state).items():
+        if any(name.startswith(HEADS[head]) for name in state):
+            raise UserError(
+                f"the {head} lacks {', '.join(missing)}, which readers would fill with random "
+                "weights; use complete weights, or leave the heads out: clue-ds export MODEL "
+                "--drop-heads"
+            )
+    if CLASSIFIER_WEIGHT in state and CLASSIFIER_BIAS not in state:
+        raise UserError(
+            f"the classifier lacks {CLASSIFIER_BIAS}, which readers would fill with random "
+            "weights; use complete weights"
+        )
 
 
 def write_model_json(path: Path, values: dict[str, Any]) -> None:
@@ -107,4 +147,8 @@ def write_model_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def copy_vocab(vocab_file: str | Path, directory: Path) -> None:
-    shutil.copyfile(vocab_file, directory / "vocab.txt")
+    """Copy a vocab.txt into `directory`, or write it from a tokenizer.json."""
+    if is_text(vocab_file):
+        shutil.copyfile(vocab_file, directory / VOCAB_TEXT)
+    else:
+        write_tokens(vocab_lines(vocab_file), directory / VOCAB_TEXT)

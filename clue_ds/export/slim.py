@@ -62,8 +62,8 @@ def drop_unused_rows(model: OpenedModel) -> OpenedModel:
     num_tokens = len(vocab_lines(model.vocab_file))
     if num_tokens > model.config.vocab_size:
         raise UserError(
-            f"vocabulary {model.vocab_file} has {num_tokens:,} lines but the model has "
-            f"{model.config.vocab_size:,} words; give the vocab.txt that it was trained with"
+            f"vocabulary {model.vocab_file} has {num_tokens:,} tokens but the model has "
+            f"{model.config.vocab_size:,} words; give the vocabulary that it was trained with"
         )
     return model._replace(
         config=model.config.replace(vocab_size=num_tokens),
@@ -87,7 +87,7 @@ def change_vocab(model: OpenedModel, vocab_file: str | Path) -> tuple[OpenedMode
     old = vocab_lines(model.vocab_file)
     old = read_tokens(model.vocab_file, len(old))[: model.config.vocab_size]
     new = read_tokens(vocab_file, len(vocab_lines(vocab_file)))
-    twice = [token for token, count in Counter(new).items() if count > 1]
+    twice = [token for token, count in Counter(new).items() if count > 1 and token]
     if twice:
         raise UserError(f"vocabulary {vocab_file} holds {', '.join(twice[:5])} more than once")
     ids = {token: i for i, token in enumerate(old)}

@@ -8,8 +8,9 @@
 
 Guarantees: the weights take precedence over the config. The vocabulary has as many words as the
 embedding has rows, and a "roberta" with BERT's weights and vocabulary is opened as a BERT (CLUE's
-models are such). No code in a download is executed. `OpenedModel.notes` lists what was corrected or
-left out.
+models are such). Every weight is finite. No code in a download is executed: only a local directory
+that the user names is ever read as a run, because a run's checkpoints are pickles, and a zip or a
+download that looks like one is refused. `OpenedModel.notes` lists what was corrected or left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
 
 
 class OpenedModel(NamedTuple):
-    """Config, weights and tokenizer of a model; `notes` are sentences to show to the user."""
+    """Config, weights and tokenizer of a model; `notes` are sentences to show to the user.
+
+    `vocab_file` is a vocab.txt or a tokenizer.json, and may not exist.
+    """
 
     config: ModelConfig
     state_dict: StateDict
@@ -47,17 +51,30 @@ def opened(where: str | Path, layout: str | None = None) -> Iterator[OpenedModel
     `layout`: "hf" or "tf", for a directory that holds both; by default the hf weights are read.
     """
     if hub.is_name(where):
-        yield open_model(hub.download(str(where)), layout)
+        yield _open_download(hub.download(str(where)), layout, where)
     elif archives.is_archive(where):
         with archives.unpacked(where) as directory:
-            yield open_model(directory, layout)
+            yield _open_download(directory, layout, where)
     else:
         yield open_model(where, layout)
+
+
+def _open_download(directory: Path, layout: str | None, where: str | Path) -> OpenedModel:
+    """Open a directory that others packed, which is never a run."""
+    layout = layout or _layout(directory)
+    if layout == "run":
+        raise UserError(
+            f"{where} holds no model directory (config.json or bert_config.json with weights). A "
+            "run or checkpoint is read only from a local directory, because its files could "
+            "execute code: if you trust it, unpack it and give the directory"
+        )
+    return open_model(directory, layout)
 
 
 def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
     """Open a run, a checkpoint, or a directory in Hugging Face's or Google's layout.
 
+    `directory` must be one that the user named: files of a run can execute code.
     The vocabulary file may be missing, because the weights are usable without it; callers that need
     it check. UserError: not a model directory, damaged weights, shapes that disagree.
     """
@@ -76,13 +93,15 @@ def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
     from clue_ds.checkpoint import masters
 
     config, state, vocab_file = masters.load_weights(directory)
+    weights.check_finite(state, directory)
     return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file))
 
 
 def _layout(directory: Path) -> str:
     """The layout of a directory: hf, tf, or run (which includes checkpoints)."""
     names = [n + end for n in weights.WEIGHT_FILES for end in ("", ".index.json")]
-    if any((directory / name).is_file() for name in names):
+    # A link that leads nowhere is named when it is opened.
+    if any((directory / name).is_file() or (directory / name).is_symlink() for name in names):
         return "hf"
     if tensorflow.is_checkpoint(directory):
         return "tf"
@@ -95,7 +114,7 @@ def _open_tf(directory: Path) -> OpenedModel:
     weights.check_shapes(config, state, directory)
     notes = _notes(config, said) + _left_out(left_out, directory)
     lower_case = tensorflow.lower_case(directory)
-    vocab_file = directory / "vocab.txt"
+    vocab_file = vocab_files.find(directory)
     if lower_case is None:
         lower_case = vocab_files.lower_case(vocab_file)
     return OpenedModel(config, weights.tie(state, directory), vocab_file, lower_case, notes)
@@ -105,18 +124,18 @@ def _open_hf(directory: Path) -> OpenedModel:
     paths = [directory / name for name in HF_CONFIGS]
     path = next((path for path in paths if path.is_file()), paths[0])
     values = weights.read_config_json(directory) if path == paths[0] else read_json(path)
-    vocab_file = directory / "vocab.txt"
+    vocab_file = vocab_files.find(directory)
     notes: tuple[str, ...] = ()
     if values.get("model_type") == "roberta" and _is_bert_vocab(vocab_file):
         values["model_type"] = "bert"
         notes = (f'{path.name} says "roberta", but the weights and the vocabulary are BERT\'s',)
     said = weights.model_config(values, path)
-    state = weights.read_weights(directory)
+    state, notes_on_names = weights.read_weights(directory)
     config = said.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
     weights.check_shapes(config, state, directory)
     known = weights.expected_shapes(config)
     foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
-    notes += _notes(config, said.vocab_size) + _left_out(foreign, directory)
+    notes += notes_on_names + _notes(config, said.vocab_size) + _left_out(foreign, directory)
     state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
     return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file), notes)
 
@@ -147,4 +166,10 @@ def _is_bert_vocab(vocab_file: Path) -> bool:
     """Whether this is a BERT vocabulary; a real RoBERTa has no vocab.txt, or another one."""
     if not vocab_file.is_file():
         return False
-    return set(vocab_files.SPECIAL_TOKENS) <= set(vocab_files.vocab_lines(vocab_file))
+    try:
+        tokens = vocab_files.vocab_lines(vocab_file)
+    except UserError:
+        if vocab_files.is_text(vocab_file):
+            raise
+        return False  # the tokenizer.json of a real RoBERTa
+    return set(vocab_files.SPECIAL_TOKENS) <= set(tokens)

@@ -45,6 +45,7 @@ from clue_ds.model.weights import (
     model_config,
 )
 from clue_ds.presets import ModelConfig
+from clue_ds.vocab_file import checked_bool
 
 PREFIX = "bert_model.ckpt"
 CONFIG_FILE = "bert_config.json"
@@ -210,14 +211,17 @@ def read(directory: str | Path) -> tuple[ModelConfig, StateDict, list[str]]:
         known.add(row.theirs)
         if row.theirs in reader.entries:
             tensor = torch.from_numpy(reader.read(row.theirs)).float()
-            state[row.ours] = tensor.T.contiguous() if row.is_transposed else tensor
+            turns = row.is_transposed and tensor.dim() == 2
+            state[row.ours] = tensor.T.contiguous() if turns else tensor
     if WORD_EMBEDDINGS not in state:
+        holds = min(reader.entries, key=len) if reader.entries else "nothing"
         raise UserError(
             f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "
-            "variable names of Google's BERT can be read "
-            f"(this one holds {min(reader.entries, key=len)})"
+            f"variable names of Google's BERT can be read (this one holds {holds})"
         )
-    if DECODER_WEIGHT in state:
+    if state[WORD_EMBEDDINGS].dim() != 2:
+        raise UserError(f"{reader.path}: the word embeddings are no matrix; download it again")
+    if DECODER_WEIGHT in state and PREDICTION_BIAS in state:
         state[DECODER_BIAS] = state[PREDICTION_BIAS]
     left_out = [name for name in reader.entries if name not in known and not _is_optimizer(name)]
     return config.replace(vocab_size=len(state[WORD_EMBEDDINGS])), state, left_out
@@ -235,4 +239,5 @@ def is_checkpoint(directory: Path) -> bool:
 def lower_case(directory: Path) -> bool | None:
     """do_lower_case of a bert_config.json that we wrote; None in one written by others."""
     path = directory / CONFIG_FILE
-    return read_json(path).get("do_lower_case") if path.is_file() else None
+    said = read_json(path).get("do_lower_case") if path.is_file() else None
+    return None if said is None else checked_bool(said, "do_lower_case", path)

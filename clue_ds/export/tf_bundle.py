@@ -20,6 +20,7 @@ tensor_bundle.proto and LevelDB's doc/table_format.md.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +32,7 @@ import numpy as np
 from clue_ds.errors import UserError
 from clue_ds.export import protobuf
 from clue_ds.export.protobuf import WireError
+from clue_ds.files import PLACEHOLDER_SIZE, refuse_placeholder
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER_SIZE = 48
@@ -174,11 +176,13 @@ class Reader:
                 f"{self.path} does not exist{old}; give a directory with a TensorFlow V2 "
                 "checkpoint (.index and .data-*)"
             )
+        content = self.path.read_bytes()
+        refuse_placeholder(self.path, content[:PLACEHOLDER_SIZE])
         try:
-            rows = dict(_rows(self.path.read_bytes()))
+            rows = dict(_rows(content))
             header = protobuf.scalars(rows.pop(b""))
             self.entries = {key.decode(): _decode(value) for key, value in rows.items()}
-        except (WireError, KeyError, struct.error, UnicodeDecodeError, TypeError) as error:
+        except (WireError, KeyError, ValueError, struct.error, TypeError) as error:
             raise UserError(
                 f"{self.path} is not the index of a TensorFlow V2 checkpoint, or is truncated or "
                 f"damaged ({error}); copy or download it again"
@@ -191,6 +195,11 @@ class Reader:
         self.num_shards = int(header.get(1, 1))
         self._check_files()
 
+    def _is_inside(self, entry: Entry) -> bool:
+        """Whether shard, shape and place of an entry are such that a file can hold it."""
+        numbers = (*entry.shape, entry.offset, entry.size)
+        return entry.shard < self.num_shards and all(number < 1 << 48 for number in numbers)
+
     def _check_files(self) -> None:
         for shard in range(self.num_shards):
             path = data_file(self.prefix, shard, self.num_shards)
@@ -198,6 +207,8 @@ class Reader:
             found, needed = path.stat().st_size if path.is_file() else -1, max(ends, default=0)
             if found < 0:
                 raise UserError(f"{path} is missing; copy it to where {self.path.name} is")
+            if needed:
+                refuse_placeholder(path)
             if found < needed:
                 raise UserError(
                     f"{path} has {found:,} bytes where {self.path.name} needs {needed:,}: it is "
@@ -207,6 +218,11 @@ class Reader:
     def read(self, name: str) -> np.ndarray:
         """The tensor called `name`; bfloat16 is returned as float32."""
         entry = self.entries[name]
+        if not self._is_inside(entry):
+            raise UserError(
+                f"{self.path}: {name} has an impossible place or shape; the index is damaged, so "
+                "copy or download it again"
+            )
         path = data_file(self.prefix, entry.shard, self.num_shards)
         if entry.is_partitioned:
             raise UserError(
@@ -219,7 +235,7 @@ class Reader:
                 "save the checkpoint again without this variable"
             )
         dtype = np.dtype(DTYPES[entry.dtype])
-        if int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize != entry.size:
+        if math.prod(entry.shape) * dtype.itemsize != entry.size:
             raise UserError(
                 f"{self.path}: {name} has {entry.size} bytes for shape {entry.shape}; the index is "
                 "damaged, so copy or download it again"
@@ -282,7 +298,8 @@ def _block_rows(block: bytes) -> Iterable[tuple[bytes, bytes]]:
 def _decode(value: bytes) -> Entry:
     found = protobuf.scalars(value)
     shape = found.get(2, b"")
-    assert isinstance(shape, bytes)
+    if not isinstance(shape, bytes):
+        raise WireError("a shape is not a message")
     dims = [protobuf.scalars(d).get(1, 0) for n, d in protobuf.fields(shape) if n == 2]  # type: ignore[arg-type]
     numbers = [int(found.get(n, 0)) for n in (1, 3, 4, 5, 6)]
     dtype, shard, offset, size, crc = numbers

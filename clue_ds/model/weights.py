@@ -11,24 +11,21 @@ it takes seconds).
 
 from __future__ import annotations
 
-import dataclasses
-import pickle
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clue_ds.errors import UserError
-from clue_ds.files import read_json
+from clue_ds.model import weight_files
 from clue_ds.model.bert import BertForPreTraining
+from clue_ds.model.config_json import model_config as model_config
+from clue_ds.model.config_json import read_config as read_config
+from clue_ds.model.config_json import read_config_json as read_config_json
+from clue_ds.model.weight_files import WEIGHT_FILES as WEIGHT_FILES
+from clue_ds.model.weight_files import WORD_EMBEDDINGS, StateDict
 from clue_ds.presets import ModelConfig
 
-StateDict = dict[str, Tensor]
-
-WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 DECODER_WEIGHT = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 PREDICTION_BIAS = "cls.predictions.bias"
@@ -37,14 +34,17 @@ NEXT_SENTENCE_WEIGHT = "cls.seq_relationship.weight"
 # Of a fine-tuned model; BertForPreTraining has none.
 CLASSIFIER_WEIGHT = "classifier.weight"
 CLASSIFIER_BIAS = "classifier.bias"
+CLASSIFIER = (CLASSIFIER_WEIGHT, CLASSIFIER_BIAS)
 VOCAB_ROWS = (WORD_EMBEDDINGS, DECODER_WEIGHT, DECODER_BIAS, PREDICTION_BIAS)
 # Entry -> the entry that it is tied to; files need only the second.
 TIED = {DECODER_WEIGHT: WORD_EMBEDDINGS, DECODER_BIAS: PREDICTION_BIAS}
 
-OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or either name + .index.json
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
+# Layers that a model has completely or not at all: what they are called -> how their names begin.
+HEADS = {
+    "pooler": "bert.pooler.",
+    "MLM head": "cls.predictions.",
+    "NSP head": "cls.seq_relationship.",
+}
 # Two configs that differ in one of these are different networks; dropout may differ between runs.
 SHAPE_FIELDS = (
     "vocab_size",
@@ -59,135 +59,32 @@ SHAPE_FIELDS = (
 )
 
 
-def read_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory; UserError when it is not a BERT."""
-    return model_config(read_config_json(directory), Path(directory) / "config.json")
-
-
-def read_config_json(directory: str | Path) -> dict[str, Any]:
-    """The content of config.json; UserError when `directory` has none or it is not JSON."""
-    path = Path(directory) / "config.json"
-    if not Path(directory).is_dir():
-        raise UserError(
-            f"{directory} is not a directory; give a model directory or a run directory"
-        )
-    if not path.is_file():
-        raise UserError(
-            f"{directory} is not a model directory: it has no config.json; give a Hugging Face "
-            "directory, or a run directory with a checkpoint"
-        )
-    return read_json(path)
-
-
-def model_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """The ModelConfig that the keys of a Hugging Face config.json (at `path`) describe."""
-    model_type = values.get("model_type", "bert")
-    if model_type != "bert":
-        raise UserError(
-            f"{path} describes a {model_type} model; give a BERT, the only supported model_type"
-        )
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(
-            f"{path}: only absolute position embeddings are supported; give a model with those"
-        )
-    fields = dataclasses.fields(ModelConfig)
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: it is not a BERT config; use the one that was "
-            "published with the weights"
-        )
-    known = {f.name: values[f.name] for f in fields if values.get(f.name) is not None}
-    activation = known.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    known["hidden_act"] = ACTIVATIONS[activation]
-    return ModelConfig(**known)
-
-
 def read_pretrained(directory: str | Path) -> tuple[ModelConfig, StateDict]:
     """Config and every weight of a Hugging Face directory (safetensors or .bin, sharded or not).
 
-    Old names (gamma, beta, `module.`, no `bert.`) are changed to today's, and `position_ids` is
-    dropped; heads that the files lack are absent. UserError names the file and what is wrong.
+    Old names (gamma, beta, no `bert.`) and those of wrapped models are changed to today's, and
+    `position_ids` is dropped; heads that the files lack are absent. UserError names the file and
+    what is wrong.
     """
     directory = Path(directory)
     config = read_config(directory)
-    state = read_weights(directory)
+    state, _ = read_weights(directory)
     check_shapes(config, state, directory)
     return config, tie(state, directory)
 
 
-def read_weights(directory: Path) -> StateDict:
-    """The weights of a Hugging Face directory under today's names; shapes are not compared yet."""
-    state = canonical(_read_files(directory))
-    if WORD_EMBEDDINGS not in state:
+def read_weights(directory: Path) -> tuple[StateDict, tuple[str, ...]]:
+    """The weights of a Hugging Face directory under today's names, and notes on the names.
+
+    Only the rank of the word embeddings is checked; see `check_shapes`.
+    """
+    state, notes = weight_files.read(directory)
+    if state[WORD_EMBEDDINGS].dim() != 2:
         raise UserError(
-            f"{directory}: the weights hold no {WORD_EMBEDDINGS}, so they are not a BERT encoder; "
-            "give the directory of a BERT"
+            f"{directory}: {WORD_EMBEDDINGS} has the shape {tuple(state[WORD_EMBEDDINGS].shape)} "
+            "and is no matrix; give the directory of a BERT"
         )
-    return state
-
-
-def _read_files(directory: Path) -> StateDict:
-    for name in WEIGHT_FILES:
-        index = directory / f"{name}.index.json"
-        if (directory / name).is_file():
-            return _read_file(directory / name)
-        if index.is_file():
-            try:
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            except (KeyError, AttributeError):
-                raise UserError(
-                    f"{index} names no weight files under weight_map; copy or download it again"
-                ) from None
-            state: StateDict = {}
-            for shard in shards:
-                if not (directory / shard).is_file():
-                    raise UserError(f"{index} names {shard}, which is missing; copy it again")
-                state |= _read_file(directory / shard)
-            return state
-    raise UserError(
-        f"{directory} has a config.json but no weights; copy {' or '.join(WEIGHT_FILES)} into it"
-    )
-
-
-def _read_file(path: Path) -> StateDict:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) can't be read because it is truncated or "
-            f"damaged ({str(error).splitlines()[0]}); copy or download it again"
-        ) from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds Python objects other than tensors, which are never loaded; "
-            "ask its author for model.safetensors"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(
-            f"{path} is not a state dict of tensors; ask its author for model.safetensors"
-        )
-    return state
-
-
-def canonical(state: StateDict) -> StateDict:
-    """A state dict written by an old version or a wrapper, under today's names and in fp32."""
-    result: StateDict = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        if name.endswith("position_ids"):
-            continue
-        for old, new in OLD_SUFFIXES.items():
-            if name.endswith(old):
-                name = name.removesuffix(old) + new
-        if name.split(".")[0] in ("embeddings", "encoder", "pooler"):
-            name = f"bert.{name}"
-        result[name] = tensor.float()
-    return result
+    return state, notes
 
 
 def tie(state: StateDict, where: str | Path) -> StateDict:
@@ -220,12 +117,20 @@ def is_tied(state: StateDict, copy: str) -> bool:
 
 
 def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
-    """UserError unless `state` holds every tensor of `config`'s encoder in the right shape."""
+    """UserError unless `state` holds every tensor of `config`'s encoder in the right shape.
+
+    Tensors that BertForPreTraining doesn't have are not looked at, all others must be finite.
+    """
     num_rows = state[WORD_EMBEDDINGS].shape[0]
     if num_rows != config.vocab_size:
         raise UserError(
             f"{where}: the weights have {num_rows:,} words but config.json says vocab_size "
             f"{config.vocab_size:,}; set it to the number of lines of vocab.txt that was trained"
+        )
+    if config.pad_token_id >= num_rows:
+        raise UserError(
+            f"{where}: pad_token_id {config.pad_token_id} is not an id of the {num_rows:,} words; "
+            "use the config that belongs to the weights"
         )
     expected = expected_shapes(config)
     for name, tensor in state.items():
@@ -240,6 +145,47 @@ def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
             f"{where}: the weights lack {len(missing)} tensors of the encoder that config.json "
             f"describes, such as {missing[0]}; correct num_hidden_layers, or download them again"
         )
+    check_classifier(config, state, where)
+    check_finite({n: t for n, t in state.items() if n in expected or n in CLASSIFIER}, where)
+
+
+def check_classifier(config: ModelConfig, state: StateDict, where: str | Path) -> None:
+    """UserError unless a classifier in `state`, if there is one, is one of `config`'s network."""
+    weight, bias = (state.get(name) for name in CLASSIFIER)
+    if weight is not None and (weight.dim() != 2 or weight.shape[1] != config.hidden_size):
+        raise UserError(
+            f"{where}: {CLASSIFIER_WEIGHT} is {tuple(weight.shape)}, but hidden_size is "
+            f"{config.hidden_size}; use the config that belongs to the weights"
+        )
+    if weight is not None and bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(
+            f"{where}: {CLASSIFIER_BIAS} is {tuple(bias.shape)} for {len(weight)} classes; copy or "
+            "download the weights again"
+        )
+
+
+def check_finite(state: StateDict, where: str | Path) -> None:
+    """UserError that names the tensors with a NaN, an infinity, or whole numbers for weights."""
+    stored = [f"{n} ({t.dtype})" for n, t in state.items() if not t.is_floating_point()]
+    if stored:
+        raise UserError(
+            f"{where}: {len(stored)} tensors hold no fractions, such as {stored[0]}; quantized "
+            "weights are not read, so give the fp32, fp16 or bf16 ones"
+        )
+    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            f"{where}: {len(bad)} tensors hold NaN or infinite weights: {', '.join(bad[:5])}"
+            f"{', ...' if len(bad) > 5 else ''}; the training or the conversion that wrote them "
+            "failed, so use an earlier checkpoint or download the model again"
+        )
+
+
+def lacking(config: ModelConfig, state: StateDict) -> dict[str, list[str]]:
+    """What of HEADS `state` lacks: name of the layers -> all tensors of them that are missing."""
+    names = [name for name in expected_shapes(config) if name not in state and name not in TIED]
+    by_head = {head: [n for n in names if n.startswith(begin)] for head, begin in HEADS.items()}
+    return {head: missing for head, missing in by_head.items() if missing}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

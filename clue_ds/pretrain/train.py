@@ -225,11 +225,9 @@ def build_model(
     if choice is None:
         initialize(model, identity.config.seed)
         if section.init is not None:
-            missing = start_weights.load(model, section.init, identity.vocab_sha256)
-            notes.append(f"starting from the weights in {section.init}")
-            notes += [
-                f"{section.init} has no {name}, which starts from fresh weights" for name in missing
-            ]
+            notes += start_weights.load(
+                model, section.init, identity.vocab_file, identity.lower_case
+            )
     optim.freeze_unused(model, identity.config.train.objective)
     if section.compile:
         model.compile_blocks()

@@ -19,7 +19,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
-from clue_ds.model.weights import load_into
+from clue_ds.model.weights import CLASSIFIER, load_into
 from clue_ds.tasks import features
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.finetune import loop
@@ -105,7 +105,10 @@ def fit_source(
     network = BertForSequenceClassification(config, len(labels), recipe.seed)
     if not from_scratch:
         state = {n: t for n, t in source.state_dict.items() if not n.startswith("classifier.")}
-        load_into(network, config, state, name)
+        missing = load_into(network, config, state, name)
+        fresh = [n for n in missing if n not in CLASSIFIER]
+        if fresh and dist.rank() == 0:
+            print(f"{name} has no {', '.join(fresh)}, which start from random weights", flush=True)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     max_length = min(recipe.max_length, config.max_position_embeddings)
     ids = {label: i for i, label in enumerate(labels)}

@@ -24,7 +24,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface, open_model
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.weights import CLASSIFIER_WEIGHT, PREDICTION_BIAS, load_into, read_config_json
+from clue_ds.model.weights import CLASSIFIER_WEIGHT, lacking, load_into, read_config_json
 from clue_ds.tasks import features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.registry import Task
@@ -83,6 +83,7 @@ class Predictor:
         self.classifier: BertForSequenceClassification | None = None
         self.pretrained: BertForPreTraining | None = None
         self.can_fill_mask = False
+        self.missing_of_head: list[str] = []
         if CLASSIFIER_WEIGHT in source.state_dict:
             self._open_classifier(source, task)
         elif task is not None:
@@ -107,11 +108,16 @@ class Predictor:
         values = read_config_json(self.directory)
         num_labels = len(source.state_dict[CLASSIFIER_WEIGHT])
         unnamed = [f"LABEL_{i}" for i in range(num_labels)]
-        names = values.get("id2label", {})
+        names = values.get("id2label") or {}
         self.labels = [str(names.get(str(i), unnamed[i])) for i in range(num_labels)]
         self._choose_task(values.get("finetuning_task"), task, self.labels == unnamed)
         self.classifier = BertForSequenceClassification(source.config, num_labels)
-        load_into(self.classifier, source.config, source.state_dict, self.directory)
+        missing = load_into(self.classifier, source.config, source.state_dict, self.directory)
+        if missing:
+            raise UserError(
+                f"{self.directory} has a classifier but no {', '.join(missing)}, so its answers "
+                "would come from random weights; use the complete model, or fine-tune it again"
+            )
         self.classifier.eval().to(self.device)
         self.bert = self.classifier.bert
 
@@ -137,9 +143,10 @@ class Predictor:
             )
 
     def _open_pretrained(self, source: OpenedModel) -> None:
-        self.can_fill_mask = PREDICTION_BIAS in source.state_dict
         self.pretrained = BertForPreTraining(source.config)
         load_into(self.pretrained, source.config, source.state_dict, self.directory)
+        self.missing_of_head = lacking(source.config, source.state_dict).get("MLM head", [])
+        self.can_fill_mask = not self.missing_of_head
         self.pretrained.eval().to(self.device)
         self.bert = self.pretrained.bert
 
@@ -147,9 +154,11 @@ class Predictor:
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
         """For every [MASK] in `text`, the `top_k` most probable tokens with their probabilities."""
         if not self.can_fill_mask:
+            lacks = f" (it lacks {', '.join(self.missing_of_head)})" if self.missing_of_head else ""
             raise UserError(
-                f"{self.directory} has no masked-language-model head, so it can't fill in masks; "
-                "give a pretrained model, not a fine-tuned one or an encoder alone"
+                f"{self.directory} has no masked-language-model head, or an incomplete one"
+                f"{lacks}, so it can't fill in masks; give a pretrained model, not a fine-tuned "
+                "one or an encoder alone"
             )
         if not 1 <= top_k <= self.config.vocab_size:
             raise UserError(f"top_k {top_k} must be from 1 to {self.config.vocab_size:,}")
