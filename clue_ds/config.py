@@ -2,9 +2,8 @@
 
 Guarantees: an unknown key, a wrong type and a number out of range are errors that name the key and,
 for a misspelled key, the one that was probably meant; `load` reads back exactly what `save` wrote.
-pydantic checks the values, and tyro generates the command line and its help from the descriptions
-below. Numbers that follow from others (gradient accumulation steps, predictions per sequence) are
-methods, not fields.
+pydantic checks the values, and tyro makes the command line from the descriptions below. Numbers
+that follow from others (gradient accumulation steps, for example) are methods, not fields.
 """
 
 from __future__ import annotations
@@ -115,9 +114,7 @@ class DataSection(Section):
         "corpus larger than memory), auto (lanes for a corpus above 8 GiB)",
     )
     seq_length: int = Field(128, ge=8, description="tokens per sequence, including [CLS] and [SEP]")
-    whole_word: bool = Field(
-        True, description="mask whole words (word boundaries are in the shards)"
-    )
+    whole_word: bool = Field(True, description="mask whole words, as marked in the shards")
     max_ngram: int = Field(
         1, ge=1, le=8, description="mask runs of 1 to this many words, k words with weight 1/k"
     )
@@ -152,8 +149,13 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="type of the weights in forward and backward passes"
     )
-    optimizer: Literal["adamw", "lamb"] = Field("adamw", description="lamb needs ZeRO stage 0")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "lamb", "muon"] = Field(
+        "adamw", description="muon: for the encoder's matrices, beside adamw; lamb: at ZeRO stage 0"
+    )
+    lr: float = Field(1e-4, gt=0, description="peak learning rate; with muon that of the matrices")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="muon only: peak learning rate of all other weights; default: lr/2"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay rate of the second moment")
     eps: float = Field(1e-6, gt=0, description="added to the square root of the second moment")
@@ -173,7 +175,7 @@ class TrainSection(Section):
     max_skipped_steps: int = Field(3, ge=1, description="on_nan skip: this many in a row at most")
 
     @model_validator(mode="after")
-    def _check_schedule(self) -> TrainSection:
+    def _check_combinations(self) -> TrainSection:
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed "
@@ -183,6 +185,8 @@ class TrainSection(Section):
             raise ValueError(
                 f"decay_steps applies only to schedule wsd, not to {self.schedule}; remove it"
             )
+        if self.optimizer != "muon" and self.adamw_lr is not None:
+            raise ValueError("adamw_lr applies only to optimizer muon; set lr and remove adamw_lr")
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:

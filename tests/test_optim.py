@@ -8,9 +8,11 @@ from ranks import TINY_MODEL, tiny_config
 
 from clue_ds.errors import UserError
 from clue_ds.model.bert import BertForPreTraining
+from clue_ds.model.pairs import BertForPairs
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import optim
 
+CPU = torch.device("cpu")
 SHAPE = {key: value for key, value in TINY_MODEL.items() if key != "preset"}
 
 
@@ -21,7 +23,7 @@ def model() -> BertForPreTraining:
 
 def test_weight_decay_spares_layer_norms_and_biases(model: BertForPreTraining) -> None:
     optim.freeze_unused(model)
-    optimizer = optim.build(tiny_config("c", "r").train, model, stage=1, fused=False)
+    optimizer = optim.build(tiny_config("c", "r").train, model, stage=1, device=CPU)
     decays = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
@@ -50,4 +52,42 @@ def test_lamb_is_refused_where_parameters_are_flattened(
 ) -> None:
     train = tiny_config("c", "r", train={"optimizer": "lamb"}).train
     with pytest.raises(UserError, match=f"lamb needs ZeRO stage 0, not {stage}"):
-        optim.build(train, model, stage=stage, fused=False)
+        optim.build(train, model, stage=stage, device=CPU)
+
+
+def test_muon_gets_the_matrices_between_layers_and_nothing_else() -> None:
+    model = BertForPairs(ModelConfig(vocab_size=50, **SHAPE), label_sets=[0, 0, 1])
+    train = tiny_config("c", "r", train={"optimizer": "muon", "lr": 3e-3}).train
+    optimizer = optim.build(train, model, stage=0, device=CPU)
+    optim.set_rate(optimizer.param_groups, 2e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, *others = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    dense = (
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    expected = [name for name in names.values() if name.removesuffix(".weight").endswith(dense)]
+    assert muon == [*expected, "cls.predictions.transform.dense.weight"]
+    assert len(muon) == 6 * SHAPE["num_hidden_layers"] + 1
+    assert sorted([*muon, *sum(others, [])]) == sorted(names.values())
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert rates == [(2e-3, 0.01), (1e-3, 0.01), (1e-3, 0.0)]
+    assert [len(names) for names in optim.group_names(model, "muon")] == [
+        len(group["params"]) for group in optimizer.param_groups
+    ]
+
+
+def test_muon_takes_the_rate_of_the_other_weights_from_adamw_lr(model: BertForPreTraining) -> None:
+    train = tiny_config("c", "r", train={"optimizer": "muon", "lr": 4e-3, "adamw_lr": 1e-3}).train
+    optimizer = optim.build(train, model, stage=0, device=CPU)
+    optim.set_rate(optimizer.param_groups, 2e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 5e-4, 5e-4]
+
+
+def test_adamw_lr_without_muon_is_refused() -> None:
+    with pytest.raises(UserError, match="adamw_lr applies only to optimizer muon"):
+        tiny_config("c", "r", train={"adamw_lr": 1e-3})

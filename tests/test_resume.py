@@ -26,6 +26,7 @@ from clue_ds.pretrain import resume, saving
 # As shipped, stage 3 keeps every parameter of so small a model whole; here it shards them all.
 OWN_JSON = {"zero3_sharded": str(Path(__file__).with_name("zero3_sharded.json"))}
 
+MUON = ("zero0-muon", "zero1-muon", "zero2-muon", "zero3-muon", "zero1_offload-muon")
 CASES = [
     ("zero0", "fp32"),
     ("zero1", "fp32"),
@@ -35,6 +36,9 @@ CASES = [
     ("zero1_offload", "fp32"),
     ("zero0", "bf16"),
     ("zero1", "bf16"),
+    *((name, "fp32") for name in MUON),
+    ("zero0-muon", "bf16"),
+    ("zero1-muon", "bf16"),
 ]
 MIDDLE, LAST = 3, 6
 SAME = ("loss", "mlm_accuracy", "grad_norm", "lr", "samples")
@@ -69,9 +73,11 @@ class Runs:
 
     def config(self, kind: str, name: str, precision: str, **more: Any) -> dict[str, Any]:
         run_dir = self.folder / f"{kind}-{name}-{precision}"
-        sections: dict[str, Any] = {"train": {"precision": precision, **more.pop("train", {})}}
+        json, _, optimizer = name.partition("-")
+        train = {"precision": precision, "optimizer": optimizer or "adamw"}
+        sections: dict[str, Any] = {"train": {**train, **more.pop("train", {})}}
         return tiny_config(
-            self.corpus, run_dir, deepspeed=OWN_JSON.get(name, name), **sections, **more
+            self.corpus, run_dir, deepspeed=OWN_JSON.get(json, json), **sections, **more
         ).model_dump()
 
     def copy(self, kind: str, name: str, precision: str) -> None:
@@ -168,6 +174,15 @@ def test_changed_settings_are_refused_with_every_difference(runs: Runs) -> None:
     message = runs.results["lr"]
     assert message is not None
     assert "seed was 42, is now 7" in message and "train.lr was 0.002, is now 0.001" in message
+
+
+def test_another_optimizer_is_refused() -> None:
+    old = tiny_config("c", "r", train={"optimizer": "muon"})
+    now = tiny_config("c", "r", train={"optimizer": "adamw"})
+    changed = resume.differences(old, now, 3)
+    assert changed == ["train.optimizer was 'muon', is now 'adamw'"]
+    now = tiny_config("c", "r", train={"optimizer": "muon", "adamw_lr": 1e-3})
+    assert resume.differences(old, now, 3) == ["train.adamw_lr was None, is now 0.001"]
 
 
 def test_another_sample_stream_is_refused_with_both_versions(runs: Runs) -> None:

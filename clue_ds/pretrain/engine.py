@@ -2,7 +2,8 @@
 
 Guarantees: works under the deepspeed launcher, torchrun and mpirun, and without a launcher; starts
 no compiler; collectives end with an error after PROCESS_GROUP_TIMEOUT instead of hanging; the
-update of a step is plain AdamW's (or Lamb's) on fp32 master weights at every stage and precision.
+update of a step is plain AdamW's (or Lamb's, Muon's) on fp32 master weights at every stage and
+precision.
 
 Fixed here, because DeepSpeed 0.19.8 behaves differently (each fix has a test):
 - it compiles a shared-memory operator with g++ at start, 87 to 220 s, for inference only;
@@ -137,10 +138,9 @@ class Engine:
         }
         # Counted now, because at stage 3 a parameter is empty afterwards.
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.group_names = optim.group_names(model)
+        self.group_names = optim.group_names(model, train.optimizer)
         model = model.to(device)
-        fused = device.type == "cuda" and not self.offload
-        optimizer = optim.build(train, model, self.stage, fused)
+        optimizer = optim.build(train, model, self.stage, device, self.offload)
         self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
         self.module: nn.Module = self._deepspeed.module
         self.skipped_update = False
@@ -199,8 +199,7 @@ class Engine:
         stage 0, where DeepSpeed would not look at it.
         """
         before = self.skipped_steps
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        optim.set_rate(self._deepspeed.optimizer.param_groups, lr)
         norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
         scale = self.loss_scale
         skips = norm is not None and not math.isfinite(norm)

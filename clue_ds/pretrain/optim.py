@@ -5,7 +5,7 @@ is in no group (a flattened AdamW would decay it towards 0); the groups and thei
 on the model, because checkpoints rely on them.
 
 Rejected: DeepSpeed's own "optimizer" section. Its AdamW and Lamb are compiled at start (minutes on
-a CPU), and its Lamb does not run there at all.
+a CPU), and its Lamb does not run there at all; its Muon (see muon.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import nn
 
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
+from clue_ds.pretrain.muon import MuonAdamW
 
+# What Muon updates: matrices between two layers. Embeddings (and the decoder, which is tied to
+# them), pooler and heads are not in it.
+MUON_PREFIXES = ("bert.encoder.", "cls.predictions.transform.")
 # Parameters that an objective does not use. Labelled pairs have a separate head.
 WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
     "mlm": ("bert.pooler.", "cls.seq_relationship."),
@@ -37,34 +41,56 @@ def freeze_unused(model: nn.Module, objective: str = "mlm") -> list[str]:
     return frozen
 
 
-def group_names(model: nn.Module) -> list[list[str]]:
-    """Names of the trained parameters: those with weight decay, then those without."""
+def is_muon(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `train.optimizer: muon` updates the parameter with Muon, and not with AdamW."""
+    return parameter.ndim == 2 and name.startswith(MUON_PREFIXES)
+
+
+def group_names(model: nn.Module, optimizer: str = "adamw") -> list[list[str]]:
+    """Names of the trained parameters: those with weight decay, then those without.
+
+    With the optimizer muon, the matrices that Muon updates come first, as a group of their own.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [name for name, p in trained if optimizer == "muon" and is_muon(name, p)]
     # Every vector of a BERT is a bias or belongs to a LayerNorm, and nothing else is a vector.
-    decaying = [name for name, p in trained if p.ndim >= 2]
+    decaying = [name for name, p in trained if p.ndim >= 2 and name not in muon]
     others = [name for name, p in trained if p.ndim < 2]
-    return [decaying, others]
+    return [*([muon] if muon else []), decaying, others]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters as an optimizer's two groups: with weight decay, then without."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, optimizer: str = "adamw"
+) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer's groups, in the order of `group_names`."""
     parameters = dict(model.named_parameters())
+    names_by_group = group_names(model, optimizer)
+    decays = [weight_decay] * (len(names_by_group) - 1) + [0.0]
     return [
         {"params": [parameters[name] for name in names], "weight_decay": decay}
-        for names, decay in zip(group_names(model), (weight_decay, 0.0), strict=True)
+        for names, decay in zip(names_by_group, decays, strict=True)
     ]
 
 
-def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> torch.optim.Optimizer:
-    """The optimizer with its two parameter groups, at learning rate 0; the loop sets the rate.
+def build(
+    train: TrainSection, model: nn.Module, stage: int, device: torch.device, offload: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer with its parameter groups, at learning rate 0; `set_rate` sets the rate.
 
-    `fused`: one CUDA kernel per update; the parameters must be on a GPU.
+    On a GPU without `offload`, AdamW is one CUDA kernel per update. `device` is that of the model.
     """
-    groups = parameter_groups(model, train.weight_decay)
+    fused = True if device.type == "cuda" and not offload else None
+    groups = parameter_groups(model, train.weight_decay, train.optimizer)
     # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
     settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **settings, fused=True if fused else None)
+        return torch.optim.AdamW(groups, **settings, fused=fused)
+    if train.optimizer == "muon":
+        matrices, *others = groups
+        for group in others:
+            group["lr_ratio"] = (train.adamw_lr or train.lr / 2) / train.lr
+        settings["fused"] = fused
+        return MuonAdamW(matrices, others, settings, stage, device)
     if stage != 0:
         raise UserError(
             f"train.optimizer lamb needs ZeRO stage 0, not {stage}: stages 1 to 3 flatten and cut "
@@ -80,3 +106,9 @@ def build(train: TrainSection, model: nn.Module, stage: int, fused: bool) -> tor
         ) from None
     # weight_decouple=False is LAMB as published: the decay is part of the update whose norm counts.
     return Lamb(groups, **settings, weight_decouple=False)
+
+
+def set_rate(param_groups: list[dict[str, Any]], lr: float) -> None:
+    """Set the learning rate of every group; `lr` is that of train.lr after warm-up and decay."""
+    for group in param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)

@@ -1,0 +1,165 @@
+"""Muon for weight matrices and AdamW for everything else, as one optimizer, at every ZeRO stage.
+
+Muon replaces the momentum of a matrix by the nearest orthogonal matrix (five Newton-Schulz steps in
+bf16) and scales it so that its elements are as large as those of an AdamW update
+(`match_rms_adamw`). Guarantees: an update is that of torch.optim.Muon and torch.optim.AdamW on
+whole parameters. ZeRO stages 1 to 3 hand the optimizer a flat shard of all matrices instead: each
+rank keeps the momentum of its shard, the ranks exchange the momentum in bf16, which is what
+Newton-Schulz starts from, and each rank orthogonalizes the matrices of which it owns a part. That
+the shard is laid out as expected is checked at the first step.
+
+Rejected: DeepSpeed 0.19.8's own Muon. It orthogonalizes before it clips, so gradient_clipping would
+cut the update and not the gradient, and the logged gradient norm would be that of the update. It
+also scales by sqrt(rows / columns), and at stage 0 in bf16 it does not orthogonalize.
+torch.optim.Muon accepts whole matrices only; tests/test_engine.py compares with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_ds import dist
+from clue_ds.errors import UserError
+
+MOMENTUM = 0.95
+# The quintic polynomial of K. Jordan's Muon (2024), which pulls singular values towards 1.
+COEFFICIENTS, NUM_ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix with the singular vectors of `matrix` and singular values near 1, in bf16."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.size(0) > matrix.size(1)
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / x.norm().clamp(min=EPS)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.T if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on the group `matrices`, torch's AdamW on `others`.
+
+    `settings`: of AdamW, its learning rate included. A parameter of the first group is a matrix at
+    ZeRO stage 0, and later one flat shard of all matrices. `device` is where ranks exchange
+    tensors; `dtype` is that to which DeepSpeed rounds the weights.
+    """
+
+    def __init__(
+        self,
+        matrices: dict[str, Any],
+        others: list[dict[str, Any]],
+        settings: dict[str, Any],
+        stage: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._adamw = torch.optim.AdamW(others, **settings)
+        self._stage, self._device = stage, device
+        weights = [p.detach().to(dtype).double() for p in matrices["params"]]
+        # Shapes go into the group, because DeepSpeed replaces the parameters by a flat one.
+        matrices["shapes"] = [list(w.shape) for w in weights]
+        self._sums = [(float(w.sum()), float(w.norm())) for w in weights]
+        defaults = {"lr": settings["lr"], "weight_decay": 0.0}
+        super().__init__([matrices, *self._adamw.param_groups], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient; at stages 1 to 3 every rank must call it."""
+        assert closure is None
+        for group in self.param_groups:
+            if "shapes" in group:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_muon(parameter, parameter.grad, group)
+        # DeepSpeed replaces param_groups and state, so AdamW gets the present ones at every step.
+        self._adamw.param_groups = [g for g in self.param_groups if "shapes" not in g]
+        self._adamw.state = self.state
+        self._adamw.step()
+
+    def _step_muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one matrix, or the shard that this rank has of all of them."""
+        state, lr = self.state[parameter], group["lr"]
+        if "momentum_buffer" not in state:
+            if self._stage:
+                self._check_layout(parameter, group["shapes"])
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        update = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+        parameter.mul_(1 - lr * group["weight_decay"])
+        if not self._stage:
+            rate = lr * 0.2 * math.sqrt(max(parameter.shape))
+            parameter.add_(orthogonalized(update), alpha=-rate)
+            return
+        shards = self._gather(update.bfloat16())
+        for shape, whole, (low, high), at in self._matrices(shards, group["shapes"]):
+            if low < high:
+                own = orthogonalized(whole.view(shape)).reshape(-1)[low:high]
+                target = parameter[at : at + high - low]
+                target.add_(own.to(parameter.device), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+    def _gather(self, shard: Tensor) -> Tensor:
+        """Every rank's shard [W, N], on the device that computes."""
+        shard = shard.to(self._device)
+        shards = shard.new_empty(dist.world_size(), shard.numel())
+        if dist.world_size() == 1:
+            return shards.copy_(shard)
+        # As bytes: not every backend sends bf16.
+        torch.distributed.all_gather_into_tensor(
+            shards.view(torch.uint8).view(-1), shard.view(torch.uint8)
+        )
+        return shards
+
+    def _matrices(
+        self, shards: Tensor, shapes: list[list[int]]
+    ) -> Iterator[tuple[list[int], Tensor, tuple[int, int], int]]:
+        """Of each matrix: shape, all elements, which of them this rank owns, and where they begin.
+
+        Stages 1 and 2 cut one flat vector of all matrices into a shard per rank. Stage 3 cuts every
+        matrix by itself, and a shard is the sequence of these pieces.
+        """
+        size, begin = shards.size(1), 0
+        for shape in shapes:
+            numel = shape[0] * shape[1]
+            if self._stage == 3:
+                width = -(-numel // dist.world_size())
+                whole = shards[:, begin : begin + width].reshape(-1)[:numel]
+                low = min(numel, dist.rank() * width)
+                yield shape, whole, (low, min(numel, low + width)), begin
+                begin += width
+            else:
+                offset = dist.rank() * size
+                low, high = max(0, offset - begin), min(numel, offset + size - begin)
+                whole = shards.view(-1)[begin : begin + numel]
+                yield shape, whole, (low, high), begin + low - offset
+                begin += numel
+
+    def _check_layout(self, shard: Tensor, shapes: list[list[int]]) -> None:
+        """UserError if the matrices that the model had at the start are not where they should be.
+
+        DeepSpeed documents no layout, and settings of its JSON change it.
+        """
+        shards = self._gather(shard.float())
+        expected = sum(a * b for a, b in shapes)
+        intact = shards.numel() >= expected and all(
+            abs(float(whole.double().sum()) - total) <= 0.01 * norm
+            for (_, whole, _, _), (total, norm) in zip(
+                self._matrices(shards, shapes), self._sums, strict=True
+            )
+            if whole.numel()
+        )
+        if not intact:
+            raise UserError(
+                f"train.optimizer muon can't find its weight matrices in DeepSpeed's ZeRO stage "
+                f"{self._stage} shards; remove round_robin_gradients, parameter_alignment and "
+                "sub_group_size from zero_optimization in the DeepSpeed JSON, or set deepspeed "
+                "zero0, or train.optimizer adamw"
+            )
