@@ -26,12 +26,14 @@ from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json, saving
+from clue_ds.pretrain import ds_json, optim, saving
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES, MOMENT_BYTES = 4, 8
+# Muon keeps one moment of a matrix. At stages 1 to 3 every rank gathers all of them in bf16.
+MUON_MOMENT_BYTES, MUON_GATHERED_BYTES = 4, 2
 # For the CUDA context, NCCL, cuBLAS, copies of gradients, and fragmentation.
 RESERVED_GIB = 4.0
 # A process without a model: Python, torch, DeepSpeed, numba (measured: docs/scaling.md).
@@ -62,13 +64,35 @@ def count_parameters(model: ModelConfig) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def state_bytes(num_parameters: int, precision: str, stage: int, num_gpus: int) -> float:
-    """Weights, gradients, master weights and moments on one GPU."""
+@functools.cache
+def count_muon_parameters(model: ModelConfig) -> int:
+    """Parameters of the matrices that `train.optimizer: muon` updates with Muon."""
+    with torch.device("meta"):
+        network = BertForPreTraining(model)
+    return sum(p.numel() for name, p in network.named_parameters() if optim.is_muon(name, p))
+
+
+def moment_bytes(run: RunConfig, model: ModelConfig) -> float:
+    """Bytes that the optimizer's moments take per parameter, on average."""
+    if run.train.optimizer != "muon":
+        return MOMENT_BYTES
+    share = count_muon_parameters(model) / count_parameters(model)
+    return MOMENT_BYTES - (MOMENT_BYTES - MUON_MOMENT_BYTES) * share
+
+
+def state_bytes(
+    num_parameters: int,
+    precision: str,
+    stage: int,
+    num_gpus: int,
+    moments: float = MOMENT_BYTES,
+) -> float:
+    """Weights, gradients, master weights and moments (bytes per parameter) on one GPU."""
     weights = BYTES_OF[precision]
     # From stage 1 on, gradients are accumulated in fp32 (pretrain/ds_json.py).
     grads: float = 4 if stage else BYTES_OF[precision]
     master = MASTER_BYTES if stage or precision != "fp32" else 0
-    optimizer = (master + MOMENT_BYTES) / (num_gpus if stage >= 1 else 1)
+    optimizer = (master + moments) / (num_gpus if stage >= 1 else 1)
     grads /= num_gpus if stage >= 2 else 1
     return num_parameters * (weights / (num_gpus if stage == 3 else 1) + grads + optimizer)
 
@@ -88,9 +112,19 @@ def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
 def gpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_gpus: int) -> float:
     """Peak memory of one GPU besides RESERVED_GIB: training, or the fp32 model at the start."""
     num_parameters = count_parameters(model)
-    running = state_bytes(num_parameters, run.train.precision, stage, num_gpus)
+    moments = moment_bytes(run, model)
+    running = state_bytes(num_parameters, run.train.precision, stage, num_gpus, moments)
+    # Muon gathers when the activations are gone.
+    temporary = max(activation_bytes(run, model), muon_gathered_bytes(run, model, stage))
     # Stage 3, too, receives the whole model before it shards it.
-    return max(running + activation_bytes(run, model), 4 * num_parameters)
+    return max(running + temporary, 4 * num_parameters)
+
+
+def muon_gathered_bytes(run: RunConfig, model: ModelConfig, stage: int) -> int:
+    """Momentum of all matrices that a rank gathers at each step, in bytes."""
+    if run.train.optimizer != "muon" or stage == 0:
+        return 0
+    return MUON_GATHERED_BYTES * count_muon_parameters(model)
 
 
 def cpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_ranks: int) -> float:
@@ -106,10 +140,12 @@ def cpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_ranks: int) ->
     return PROCESS_GIB * GIB + gpu_bytes(run, model, stage, num_ranks) + buffers
 
 
-def checkpoint_bytes(num_parameters: int, precision: str, stage: int) -> int:
+def checkpoint_bytes(
+    num_parameters: int, precision: str, stage: int, moments: float = MOMENT_BYTES
+) -> float:
     """Size of one checkpoint on disk, all ranks together."""
     master = MASTER_BYTES if stage or precision != "fp32" else 0
-    return num_parameters * (BYTES_OF[precision] + master + MOMENT_BYTES)
+    return num_parameters * (BYTES_OF[precision] + master + moments)
 
 
 def communication_bytes(
@@ -184,7 +220,7 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
         head,
         *_batch_lines(run, machine, model, corpus),
         *_memory_lines(run, machine, model, stage),
-        *_disk_lines(run, num_parameters, stage, corpus, directory),
+        *_disk_lines(run, model, stage, corpus, directory),
         *_time_lines(run, machine, model, num_parameters, stage),
     ]
 
@@ -242,9 +278,10 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
 
 
 def _disk_lines(
-    run: RunConfig, num_parameters: int, stage: int, corpus: Corpus | None, directory: Path
+    run: RunConfig, model: ModelConfig, stage: int, corpus: Corpus | None, directory: Path
 ) -> list[str]:
-    size = checkpoint_bytes(num_parameters, run.train.precision, stage)
+    moments = moment_bytes(run, model)
+    size = checkpoint_bytes(count_parameters(model), run.train.precision, stage, moments)
     number = saving.most_on_disk(run)
     shards = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if corpus else 0
     return [
@@ -264,6 +301,7 @@ def _time_lines(
     num_micro_batches = run.train.gradient_accumulation_steps(machine.num_gpus)
     precision, num_gpus = run.train.precision, machine.num_gpus
     sent = communication_bytes(num_parameters, precision, stage, num_gpus, num_micro_batches)
+    sent += muon_gathered_bytes(run, model, stage) * (num_gpus - 1) / num_gpus
     # Within one machine GPUs use its internal links, whose time is neglected.
     sending = sent / machine.bandwidth if machine.num_nodes > 1 else 0.0
     total = (computing + sending) * run.train.steps

@@ -31,7 +31,14 @@ def test_parameters_are_those_of_the_network() -> None:
     assert plan.count_parameters(model) == sum(p.numel() for p in network.parameters())
 
 
-CASES = [("zero0", "fp32"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")]
+CASES = [
+    ("zero0", "fp32", "adamw"),
+    ("zero1", "fp32", "adamw"),
+    ("zero1", "bf16", "adamw"),
+    ("zero2", "bf16", "adamw"),
+    ("zero0", "fp32", "muon"),
+    ("zero2", "fp32", "muon"),
+]
 
 
 def test_checkpoints_are_as_big_as_planned(corpus: Path, tmp_path: Path) -> None:
@@ -39,22 +46,25 @@ def test_checkpoints_are_as_big_as_planned(corpus: Path, tmp_path: Path) -> None
     configs = [
         tiny_config(
             corpus,
-            tmp_path / f"{json}-{precision}",
+            tmp_path / f"{json}-{precision}-{optimizer}",
             deepspeed=json,
             model=MODEL,
-            train={**train, "precision": precision},
+            train={**train, "precision": precision, "optimizer": optimizer},
         )
-        for json, precision in CASES
+        for json, precision, optimizer in CASES
     ]
     results = run_ranks(2, pretrain_runs, [config.model_dump() for config in configs])
     assert results == [[None] * len(CASES)] * 2
     vocab_size = len((corpus / "vocab.txt").read_text(encoding="utf-8").splitlines())
-    num_parameters = plan.count_parameters(configs[0].model.resolve(vocab_size))
-    for config, (json, precision) in zip(configs, CASES, strict=True):
+    model = configs[0].model.resolve(vocab_size)
+    num_parameters = plan.count_parameters(model)
+    for config, (json, precision, optimizer) in zip(configs, CASES, strict=True):
         (directory,) = Path(config.run_dir).glob("checkpoints/step-*")
         size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-        planned = plan.checkpoint_bytes(num_parameters, precision, int(json[-1]))
-        assert size == pytest.approx(planned, rel=CHECKPOINT_TOLERANCE), (json, precision)
+        moments = plan.moment_bytes(config, model)
+        planned = plan.checkpoint_bytes(num_parameters, precision, int(json[-1]), moments)
+        case = (json, precision, optimizer)
+        assert size == pytest.approx(planned, rel=CHECKPOINT_TOLERANCE), case
 
 
 def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
@@ -63,6 +73,27 @@ def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
     # 2 weights, 2 or 4 gradients, 4 masters, 8 moments.
     assert at_8 == [16, 2 + 4 + 12 / 8, 2 + 4 / 8 + 12 / 8, (2 + 4 + 12) / 8]
     assert plan.state_bytes(million, "fp32", 0, 1) == 16 * million
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_gathers_it(corpus: Path, tmp_path: Path) -> None:
+    model = presets.get("bert_base_clue")
+    # 12 blocks of four 768 x 768 and two 768 x 3072 matrices, and the MLM transform's.
+    matrices = 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2
+    assert plan.count_muon_parameters(model) == matrices
+    adamw, muon = (
+        tiny_config(
+            corpus,
+            tmp_path,
+            model={"preset": "bert_base_clue"},
+            train={"optimizer": optimizer, "micro_batch_size": 1},
+        )
+        for optimizer in ("adamw", "muon")
+    )
+    saved = plan.gpu_bytes(adamw, model, 0, 1) - plan.gpu_bytes(muon, model, 0, 1)
+    assert saved == pytest.approx(4 * matrices)
+    assert plan.muon_gathered_bytes(muon, model, 1) == 2 * matrices
+    assert plan.muon_gathered_bytes(muon, model, 0) == 0
+    assert plan.muon_gathered_bytes(adamw, model, 1) == 0
 
 
 def test_what_a_step_sends() -> None:
