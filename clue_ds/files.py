@@ -133,11 +133,6 @@ def refuse_placeholder(path: Path, begin: bytes | None = None) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has no message."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def lock(file: IO[Any], wait: bool) -> bool:
     """Lock an open file for this process alone; False when another process holds the lock.
 

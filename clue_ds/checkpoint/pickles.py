@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, first_line
 
 # (module, name) of every class that DeepSpeed's shards contain beside tensors and containers, at
 # every ZeRO stage and precision. Creating one of them only sets its attributes.
@@ -85,5 +85,5 @@ def _refusal(file: Any, error: Exception) -> str:
             "contains and which could run code as this user"
         )
     else:
-        reason = f"can't be opened as what a run saves there: {str(error).splitlines()[0][:200]}"
+        reason = f"can't be opened as what a run saves there: {first_line(error)[:200]}"
     return f"{name} {reason}. Nothing in it was run; restore the checkpoint from a copy you trust"

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from clue_ds.errors import UserError
-from clue_ds.files import first_line, refuse_placeholder
+from clue_ds.errors import UserError, first_line
+from clue_ds.files import refuse_placeholder
 from clue_ds.vocab_file import TOKENIZER_JSON, VOCAB_TEXT
 
 # A fixed date (zip's earliest), so that packing the same files twice gives the same bytes.

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from clue_ds.errors import UserError
-from clue_ds.files import first_line
+from clue_ds.errors import UserError, first_line
 
 # Preset -> the name under which CLUE published it.
 PUBLISHED = {

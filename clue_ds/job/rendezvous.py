@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from clue_ds import dist
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, first_line
 from clue_ds.launcher import contract
 
 START_SECONDS = 60
@@ -198,7 +198,7 @@ def _meet(seconds: float) -> Meeting:
             raise UserError(
                 f"rank {rank} on {socket.gethostname()} can't reach rank 0 at {host}:{port} within "
                 f"{seconds:.0f} s. Did rank 0 start, and do both hosts share that network "
-                f"(clue-ds launch --interface)? {str(error).splitlines()[0]}"
+                f"(clue-ds launch --interface)? {first_line(error)}"
             ) from None
     named = PrefixStore(prefix, store)
     named.set(f"here/{rank}", json.dumps(myself()))

@@ -42,7 +42,7 @@ from typing import Any
 
 from clue_ds import dist
 from clue_ds.config import DEFAULT_HEALTH, HealthSection
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, first_line
 from clue_ds.job import diagnosis, procfs, rendezvous, run_lock, signals
 from clue_ds.job.diagnosis import Diagnosis
 from clue_ds.job.heartbeat import Activity
@@ -237,7 +237,7 @@ class Watchdog(Activity):
         if self._closing.is_set():
             return
         dead = self._neighbours().get("0") == "dead"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         text = diagnosis.silence("dead", 0) if dead else f"is gone ({reason})"
         self._end(self._diagnose("died", text, [0]))
 

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from clue_ds.errors import UserError, existing_file
-from clue_ds.files import first_line, read_json, refuse_placeholder
+from clue_ds.errors import UserError, existing_file, first_line
+from clue_ds.files import read_json, refuse_placeholder
 
 StateDict = dict[str, Tensor]
 

@@ -29,7 +29,7 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, Manifest
 from clue_ds.checkpoint.masters import OPTIMIZER_SHARDS
 from clue_ds.config import CheckpointSection, RunConfig
 from clue_ds.data.stream.samples import STREAM_VERSION
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, first_line
 from clue_ds.job import preflight, run_lock
 from clue_ds.pretrain.engine import Engine, dropout_seed
 from clue_ds.pretrain.resume import RunIdentity
@@ -229,7 +229,7 @@ def _clear_write_errors(path: Path, num_bytes: int, remove: bool = True) -> Iter
             shutil.rmtree(path, ignore_errors=True)
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         raise UserError(
-            f"can't write the checkpoint {path}: {str(error).splitlines()[0]}; the earlier "
+            f"can't write the checkpoint {path}: {first_line(error)}; the earlier "
             f"checkpoints are untouched. The disk of {existing} has "
             f"{_gib(shutil.disk_usage(existing).free)} free, and a checkpoint needs about "
             f"{_gib(num_bytes)}; a quota of this user may allow less. Make room on that disk (or "
