@@ -74,8 +74,8 @@ def existing_text(path: str | Path) -> Path:
 def vocab_lines(path: str | Path) -> list[str]:
     """The tokens of a vocab.txt or tokenizer.json in the order of their ids.
 
-    UserError with the line where ids or tokens are unclear. Whether the special tokens are there is
-    not checked.
+    UserError with the line where ids or tokens are unclear. Otherwise it is not checked whether
+    the special tokens are there.
     """
     path = existing_file(path, "vocabulary")
     tokens = _text_tokens(path) if is_text(path) else _json_tokens(path)
@@ -120,6 +120,7 @@ def _text_tokens(path: Path) -> list[str]:
                 "programs end the line and others do not; remove it, or copy the file again"
             )
     if tokens and not tokens[-1].strip(" \t"):
+        check_special_tokens(tokens, path)  # advice on ids would mislead who gave another file
         raise UserError(
             f"vocabulary {path} ends with an empty line (line {len(tokens)}), which some programs "
             "count as a token and others do not; if the model has this many words, write "

@@ -325,7 +325,11 @@ def test_overwriting_leaves_nothing_of_the_old_corpus(tmp_path: Path, vocab: Pat
     write_report(corpus.directory)
     make(tmp_path, text, vocab, overwrite=True)
     left = {path.name for path in corpus.directory.iterdir()}
-    assert {name for name in left if not name.startswith("shard-")} == {"corpus.json", "vocab.txt"}
+    assert {name for name in left if not name.startswith("shard-")} == {
+        "checksums.bin",
+        "corpus.json",
+        "vocab.txt",
+    }
 
 
 def test_rules_are_part_of_the_run(tmp_path: Path, vocab: Path) -> None:

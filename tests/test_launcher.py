@@ -74,6 +74,8 @@ def start(arguments: list[str], folder: Path, *prefix: str) -> subprocess.Popen[
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

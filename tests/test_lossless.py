@@ -41,9 +41,9 @@ def random_state(config: ModelConfig, seed: int, draw: random.Random) -> StateDi
     elif draw.random() < 0.3:
         state[DECODER] = torch.randn(state[DECODER].shape)
         state[DECODER_BIAS] = state["cls.predictions.bias"]
-    # Bits that arithmetic would change.
+    # Bits that arithmetic would change. (NaN is refused: test_weight_files.py.)
     words = state["bert.embeddings.word_embeddings.weight"]
-    words[0, 0], words[1, 0], words[2, 0] = -0.0, 1e-45, float("nan")
+    words[0, 0], words[1, 0] = -0.0, 1e-45
     return state
 
 

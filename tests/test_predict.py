@@ -216,7 +216,7 @@ def test_a_file_is_answered_in_its_order(
         ('{"text": "好"}\n{"text": " "}\n', "in.jsonl:2: the text is empty"),
         ('{"text": "\\ud800"}\n', "in.jsonl:1: '\\\\ud800' is half a character"),
         ("", "in.jsonl has no examples"),
-        ('["好"]\n', "in.jsonl:1: a line must be a JSON object"),
+        ('["好"]\n', "in.jsonl:1: a JSON array begins here"),
     ],
 )
 def test_a_bad_file_is_one_message_and_leaves_no_output(

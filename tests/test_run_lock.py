@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from clue_ds.errors import UserError
 from clue_ds.job import procfs, rendezvous, run_lock
 from clue_ds.job.rendezvous import Peer
 
@@ -194,13 +193,3 @@ def test_a_holder_that_lost_its_lock_says_so_and_leaves_the_new_one_alone(
     run_lock.withdraw(tmp_path)
     assert json.loads(path.read_text())["token"] == "another"
     assert [each.name for each in tmp_path.iterdir()] == [run_lock.FILE]
-
-
-def test_the_lock_of_any_directory(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
-    with run_lock.lock_directory(tmp_path, "clue-ds finetune"):
-        assert (tmp_path / run_lock.FILE).exists()
-    assert not list(tmp_path.iterdir())
-    leave(tmp_path, ME._replace(pid=process.pid))
-    with pytest.raises(UserError, match="clue-ds finetune: .* is in use"):
-        with run_lock.lock_directory(tmp_path, "clue-ds finetune"):
-            pass

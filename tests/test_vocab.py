@@ -30,7 +30,7 @@ def test_layout_is_googles() -> None:
     ("content", "message"),
     [
         (b"", "vocab.txt is empty"),
-        (b"\n", "ends with an empty line \\(line 1\\)"),
+        (b"\n", "is not a BERT vocabulary"),
         ("中\n国\n".encode(), "not a BERT vocabulary"),
         (
             b"\xef\xbb\xbf" + "".join(f"{t}\n" for t in LEADING_TOKENS).encode(),

@@ -26,11 +26,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clue_ds.errors import UserError
 from clue_ds.job import procfs, rendezvous
 from clue_ds.job.rendezvous import Peer
 
@@ -152,23 +151,6 @@ def withdraw(run_dir: str | Path) -> None:
     held.ended.set()
     with contextlib.suppress(OSError):  # the disk or the directory may be gone
         _remove(held)
-
-
-@contextlib.contextmanager
-def lock_directory(directory: str | Path, what: str) -> Iterator[None]:
-    """Hold the lock of `directory` in the block. UserError when another process holds it.
-
-    `what`: the command, for the message of a process that comes later.
-    """
-    end = threading.Event()
-    error = claim(directory, rendezvous.myself(), end)
-    if error is not None:
-        raise UserError(f"{what}: {error}")
-    try:
-        yield
-    finally:
-        withdraw(directory)
-        end.set()
 
 
 def read(path: Path) -> Sign | None:

@@ -8,9 +8,9 @@ rank keeps the momentum of its shard, the ranks exchange the momentum in bf16, w
 Newton-Schulz starts from, and each rank orthogonalizes the matrices of which it owns a part. That
 the shard is laid out as expected is checked at the first step.
 
-Rejected: DeepSpeed 0.19.8's own Muon. It orthogonalizes before it clips, so gradient_clipping would
-cut the update and not the gradient, and the logged gradient norm would be that of the update. It
-also scales by sqrt(rows / columns), and at stage 0 in bf16 it does not orthogonalize.
+Rejected: DeepSpeed 0.19.8's own Muon. At stages 2 and 3 it orthogonalizes before it clips, so
+gradient_clipping would cut the update and not the gradient, and the logged gradient norm would be
+that of the update. It also scales by sqrt(max(1, rows / columns)), unlike match_rms_adamw.
 torch.optim.Muon accepts whole matrices only; tests/test_engine.py compares with it.
 """
 

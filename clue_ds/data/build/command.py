@@ -40,7 +40,6 @@ from clue_ds.data.text.decode import BLOCK_BYTES
 from clue_ds.data.text.formats.parts import check_kinds, is_packed
 from clue_ds.data.text.inputs import Chunk, chunk_hash, read_chunks
 from clue_ds.data.text.sources import TextSource, resolve
-from clue_ds.data.verification import verify_with_own_checksums
 from clue_ds.errors import UserError
 from clue_ds.settings.arguments import PathOrName
 from clue_ds.vocab_file import existing_text
@@ -158,6 +157,8 @@ def _plan(
 
 
 def _verify(output: Path) -> None:
+    from clue_ds.data.verification import verify_with_own_checksums  # compiled code
+
     for directory in (output, output / HELD_OUT):
         if directory == output or (directory / MANIFEST).is_file():
             corpus = Corpus(directory)

@@ -20,7 +20,6 @@ import numpy as np
 from clue_ds import files
 from clue_ds.data.build.options import FOREIGN, REASONS, ConvertOptions
 from clue_ds.data.build.staging import COMPARED, CONVERTED, Staging
-from clue_ds.data.checksums import write_checksums
 from clue_ds.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT,
@@ -141,6 +140,8 @@ def _write(
     shutil.copyfile(vocab_file, directory / VOCAB_FILE)
     # A run that an earlier version began has shards without checksums.
     if all("checksums" in side for side in sides):
+        from clue_ds.data.checksums import write_checksums  # compiled code
+
         sums = [np.frombuffer(bytes.fromhex(side["checksums"]), "<u8") for side in sides]
         write_checksums(directory, manifest["fingerprint"], sums)
     manifest["checksum"] = manifest_checksum(manifest)
