@@ -11,6 +11,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
 PYTHON37 ?= python3.7
 ARGS   ?=
+# One more than there are cores, because many tests wait for others; at most 4, because of memory.
+PROCESSES ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 # A whole window of the sample, because whole windows are what it memorises.
 SAMPLE_WINDOW := 清晨的湖面上升起一层薄薄的雾气，渔船慢慢划向对岸。老人把渔网撒进[MASK]里，耐心地等待着第一缕阳光。孩子们在岸边追逐嬉戏，笑声传得
 # What the tokenizer and shard benchmarks read: prose first, then mixed, then Latin-heavy text. By default
@@ -42,7 +44,7 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "$(SAMPLE_WINDOW)"
 
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
