@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -159,4 +160,5 @@ def import_model(
                 "[unused-a] and so on, and import it again"
             )
         _write(trimmed._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
-        print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {output}")
+        quoted = shlex.quote(str(output))
+        print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {quoted}")

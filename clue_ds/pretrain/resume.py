@@ -12,6 +12,7 @@ earlier step depends on it. With wsd it may, as long as neither the old nor the 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
         raise UserError(
             f"{where} was trained on samples and masks of stream version {saved.stream_version}, "
             f"but this clue_ds makes those of version {STREAM_VERSION}; continue with the clue_ds "
-            f"that saved it, or start a new run_dir from its weights: --model.init {where}"
+            "that saved it, or start a new run_dir from its weights: "
+            f"--model.init {shlex.quote(str(where))}"
         )
     saved_config = run_config.validate(saved.config, f"config of {where}")
     changed = differences(saved_config, identity.config, saved.step)
@@ -179,7 +181,7 @@ def _check_same_shards(choice: Choice, values: dict[str, Any]) -> None:
     """DeepSpeed's shards can be read only at the stage and number of ranks that wrote them."""
     saved, where = choice.manifest, choice.directory
     stage, offload = ds_json.zero_stage(values), ds_json.offloads(values)
-    new_run = f"or start a new run_dir from its weights: --model.init {where}"
+    new_run = f"or start a new run_dir from its weights: --model.init {shlex.quote(str(where))}"
     if (saved.zero_stage, saved.offload) != (stage, offload):
         raise UserError(
             f"{where} was saved under ZeRO {_stage_name(saved.zero_stage, saved.offload)}, this "
