@@ -353,8 +353,15 @@ class Watchdog(Activity):
 
     def _have_read(self) -> None:
         """Tell rank 0 that this rank no longer needs the store."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"read/{self._rank}", "")
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"read/{self._rank}", "")
+
+        # Where the link to rank 0 is cut, the store answers only after minutes.
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(SECONDS_BETWEEN_HEARTBEATS)
 
 
 _watchdog: Watchdog | None = None

@@ -107,7 +107,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_said_before_the_first_step(
     launch = [CLUE_DS, "launch", "--local", "2", "--", "pretrain", "--config", "run.yaml"]
     job = subprocess.run(launch, cwd=small_disk, capture_output=True, text=True, timeout=PATIENCE_S)
     assert job.returncode == 2, job.stderr
-    assert job.stderr.count("GiB free, but a checkpoint needs about") == 1, job.stderr
+    assert job.stderr.count("a run needs room for 2.2 of them") == 1, job.stderr
     assert not (small_disk / "run" / "log.jsonl").exists()
 
 
