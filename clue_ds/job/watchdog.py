@@ -214,9 +214,9 @@ class Watchdog(Activity):
     def _exchange(self) -> None:
         self._send_heartbeat()
         if self._store.check(["diagnosis"]):
-            found = Diagnosis(**json.loads(self._store.get("diagnosis")))
+            published = Diagnosis(**json.loads(self._store.get("diagnosis")))
             self._have_read()  # only now: rank 0 may close the store at once
-            self._end(found)
+            self._end(published)
         if self._rank:
             return
         keys = [f"heartbeat/{rank}" for rank in range(self._world_size)]
