@@ -14,7 +14,6 @@ import importlib.util
 import json
 import random
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from clue_ds.errors import UserError
+from clue_ds.settings import program
 
 # The batch of CONFIG (32, in micro-batches of 16) can be split over at most this many ranks.
 MAX_RANKS = 2
@@ -137,7 +137,7 @@ class _Steps:
 
     def run(self, *arguments: object) -> None:
         words = [str(argument) for argument in arguments]
-        command = shlex.join(["clue-ds", *words])
+        command = program.command(*words)
         self.console.print(f"$ {command}", style="cyan", highlight=False, soft_wrap=True)
         done = subprocess.run([sys.executable, "-m", "clue_ds.cli", *words])
         if done.returncode:
@@ -274,17 +274,17 @@ def _summary(
     ):
         table.add_row(what, str(where))
     console.print(table)
-    config = shlex.quote(str(directory / "pretrain.yaml"))
+    own = "--data.corpus corpus --run_dir runs/mine".split()
+    training = ["--config", directory / "pretrain.yaml", *own]
     console.print(
         "This network was trained on ten million tokens; published ones see 10,000 times as many.\n"
         "That is enough to fill in masks, but too little to change the accuracy on reviews by "
         "much.\n\n"
         "Next, train on your own text (see README.md):\n"
-        "  clue-ds vocab learn texts/*.txt --size 8000 --output vocab.txt\n"
-        "  clue-ds shard texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"
-        f"  clue-ds launch --local 2 -- pretrain --config {config} "
-        "--data.corpus corpus --run_dir runs/mine\n"
-        "  clue-ds export runs/mine --to hf",
+        f"  {program.command('vocab', 'learn')} texts/*.txt --size 8000 --output vocab.txt\n"
+        f"  {program.command('shard')} texts/*.txt --vocab vocab.txt --output corpus --workers 2\n"
+        f"  {program.command('launch', '--local', 2, '--', 'pretrain', *training)}\n"
+        f"  {program.command('export', 'runs/mine', '--to', 'hf')}",
         highlight=False,
         soft_wrap=True,
     )

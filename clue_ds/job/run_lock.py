@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from clue_ds.job import procfs, rendezvous
 from clue_ds.job.rendezvous import Peer
+from clue_ds.settings import program
 
 FILE, SECONDS_BETWEEN_TOUCHES = "alive.json", 10.0
 # A slow disk may delay one touch; a process elsewhere that missed three is dead.
@@ -139,7 +140,7 @@ def lost(run_dir: str | Path) -> str | None:
     return (
         f"{who} has taken over {run_dir}, because this process was paused, or cut off from the "
         f"disk, for more than {SECONDS_UNTIL_DEAD:.0f} s. This one ends and writes nothing more "
-        f"there; `clue-ds status {run_dir}` shows how the run goes on"
+        f"there; `{program.command('status', run_dir)}` shows how the run goes on"
     )
 
 

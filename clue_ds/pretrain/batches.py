@@ -6,7 +6,6 @@ text is cut into samples and masked like the training text.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from clue_ds.config import RunConfig
@@ -21,6 +20,7 @@ from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
 from clue_ds.pretrain.evaluate import Evaluator
 from clue_ds.pretrain.resume import RunIdentity
+from clue_ds.settings import program
 
 
 def open_data(config: RunConfig) -> Corpus | Mixture | LabelledPairs:
@@ -47,7 +47,7 @@ def _open_held_out(
     if held_out.vocab_sha256 != trained_on.vocab_sha256:
         raise UserError(
             f"data.held_out {where} has another vocabulary than {config.data.corpus}; rebuild it "
-            f"with: clue-ds shard ... --vocab {shlex.quote(str(trained_on.vocab_file))}"
+            f"with: {program.command('shard', '...', '--vocab', trained_on.vocab_file)}"
         )
     return held_out
 

@@ -7,7 +7,6 @@ source lacks keep their initial values and are reported.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from clue_ds.errors import UserError
@@ -15,6 +14,7 @@ from clue_ds.export import slim, sources
 from clue_ds.export.sources import OpenedModel
 from clue_ds.model import weights
 from clue_ds.model.bert import BertForPreTraining
+from clue_ds.settings import program
 from clue_ds.vocab_file import difference, vocab_lines
 
 # Rows beyond the vocabulary: this many are padding, fewer may be lines that were removed from it.
@@ -48,12 +48,12 @@ def _compare_words(source: OpenedModel, where: str, vocab_file: str | Path) -> i
             "compared with the corpus; copy the vocabulary that it was trained with into it"
         )
     theirs, ours = vocab_lines(source.vocab_file), vocab_lines(vocab_file)
-    found, quoted = difference(theirs, ours), shlex.quote(where)
+    found = difference(theirs, ours)
     if found is not None:
         raise UserError(
             f"model.init {where} has another vocabulary than the corpus ({found}); write the "
-            f"model's vocabulary with: clue-ds import {quoted} --output DIR, and make the corpus "
-            "again with it: clue-ds shard ... --vocab DIR/vocab.txt"
+            f"model's vocabulary with: {program.command('import', where)} --output DIR, and make "
+            "the corpus again with it: clue-ds shard ... --vocab DIR/vocab.txt"
         )
     num_rows = source.config.vocab_size - len(theirs)
     if 0 < num_rows < LEAST_PADDING:
@@ -61,8 +61,8 @@ def _compare_words(source: OpenedModel, where: str, vocab_file: str | Path) -> i
             f"model.init {where} has {source.config.vocab_size:,} words but its vocabulary has "
             f"{len(theirs):,} tokens. If lines were removed from it, every id after them means "
             "another row: put them back as [unused-a] and so on, and make the corpus again with "
-            f"it. Only if the last {num_rows} rows are padding, drop them with `clue-ds import "
-            f"{quoted}` and start from the result"
+            f"it. Only if the last {num_rows} rows are padding, drop them with "
+            f"`{program.command('import', where)}` and start from the result"
         )
     return num_rows
 

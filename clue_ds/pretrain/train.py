@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, st
 from clue_ds.pretrain.evaluate import Evaluator
 from clue_ds.pretrain.nonfinite import NonFiniteSteps
 from clue_ds.pretrain.writers import Writers
+from clue_ds.settings import program
 
 
 @dataclass
@@ -277,8 +277,8 @@ def close(run: Run, stopped_at: int | None = None) -> None:
     """End threads, files and process group, and report the end of the run to the launcher."""
     run.loader.close()
     if stopped_at is None:
-        command = shlex.join(["clue-ds", "export", run.config.run_dir, "--to", "hf"])
-        next_step = f"done: {run.config.run_dir}; next: {command}"
+        export = program.command("export", run.config.run_dir, "--to", "hf")
+        next_step = f"done: {run.config.run_dir}; next: {export}"
     else:
         next_step = (
             f"stopped on request after step {stopped_at}; the same command continues the run"
