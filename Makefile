@@ -38,7 +38,7 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 	$(BIN)/clue-ds vocab learn docs/examples/sample.txt --output runs/sample/vocab.txt \
 		--size 600 --min-frequency 1
 	$(BIN)/clue-ds shard docs/examples/sample.txt --vocab runs/sample/vocab.txt \
-		--output runs/sample/corpus --overwrite
+		--output runs/sample/corpus --force
 	$(BIN)/clue-ds pretrain --config docs/examples/sample.yaml --data.corpus runs/sample/corpus \
 		--run_dir runs/sample/run $(ARGS)
 	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "$(SAMPLE_WINDOW)"

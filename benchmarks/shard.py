@@ -153,7 +153,7 @@ def _memory(data: bytes, vocab: Path, directory: Path, megabytes: float) -> dict
     """Peak memory of `clue-ds shard --workers 2` with default rules and with every rule, in MiB."""
     text = _write(directory / "large.txt", data, megabytes)
     words = [sys.executable, "-m", "clue_ds.cli", "shard", str(text), "--vocab", str(vocab)]
-    words += ["--workers", "2", "--overwrite", "--output", str(directory / "large")]
+    words += ["--workers", "2", "--force", "--output", str(directory / "large")]
     return {
         "text_megabytes": megabytes,
         "workers": 2,

@@ -236,6 +236,9 @@ class LogSection(Section):
     """What is written during training."""
 
     every: int = Field(10, ge=1, description="steps between log lines")
+    seconds: float = Field(
+        30, gt=0, description="longest time between log lines, besides the one of every first step"
+    )
     tensorboard: bool = Field(True, description="also write TensorBoard files to RUN/tensorboard")
 
 
@@ -317,6 +320,14 @@ def load(path: str | Path) -> RunConfig:
     return validate(read_yaml(path), str(path))
 
 
+class CommandLine(RunConfig):
+    """The settings of a run, as a command takes them."""
+
+    config: PathText | None = Field(
+        None, description="YAML file with these settings; options on the command line win over it"
+    )
+
+
 def parse(argv: list[str], prog: str) -> RunConfig:
     """A RunConfig from `[--config FILE] [--section.key value ...]`; the command line wins.
 
@@ -329,20 +340,22 @@ def parse(argv: list[str], prog: str) -> RunConfig:
     arguments.refuse_repeated(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", type=paths.expand)
-    known, overrides = only_config.parse_known_args(argv)
+    known, _ = only_config.parse_known_args(argv)
     default = tyro.MISSING if known.config is None else _tyro_default(known.config)
-    return tyro.cli(
-        RunConfig,
+    given = tyro.cli(
+        CommandLine,
         prog=prog,
         description=(
             f"{RunConfig.__doc__} Write them in a YAML file (--config RUN.yaml), one level of "
-            "nesting for each dot, or on the command line, which wins."
+            "nesting for each dot, or on the command line, which wins. Words may be joined by "
+            "dashes or underscores."
         ),
-        args=overrides,
+        args=argv,
         default=default,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    return RunConfig(**{name: getattr(given, name) for name in RunConfig.model_fields})
 
 
 def _tyro_default(path: str) -> Any:
@@ -359,7 +372,10 @@ def _tyro_default(path: str) -> Any:
     if no_corpus:
         section = config.data.model_copy(update={"corpus": tyro.MISSING})
         config = config.model_copy(update={"data": section})
-    return config.model_copy(update={"run_dir": tyro.MISSING}) if no_run_dir else config
+    if no_run_dir:
+        config = config.model_copy(update={"run_dir": tyro.MISSING})
+    named = {name: getattr(config, name) for name in RunConfig.model_fields}
+    return CommandLine.model_construct(**named, config=path)
 
 
 def flatten(

@@ -10,13 +10,12 @@ there is a process group.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch.distributed
 
 from clue_ds.errors import UserError
 from clue_ds.launcher.contract import (
@@ -70,16 +69,26 @@ def is_launched() -> bool:
     return world_size() > 1 or any(os.environ.get(name) for name in names)
 
 
+def has_met() -> bool:
+    """Whether there is a process group; without torch, which takes a second to import, is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 def barrier() -> None:
     """Wait until every rank has called this."""
-    if torch.distributed.is_initialized():
+    if has_met():
+        import torch.distributed
+
         torch.distributed.barrier()
 
 
 def broadcast(value: Any) -> Any:
     """Rank 0's `value` on every rank. It is pickled: small objects of this job only."""
-    if not torch.distributed.is_initialized():
+    if not has_met():
         return value
+    import torch.distributed
+
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
@@ -87,8 +96,10 @@ def broadcast(value: Any) -> Any:
 
 def all_reduce(values: list[float]) -> list[float]:
     """Element-wise sums over all ranks, in double precision."""
-    if not torch.distributed.is_initialized():
+    if not has_met():
         return values
+    import torch.distributed
+
     on_cuda = torch.distributed.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -98,8 +109,10 @@ def all_reduce(values: list[float]) -> list[float]:
 
 def all_gather(value: Any) -> list[Any]:
     """Every rank's `value` on every rank, in the order of ranks; small Python objects."""
-    if not torch.distributed.is_initialized():
+    if not has_met():
         return [value]
+    import torch.distributed
+
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
@@ -135,8 +148,7 @@ def report_errors_once() -> Iterator[None]:
 
 
 def _wait_for_rank_0() -> None:
-    met = torch.distributed.is_initialized()
-    time.sleep(SECONDS_AFTER_MEETING if met else SECONDS_FOR_RANK_0_TO_REPORT)
+    time.sleep(SECONDS_AFTER_MEETING if has_met() else SECONDS_FOR_RANK_0_TO_REPORT)
 
 
 def job_dir() -> Path | None:

@@ -32,7 +32,6 @@ from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json, saving, train
 from clue_ds.pretrain.engine import start
-from clue_ds.settings import paths
 from clue_ds.settings.arguments import refuse_repeated
 
 MIN_TORCH = (2, 10)
@@ -122,10 +121,13 @@ MACHINE: tuple[Callable[[], Check], ...] = (
 )
 
 
-def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
-    """A run's config (None if it is invalid), its corpus' fingerprint, and the checks of both."""
+def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]:
+    """A run's config (None if it is invalid), its corpus' fingerprint, and the checks of both.
+
+    `settings`: as on the command line of `clue-ds pretrain`.
+    """
     try:
-        config = run_config.load(path)
+        config = train.parse(settings, "clue-ds doctor")
     except UserError as error:
         return None, "", [Check("bad", str(error))]
     try:
@@ -133,9 +135,9 @@ def _about_run(path: str) -> tuple[RunConfig | None, str, list[Check]]:
         model = config.model.resolve(corpus.vocab_size)
         train.check(config, model, ds_json.read(config.deepspeed))
     except UserError as error:
-        return config, "", [Check("bad", f"{path}: {error}")]
+        return config, "", [Check("bad", str(error))]
     checks = [
-        Check("ok", f"{path} is a valid config"),
+        Check("ok", f"the settings of the run {config.run_dir} are valid"),
         Check("ok", f"corpus {config.data.corpus}: {corpus.num_tokens:,} tokens"),
         _room_for_checkpoints(config, model),
     ]
@@ -192,21 +194,24 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="clue-ds doctor",
         description=main.__doc__,
-        epilog="on several hosts: clue-ds launch --hostfile F -- doctor",
+        epilog="every setting of a run can be given as well: --data.corpus corpus (`clue-ds "
+        "pretrain --help` lists them). On several hosts: clue-ds launch --hostfile F -- doctor",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
-        type=paths.expand,
-        help="YAML file of a run, whose config, corpus and disk space are checked too",
+        metavar="FILE",
+        help="YAML file of a run, whose settings, corpus and disk space are checked too",
     )
     refuse_repeated(argv)
-    arguments = parser.parse_args(argv)
+    arguments, settings = parser.parse_known_args(argv)
+    if arguments.config is not None:
+        settings += ["--config", arguments.config]
     with watchdog.reporting(), dist.report_errors_once():
         config: RunConfig | None = None
         fingerprint, found = "", [check() for check in MACHINE]
-        if arguments.config is not None:
-            config, fingerprint, of_run = _about_run(arguments.config)
+        if settings:
+            config, fingerprint, of_run = _about_run(settings)
             found += of_run
         checks = [*found, *(_programs() if dist.rank() == 0 else [])]
         checks += _between_ranks(config, fingerprint, found)

@@ -14,16 +14,17 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
+
+if TYPE_CHECKING:  # `clue-ds status` reads log lines without it
+    import torch
+    from torch import Tensor
 
 # Dense tensor-core FLOP/s in bf16 (V100: fp16) with fp32 sums, by a substring of the device's name.
 # The first match counts, so longer names come first. From NVIDIA's data sheets and white papers.
@@ -70,6 +71,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a GPU whose name is in PEAK_FLOPS; None for other devices and CPUs."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
@@ -77,6 +80,8 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this rank: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     # ru_maxrss is in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -139,16 +144,23 @@ class Meter:
 
     def leave_out_step(self) -> None:
         """Leave the last step's losses out: its gradient was not finite, and it updated nothing."""
+        import torch
+
         number = len(self._losses) // self._num_steps
         for sums in (self._losses, self._pair_sums):
             sums[-number:] = [torch.zeros_like(each) for each in sums[-number:]]
         self._num_left_out += 1
 
-    def flush(self, step: int, grad_norm: float | Tensor) -> dict[str, Any]:
-        """The log line after `step` updates, over the steps since the last line.
+    def flush(
+        self, step: int, grad_norm: float | Tensor, is_regular: bool = True
+    ) -> dict[str, Any]:
+        """The log line after `step` updates, over the steps since the last regular line.
 
-        Every rank must call it. UserError naming the step at which the loss stopped being finite.
+        A line that is not regular leaves the next one as it would have been without it. Every rank
+        must call it. UserError naming the step at which the loss stopped being finite.
         """
+        import torch
+
         num_steps = self._num_steps
         losses = torch.stack(self._losses).reshape(num_steps, -1).sum(1).tolist()
         losses = [total / dist.world_size() for total in dist.all_reduce(losses)]
@@ -169,7 +181,8 @@ class Meter:
             mfu = rate * flops / (self.peak * dist.world_size())
         if num_steps > self._num_left_out:
             self._loss = sum(losses) / (num_steps - self._num_left_out)
-        self._start_window()
+        if is_regular:
+            self._start_window()
         return {
             "step": step,
             "loss": self._loss,
@@ -188,8 +201,30 @@ class Meter:
     def _pair_figures(self) -> dict[str, float]:
         if not self._pair_sums:
             return {}
+        import torch
+
         loss, correct, num = dist.all_reduce(torch.stack(self._pair_sums).sum(0).tolist())
         return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
+
+
+class Pulse:
+    """When log lines are due beside the regular ones: after the first step of a process, and then
+    so that two lines are at most `seconds` apart.
+
+    `clock` must show the same time on all ranks, because all of them must make a line together.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._last: float | None = None
+
+    def is_due(self, is_regular: bool) -> bool:
+        """Whether a line follows this step; to be asked after every step."""
+        now = self._clock()
+        due = is_regular or self._last is None or now - self._last >= self._seconds
+        if due:
+            self._last = now
+        return due
 
 
 def diverged(what: str) -> str:
@@ -233,3 +268,11 @@ def format_seconds(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in a sentence: 45 seconds, 12 minutes, 3.5 hours, 10.9 days."""
+    for unit, size, digits in (("days", 86_400, 1), ("hours", 3_600, 1), ("minutes", 60, 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.{digits}f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else f"{seconds:.2f} seconds"

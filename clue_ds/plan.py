@@ -12,9 +12,11 @@ attention doesn't keep.
 
 from __future__ import annotations
 
+import argparse
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json, optim, saving
+from clue_ds.settings.arguments import refuse_repeated
 
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
@@ -38,6 +41,16 @@ MUON_MOMENT_BYTES, MUON_GATHERED_BYTES = 4, 2
 RESERVED_GIB = 4.0
 # A process without a model: Python, torch, DeepSpeed, numba (measured: docs/scaling.md).
 PROCESS_GIB = 0.4
+
+
+MACHINE_OPTIONS: tuple[tuple[str, type[int] | type[float] | type[str], Any, str], ...] = (
+    ("--gpus", int, 8, "number of GPUs on all machines, which is the number of ranks"),
+    ("--gpus-per-node", int, 8, "number of GPUs on one machine"),
+    ("--gpu", str, "H100", "the GPU's name, from which its peak follows; an unknown one lists all"),
+    ("--gpu-memory", float, 80.0, "memory of one GPU in GiB"),
+    ("--mfu", float, 0.35, "share of the peak that you expect; every run logs the one it measures"),
+    ("--bandwidth", float, 25.0, "GB/s that one GPU can send to another machine: 25 is 200 Gbit/s"),
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +185,7 @@ def recommend(needs_gib: dict[int, float], memory_gib: float) -> int | None:
 
 
 def plan(
-    config: Path,
+    config: Path | RunConfig,
     gpus: int = 8,
     gpus_per_node: int = 8,
     gpu: str = "H100",
@@ -183,7 +196,7 @@ def plan(
     """Calculate the memory, batches, checkpoints, disk space and time of a run before it starts.
 
     Args:
-        config: the run's YAML file
+        config: the run's YAML file, or its settings
         gpus: number of GPUs on all machines, which is the number of ranks
         gpus_per_node: number of GPUs on one machine
         gpu: the GPU's name, from which its peak follows: H100, H800, H20, A100, A800, ...; an
@@ -192,7 +205,7 @@ def plan(
         mfu: share of the peak that you expect to reach; every run logs the one it measures
         bandwidth: GB/s that one GPU can send to another machine (25 is 200 Gbit/s)
     """
-    run = run_config.load(config)
+    run = config if isinstance(config, RunConfig) else run_config.load(config)
     peak = next((value for name, value in PEAK_FLOPS if name == gpu), None)
     if peak is None:
         raise UserError(
@@ -202,6 +215,31 @@ def plan(
         raise UserError("--gpus, --gpus-per-node and --bandwidth must be positive, --mfu in (0, 1]")
     machine = Machine(gpus, gpus_per_node, gpu_memory, peak, mfu, bandwidth * 1e9)
     print("\n".join(describe(run, machine)))
+
+
+def main(argv: list[str]) -> None:
+    """Calculate the memory, batches, disk space and time of a run before it starts.
+
+    The settings are those of `clue-ds pretrain`, from a file and from the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="clue-ds plan",
+        description=main.__doc__,
+        epilog="every setting of the run can be given as well: --train.micro-batch-size 16 "
+        "(`clue-ds pretrain --help` lists them)",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
+    for name, kind, default, text in MACHINE_OPTIONS:
+        shown = f"{text} (default: {default})"
+        parser.add_argument(name, type=kind, default=default, metavar=kind.__name__, help=shown)
+    refuse_repeated(argv)
+    given, settings = parser.parse_known_args(argv)
+    machine = vars(given)
+    file = machine.pop("config")
+    settings += [] if file is None else ["--config", file]
+    plan(run_config.parse(settings, "clue-ds plan"), **machine)
 
 
 def describe(run: RunConfig, machine: Machine) -> list[str]:

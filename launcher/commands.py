@@ -87,7 +87,9 @@ def module_arguments(verb: list[str]) -> list[str]:
 
 
 def _deepspeed(port: int, options: Options) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+    # At level error it would print the ranks' whole command line after the message of each mistake.
+    quiet = ("--log_level=critical", "--no_local_rank")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *quiet]
     command.append(f"--master_port={port}")
     if options.bind_cores:
         command.append("--bind_cores_to_rank")

@@ -240,7 +240,7 @@ def test_other_options_do_not_continue_a_run(inputs: Path, tmp_path: Path) -> No
     options = {"vocab": inputs / "vocab.txt", "on_error": "skip"}
     with pytest.raises(UserError, match="on_error: refuse then, skip now"):
         build(tmp_path, output, "text.txt", **options)
-    build(tmp_path, output, "text.txt", **options, overwrite=True)
+    build(tmp_path, output, "text.txt", **options, force=True)
     Corpus(output).verify()
 
 
@@ -300,7 +300,7 @@ def test_finished_corpus_is_kept_unless_told(inputs: Path, tmp_path: Path) -> No
         with pytest.raises(UserError, match=message):
             build(inputs, output, **options)
     assert digest(output) == before
-    build(inputs, output, "a.txt", overwrite=True)
+    build(inputs, output, "a.txt", force=True)
     assert digest(output) == digest(build(inputs, tmp_path / "fresh", "a.txt"))
 
 
@@ -346,7 +346,7 @@ def test_finished_corpus_from_standard_input_is_compared_by_its_text(
 def test_output_that_is_not_ours(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no corpus"):
-        build(inputs, tmp_path, overwrite=True)
+        build(inputs, tmp_path, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.doc"]
     with pytest.raises(UserError, match="is a file"):
         build(inputs, tmp_path / "thesis.doc")

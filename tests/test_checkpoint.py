@@ -230,6 +230,9 @@ def test_a_start_needs_room_for_two_checkpoints_and_counts_those_that_are_there(
 def test_weights_of_something_else_are_refused(tmp_path: Path, made: Made) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         masters.load_weights(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="has saved no checkpoint yet"):
+        masters.load_weights(tmp_path)
     directory = tmp_path / "step-00000006"
     shutil.copytree(made[0] / "checkpoints" / "step-00000006", directory)
     flip_a_byte(directory / "frozen.safetensors")

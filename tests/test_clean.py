@@ -323,7 +323,7 @@ def test_overwriting_leaves_nothing_of_the_old_corpus(tmp_path: Path, vocab: Pat
     text = "\n\n".join(f"第{i}句话" for i in range(50))
     corpus, _ = make(tmp_path, text, vocab, held_out=0.5)
     write_report(corpus.directory)
-    make(tmp_path, text, vocab, overwrite=True)
+    make(tmp_path, text, vocab, force=True)
     left = {path.name for path in corpus.directory.iterdir()}
     assert {name for name in left if not name.startswith("shard-")} == {
         "checksums.bin",

@@ -90,7 +90,8 @@ def test_commands_name_verbs_and_flags_that_exist(page: Path) -> None:
 
 def _has_flag(name: str, verb: Verb, flag: str, arguments: list[str]) -> bool:
     section, _, key = flag.removeprefix("--").partition(".")
-    if name == "pretrain":
+    if name == "pretrain" or (name in ("plan", "doctor") and key):
+        section, key = section.replace("-", "_"), key.replace("-", "_")
         fields = RunConfig.model_fields
         if key:
             fields = getattr(fields.get(section), "annotation", RunConfig).model_fields

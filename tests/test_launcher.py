@@ -90,7 +90,7 @@ def test_two_ranks_train_and_the_console_is_readable(corpus: Path, tmp_path: Pat
     assert [line.split()[1] for line in lines if line.startswith("step")] == [
         f"{n}/4" for n in range(1, 5)
     ]
-    assert len(lines) == 8, f"DeepSpeed should be quiet: {output}"
+    assert len(lines) == 10, f"DeepSpeed should be quiet: {output}"
     assert not errors
 
 
@@ -103,7 +103,7 @@ def test_a_users_mistake_is_said_once_and_ends_with_2(
     _, errors = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 2
     said = "is not divisible" if "batch" in mistake else "Unrecognized options: --train.lrr"
-    assert errors.count(said) == 1
+    assert errors.count(said) == 1 and "sigkill_handler" not in errors
     assert "Traceback" not in errors
 
 

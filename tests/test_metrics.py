@@ -9,6 +9,8 @@ from clue_ds import presets
 from clue_ds.errors import UserError
 from clue_ds.metrics import (
     Meter,
+    Pulse,
+    describe_seconds,
     flops_per_token,
     format_line,
     format_seconds,
@@ -80,6 +82,33 @@ def test_meter_counts_real_tokens_and_means_over_parts_and_steps() -> None:
     assert 0 < line["cpu_seconds_per_step"]
 
 
+def test_a_line_in_between_leaves_the_next_regular_line_as_it_was() -> None:
+    lines = []
+    for looks in (False, True):
+        meter = Meter(presets.get("roberta_tiny_clue"), torch.device("cpu"))
+        for step, loss in enumerate((4.0, 2.0, 0.0), 1):
+            meter.add_batch(a_batch([8], 2))
+            meter.add_micro_batch(torch.tensor(loss), torch.tensor(1), share=1.0)
+            if looks and step < 3:
+                line = meter.flush(step, 1.0, is_regular=False)
+                assert line["loss"] == (4.0, 3.0)[step - 1]
+        line = meter.flush(3, 1.0)
+        lines.append({key: line[key] for key in ("step", "loss", "mlm_accuracy")})
+    assert lines[0] == lines[1] == {"step": 3, "loss": 2.0, "mlm_accuracy": 0.5}
+
+
+def test_lines_are_due_after_the_first_step_and_after_some_seconds() -> None:
+    now = 100.0
+    pulse = Pulse(30.0, lambda: now)
+    assert pulse.is_due(False) and not pulse.is_due(False)
+    now = 129.0
+    assert not pulse.is_due(False) and pulse.is_due(True)
+    now = 158.0
+    assert not pulse.is_due(False)
+    now = 159.0
+    assert pulse.is_due(False) and not pulse.is_due(False)
+
+
 def test_a_loss_that_is_no_number_names_its_step() -> None:
     meter = Meter(presets.get("roberta_tiny_clue"), torch.device("cpu"))
     for loss in (3.0, float("nan"), 3.0):
@@ -109,3 +138,5 @@ def test_eta_counts_what_is_left() -> None:
     assert "eta 3:20" in format_line(line_at(100), total_steps=200)
     assert format_seconds(59.4) == "0:59"
     assert format_seconds(3661) == "1:01:01"
+    spoken = [describe_seconds(seconds) for seconds in (0.031, 45, 700, 12_600, 941_760)]
+    assert spoken == ["0.03 seconds", "45 seconds", "12 minutes", "3.5 hours", "10.9 days"]

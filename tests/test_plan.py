@@ -159,6 +159,8 @@ def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "at 25 GB/s" in text
     assert "8 ranks build the model in fp32 first" in text
     assert "GiB per rank, libraries and copies of gradients included" in text
+    plan.main(["--config", str(path), "--gpus=16", "--train.micro-batch-size", "4"])
+    assert "512 sequences = 16 ranks x 8 micro-batches x 4" in capsys.readouterr().out
     with pytest.raises(UserError, match="not divisible"):
         plan.plan(path, gpus=24)
     with pytest.raises(UserError, match="gpu 'B1' is not known"):

@@ -224,7 +224,7 @@ def test_a_bad_file_is_one_message_and_leaves_no_output(
 ) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text(content, encoding="utf-8")
-    argv = ["predict", "--model", str(finetuned), "--file", str(file), "--out", str(out)]
+    argv = ["predict", "--model", str(finetuned), "--file", str(file), "--output", str(out)]
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert message.replace("\\\\", "\\") in said and said.count("\n") == 1
@@ -273,3 +273,14 @@ def test_tasks_read_what_finetuning_reads(
         read = command.read_unlabelled(Predictor(directory), path)
         expected = examples.read(task, path, labelled=False)
         assert [(e.id, e.text) for e in read] == [(e.id, e.text) for e in expected]
+
+
+def test_the_directory_around_a_model_is_answered_with_the_model(
+    finetuned: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(finetuned)
+    (tmp_path / "best").symlink_to("run")
+    for directory, model in (("best", "best/model"), ("", "best/model")):
+        with pytest.raises(UserError, match=f"; give the model: {tmp_path / model}$"):
+            Predictor(tmp_path / directory)

@@ -175,3 +175,29 @@ def test_a_task_file_is_read_by_the_same_rules(tmp_path: Path) -> None:
     path.write_text("name: x\ntext: [a]\nlabels: [p, n]\nname: y\n")
     with pytest.raises(UserError, match="line 4, key name: the key is given twice"):
         registry.custom(path)
+
+
+def test_old_names_of_options_work_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[tuple[Path | None, bool]] = []
+
+    def verb(output: Path | None = None, force: bool = False) -> None:
+        """Do nothing."""
+        given.append((output, force))
+
+    arguments.call(verb, "clue-ds verb", ["--out=a", "--overwrite"])
+    said = capsys.readouterr().err
+    assert "clue-ds verb: note: --out is now called --output" in said
+    assert "clue-ds verb: note: --overwrite is now called --force" in said
+    arguments.call(verb, "clue-ds verb", ["--output", "a", "--force"])
+    assert given == [(Path("a"), True)] * 2 and not capsys.readouterr().err
+    with pytest.raises(UserError, match="is given twice"):
+        arguments.call(verb, "clue-ds verb", ["--out", "a", "--output", "b"])
+
+
+def test_the_settings_of_a_run_take_dashes_and_underscores(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {corpus: c}\n")
+    words = f"--config {path} --run-dir r --data.seq-length 64 --train.warmup_steps 7".split()
+    read = config.parse(words, "clue-ds pretrain")
+    assert (read.run_dir, read.data.seq_length, read.train.warmup_steps) == ("r", 64, 7)
+    assert type(read) is config.RunConfig

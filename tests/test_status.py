@@ -40,7 +40,8 @@ def test_status_of_a_run_done_alive_and_dead(
     run_lock.withdraw(run)
     gone = rendezvous.myself()._replace(pid=2**22 + 1)  # above the kernel's limit
     sign.write_text(json.dumps(gone._asdict()))
-    assert "no, its process was killed or has crashed" in "\n".join(status.describe(run))
+    said = "no, its process was interrupted or killed, or has crashed"
+    assert said in "\n".join(status.describe(run))
     sign.write_text(json.dumps(gone._replace(host="another")._asdict()))
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))
     old = time.time() - 3_700
@@ -57,25 +58,31 @@ def test_a_check_that_fails_ends_with_its_fix() -> None:
     assert line == "bad   /dev/shm has 1 MiB free; start it with --shm-size=1g"
 
 
+def given(path: Path, *options: str) -> list[str]:
+    return ["--config", str(path), *options]
+
+
 def test_doctor_checks_a_run(tmp_path: Path, sample_text: str) -> None:
     config = tiny_config(make_corpus(tmp_path, sample_text), tmp_path / "run")
     run_config.save(config, tmp_path / "run.yaml")
-    read, fingerprint, checks = doctor._about_run(str(tmp_path / "run.yaml"))
+    read, fingerprint, checks = doctor._about_run(given(tmp_path / "run.yaml"))
     assert read == config and fingerprint
     assert [check.level for check in checks] == ["ok"] * 3
+    wrong = doctor._about_run(given(tmp_path / "run.yaml", "--train.micro-batch-size", "5"))[2]
+    assert wrong[0].level == "bad" and "not divisible" in wrong[0].what
     assert re.search(r"10 more checkpoints take \d+\.\d [KM]iB", checks[2].what)  # keep is 9
 
     (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
     many = config.model_copy(update={"checkpoint": CheckpointSection(keep=10**9)})
     run_config.save(many, tmp_path / "many.yaml")
-    *_, room = doctor._about_run(str(tmp_path / "many.yaml"))[2]
+    *_, room = doctor._about_run(given(tmp_path / "many.yaml"))[2]
     assert room.level == "bad" and "1000000000 more checkpoints" in room.what
     assert "lower checkpoint.keep" in room.fix
 
     gone = config.model_dump() | {"data": {"corpus": str(tmp_path / "nowhere")}}
     run_config.save(run_config.validate(gone, "test"), tmp_path / "gone.yaml")
-    (wrong,) = doctor._about_run(str(tmp_path / "gone.yaml"))[2]
+    (wrong,) = doctor._about_run(given(tmp_path / "gone.yaml"))[2]
     assert wrong.level == "bad" and "nowhere" in wrong.what
     (tmp_path / "typo.yaml").write_text("run_dir: x\nmodle: {}\ndata: {corpus: c}\n")
-    (wrong,) = doctor._about_run(str(tmp_path / "typo.yaml"))[2]
+    (wrong,) = doctor._about_run(given(tmp_path / "typo.yaml"))[2]
     assert "did you mean model?" in wrong.what

@@ -54,7 +54,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_launched_prediction_is_that_of_one_process(
     finetuned: Path, file: Path, tmp_path: Path
 ) -> None:
-    words = ["predict", "--model", finetuned, "--file", file, "--batch-size", "8", "--out"]
+    words = ["predict", "--model", finetuned, "--file", file, "--batch-size", "8", "--output"]
     alone, both = tmp_path / "alone.jsonl", tmp_path / "both.jsonl"
     subprocess.run([CLUE_DS, *map(str, [*words, alone])], env=ENVIRONMENT, check=True)
     subprocess.run(launch(*words, both), env=ENVIRONMENT, check=True, timeout=PATIENCE_S)
@@ -66,7 +66,7 @@ def test_launched_prediction_is_that_of_one_process(
 def undisturbed(classifier: str, file: str, asked: list[str], directory: str) -> None:
     """On every rank: embed a file, and train without being killed."""
     path, out = Path(file), Path(directory, "2.npy")
-    predict_command.predict(Path(classifier), file=path, out=out, embed=True, batch_size=8)
+    predict_command.predict(Path(classifier), file=path, output=out, embed=True, batch_size=8)
     finetune_command.main([*asked, "--output", directory])
 
 

@@ -216,9 +216,17 @@ def test_learning_errors(text_file: Path, tmp_path: Path) -> None:
 
 def test_command_line(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "vocab.txt"
-    arguments = ["vocab", "learn", str(text_file), "--output", str(output), "--size", "300"]
+    arguments = ["vocab", "learn", str(text_file), "--output", str(output), "--size", "200"]
     assert main(arguments) == 0
-    assert "104 special and unused" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "104 special and unused" in printed and "was not reached" not in printed
+    with text_file.open("ab") as file:
+        file.write(b"\xff\n")
+    arguments[-1] = "9000"
+    assert main(arguments) == 2
+    assert "--on-error skip" in capsys.readouterr().err
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    assert "so --size 9,000 was not reached" in capsys.readouterr().out
     assert main(["vocab", "clue", str(tmp_path / "none"), "--output", str(output)]) == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -33,7 +33,11 @@ def test_log_has_each_step_once_after_a_resume(
     elapsed = [line["elapsed_s"] for line in lines]
     assert elapsed == sorted(elapsed)
     console = capsys.readouterr().out.splitlines()
-    assert len(console) == 12, "one line a step, not folded where there is no terminal"
+    assert len(console) == 14, "one line a step, not folded where there is no terminal"
+    # What the first step of each start lets expect.
+    assert [line.split(";")[0] for line in console if not line.startswith("step")] == [
+        "the first step took 2 seconds"
+    ] * 2
     assert "step 9/9  loss 4.1000  acc 25.00%  lr 1.00e-04" in console[-1]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -88,15 +92,15 @@ def test_a_full_disk_is_one_warning_for_each_file_and_leaves_whole_lines(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     writers = Writers(tmp_path, total_steps=9, start_step=0, tensorboard=True)
-    writers.write(line_at(1))
+    writers.write(line_at(2))
     # In the middle of the second line.
     with files_of_at_most((tmp_path / "log.jsonl").stat().st_size + 40):
-        for step in (2, 3, 4):
+        for step in (3, 4):
             writers.write(line_at(step))
     writers.write(line_at(5))
     writers.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(text)["step"] for text in lines] == [1, 5]
+    assert [json.loads(text)["step"] for text in lines] == [2, 5]
     captured = capfd.readouterr()
     assert captured.out.count("log.jsonl: [Errno 27]") == 1
     assert captured.out.count("events.out.tfevents") == 1
@@ -106,7 +110,7 @@ def test_a_full_disk_is_one_warning_for_each_file_and_leaves_whole_lines(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 5]
+    assert [event.step for event in events.Scalars("loss")] == [2, 5]
 
 
 def test_logs_that_cannot_be_opened_end_no_run(

@@ -23,6 +23,7 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
 from clue_ds.errors import UserError
 from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
+from clue_ds.settings import program
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
 # At stages 1 to 3 each rank writes one such file.
@@ -59,6 +60,11 @@ def choose(directory: Path) -> Choice:
         except manifests.Damaged as error:
             raise UserError(f"checkpoint {directory} is damaged: {error}") from None
     choice = manifests.newest(directory)
+    if choice is None and (directory / "config.yaml").is_file():
+        raise UserError(
+            f"the run {directory} has saved no checkpoint yet; it does so every checkpoint.every "
+            f"steps and at its end; see how far it is: {program.command('status', directory)}"
+        )
     if choice is None:
         raise UserError(
             f"{directory} holds no checkpoint; give a run directory that has "

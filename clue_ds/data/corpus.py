@@ -253,7 +253,7 @@ class Corpus:
         if bad:
             raise UserError(
                 f"corpus {self.directory} is damaged: {', '.join(bad)} changed since it was "
-                "written; copy it again or run `clue-ds shard` again with --overwrite"
+                "written; copy it again or run `clue-ds shard` again with --force"
             )
 
     def _check_numbers(self) -> None:
@@ -346,5 +346,5 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _damaged_manifest(directory: Path) -> UserError:
     return UserError(
         f"corpus {directory} is damaged: {MANIFEST} changed since it was written; copy it again or "
-        "run `clue-ds shard` again with --overwrite"
+        "run `clue-ds shard` again with --force"
     )

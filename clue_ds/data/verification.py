@@ -82,7 +82,7 @@ def verify(corpus: Corpus) -> np.ndarray:
     if bad:
         raise UserError(
             f"corpus {corpus.directory} is damaged: {'; '.join(bad)}; copy it again or run "
-            "`clue-ds shard` again with --overwrite"
+            "`clue-ds shard` again with --force"
         )
     return np.concatenate(found)
 

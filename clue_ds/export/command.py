@@ -68,7 +68,7 @@ def _default_output(run: Path, to: str) -> Path:
             f"{run} is not a directory; give a run directory (for a model on the hub, also give "
             "--output DIR)"
         )
-    if not (run / "checkpoints").is_dir():
+    if not ((run / "checkpoints").is_dir() or (run / "config.yaml").is_file()):
         raise UserError(f"{run} is not a run directory, so there is no default; give --output DIR")
     return run / "export" if to == "all" else run / "export" / to
 

@@ -7,6 +7,7 @@ HF_TOKEN work as in huggingface_hub. A local path always takes precedence over a
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def _here() -> set[str]:
     return {path.name for path in Path().iterdir()}
 
 
+def _no_directory(name: str) -> str:
+    """That `name` is no directory here, with the one that was perhaps meant."""
+    first, _, rest = name.partition("/")
+    folders = {path.name for path in Path().iterdir() if path.is_dir()}
+    near = difflib.get_close_matches(first, folders, n=1)
+    meant = f" (did you mean {near[0]}/{rest}?)" if rest and near else ""
+    return f"{name} is no directory in {Path.cwd()}{meant}"
+
+
 def download(name: str) -> Path:
     """The directory (in huggingface_hub's cache) of the model called `name`, or of a preset."""
     # Imported here because only a model on the hub needs it.
@@ -54,10 +64,12 @@ def download(name: str) -> Path:
         return directory
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name} is neither a directory nor a model on the hub (or it is private: set HF_TOKEN)"
+            f"{_no_directory(name)}, and the Hugging Face hub has no model {repository} (or it is "
+            "private: set HF_TOKEN); correct the path or the name"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"can't download {repository} from the hub: {first_line(error)}; download it on "
+            f"{_no_directory(name)}, and the model {repository} can't be downloaded from the "
+            f"Hugging Face hub: {first_line(error)}; correct the path, or download the model on "
             "another machine and give its directory"
         ) from None

@@ -89,6 +89,11 @@ def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
         return _open_tf(directory)
     if layout == "hf":
         return _open_hf(directory)
+    for inside in (directory / "model", directory / "best" / "model"):
+        if (inside / HF_CONFIGS[0]).is_file() and not (directory / "checkpoints").is_dir():
+            raise UserError(
+                f"{directory} holds fine-tuning and not the model itself; give the model: {inside}"
+            )
     # Imported here because it imports DeepSpeed, which takes seconds.
     from clue_ds.checkpoint import masters
 

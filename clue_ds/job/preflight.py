@@ -31,6 +31,8 @@ PACKAGES = ("clue_ds", "torch", "deepspeed", "numpy")
 # NCCL maps about this much of /dev/shm per rank; with less it ends with "Bus error".
 SHM_BYTES_PER_RANK = 64 << 20
 SHM = Path("/dev/shm")
+# Names in /proc/cpuinfo, of x86 and then of ARM.
+BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def versions() -> dict[str, str]:
@@ -124,6 +126,21 @@ def check(
             "--shm-size=1g, or set NCCL_SHM_DISABLE=1"
         )
     return describe(reports)
+
+
+def slow_precision(
+    precision: str, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> list[str]:
+    """A warning where this processor computes in bf16 only by converting to fp32 and back."""
+    if precision != "bf16" or device.type != "cpu" or not cpuinfo.is_file():
+        return []
+    words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    if words & BF16_UNITS:
+        return []
+    return [
+        "warning: this processor has no instructions for bf16 (avx512_bf16, amx_bf16), which makes "
+        "it slower than fp32 here, up to three times; set train.precision fp32"
+    ]
 
 
 def _settings(config: RunConfig | None) -> dict[str, Any]:

@@ -21,13 +21,14 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from typing import Any, NamedTuple
-
-from torch.distributed import DistError, PrefixStore, TCPStore
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clue_ds import dist
 from clue_ds.errors import UserError, first_line
 from clue_ds.launcher import contract
+
+if TYPE_CHECKING:  # `clue-ds status` uses this module without it
+    from torch.distributed import PrefixStore, TCPStore
 
 START_SECONDS = 60
 SIOCGIFADDR = 0x8915
@@ -51,6 +52,8 @@ class Meeting(NamedTuple):
 
     def connect(self, timeout: timedelta) -> PrefixStore:
         """A further connection, for a thread that must not wait for another thread's calls."""
+        from torch.distributed import PrefixStore, TCPStore
+
         host, port = self.address
         client = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         return PrefixStore(self.prefix, client)
@@ -175,6 +178,8 @@ def _interface_to(address: str) -> str | None:
 
 
 def _meet(seconds: float) -> Meeting:
+    from torch.distributed import DistError, PrefixStore, TCPStore
+
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=seconds)
     rank, world_size = dist.rank(), dist.world_size()

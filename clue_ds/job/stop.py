@@ -31,7 +31,8 @@ RESTARTS_FILE = "restarts.json"
 class StopRequest:
     """Whether a rank was asked to stop. The loop calls `agreed`, the watchdog the other methods.
 
-    `is_agreed`: all ranks know of the request, and save and stop now.
+    `is_agreed`: all ranks know of the request, and save and stop now. `seconds`: a clock that shows
+    the same time on all ranks after the same step, and moves about once per second.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class StopRequest:
         self._next_check = 0
         self._last_step: int | None = None
         self._last_time = time.monotonic()
-        self.is_agreed = False
+        self.is_agreed, self.seconds = False, 0.0
 
     def ask(self) -> None:
         """Record that this rank was asked to stop; any thread may call it."""
@@ -83,6 +84,7 @@ class StopRequest:
             return False
         now = time.monotonic()
         asked, seconds = dist.all_reduce([float(self._asked.is_set()), now - self._last_time])
+        self.seconds += seconds / dist.world_size()
         pause = 1.0
         if self._last_step is not None:
             pace = seconds / dist.world_size() / (step - self._last_step)

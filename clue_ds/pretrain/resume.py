@@ -53,6 +53,7 @@ MAY_CHANGE = {
     "checkpoint.keep_every",
     "checkpoint.keep_best",
     "log.every",
+    "log.seconds",
     "log.tensorboard",
     *(f"health.{name}" for name in run_config.HealthSection.model_fields),
 }

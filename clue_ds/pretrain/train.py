@@ -30,7 +30,7 @@ from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
-from clue_ds.metrics import Meter
+from clue_ds.metrics import Meter, Pulse
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
@@ -75,6 +75,7 @@ def train(run: Run) -> int:
     Returns the number of updates made: all, unless the run was asked to save and stop.
     """
     config, engine, meter = run.config, run.engine, run.meter
+    pulse = Pulse(config.log.seconds, lambda: run.watch.stop.seconds)
     engine.module.train()
     for step in range(run.start_step, config.train.steps):
         with meter.waiting():
@@ -104,8 +105,9 @@ def train(run: Run) -> int:
         # A request to stop leaves time to save, but not to evaluate.
         evaluates = is_done or (done % config.evaluate.every == 0 and not stops)
         # Log before saving: a loss that is inf or nan ends the run here, and is not saved.
-        if saves or evaluates or done % config.log.every == 0:
-            line = meter.flush(done, grad_norm)
+        is_regular = saves or evaluates or done % config.log.every == 0
+        if pulse.is_due(is_regular):
+            line = meter.flush(done, grad_norm, is_regular)
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
             if evaluates and run.evaluator is not None:
@@ -124,16 +126,16 @@ def train(run: Run) -> int:
     return run.start_step
 
 
-def parse(argv: list[str]) -> RunConfig:
+def parse(argv: list[str], prog: str = "clue-ds pretrain") -> RunConfig:
     """The run's config; `--local_rank N`, which some launchers append, is accepted and ignored."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     _, ours = launcher.parse_known_args(argv)
     if dist.rank() == 0:
-        return run_config.parse(ours, prog="clue-ds pretrain")
+        return run_config.parse(ours, prog)
     # tyro prints help and errors itself; only rank 0 is to do so.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run_config.parse(ours, prog="clue-ds pretrain")
+        return run_config.parse(ours, prog)
 
 
 def build(config: RunConfig) -> Run:
@@ -165,7 +167,8 @@ def build(config: RunConfig) -> Run:
     stop.check_progress(config.run_dir, start_step)
     model, notes_on_model = build_model(identity, choice, corpus)
     engine = Engine(model, config.train, ds_values, config.deepspeed, device)
-    notes += [_describe(engine, identity, stream), *notes_on_model]
+    notes += [_describe(engine, identity, stream), _describe_step(config), *notes_on_model]
+    notes += preflight.slow_precision(config.train.precision, device)
     notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     if choice is not None:
@@ -270,6 +273,17 @@ def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream
         f"micro-batches x {config.train.micro_batch_size} sequences of {config.data.seq_length}; "
         f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
         f"{stream.steps_per_epoch:,} steps per epoch; order {order}"
+    )
+
+
+def _describe_step(config: RunConfig) -> str:
+    train, length = config.train, config.data.seq_length
+    tokens = train.global_batch_size * length
+    return (
+        f"one step is {train.global_batch_size:,} sequences of up to {length} tokens, at most "
+        f"{tokens:,}; the run has {train.steps:,}. There is a log line after the first step, which "
+        f"shows how long the others will take, then every {config.log.every} steps and at least "
+        f"every {config.log.seconds:g} s"
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_ds import dist, files
-from clue_ds.metrics import format_line, parse_line
+from clue_ds.metrics import describe_seconds, format_line, parse_line
 
 # The watch thread looks once per second, and then waits for a signal.
 SECONDS_FOR_THE_WATCHDOG = 3.0
@@ -33,7 +33,7 @@ class Writers:
     def __init__(
         self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self._first_step = total_steps, start_step + 1
         self._open = dist.rank() == 0
         if not self._open:
             return
@@ -67,6 +67,13 @@ class Writers:
         line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
         self._jsonl.append((json.dumps(line) + "\n").encode())
         self._print(format_line(line, self.total_steps))
+        left = self.total_steps - line["step"]
+        if line["step"] == self._first_step and left:
+            seconds = line["seconds_per_step"]
+            self.note(
+                f"the first step took {describe_seconds(seconds)}; the other {left:,} take about "
+                f"{describe_seconds(left * seconds)}, or less, because the first one warms up"
+            )
         if self._events is not None:
             self._events.write(line)
 

@@ -5,6 +5,8 @@ tyro, like argparse, would let the last of two equal options win without a word.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,9 @@ from clue_ds.settings import paths
 
 # Launchers append it to whatever the user wrote.
 OF_LAUNCHERS = ("--local-rank",)
+
+# Names of options that earlier versions had -> the one that all verbs have.
+OLD_NAMES = {"--out": "--output", "--overwrite": "--force"}
 
 # An argument that is a path or something else, such as the name of a model on the hub.
 PathOrName = Annotated[
@@ -47,9 +52,17 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
 
 
 def call(
-    target: Callable[..., Any] | dict[str, Callable[..., Any]], prog: str, argv: list[str]
+    target: Callable[..., Any] | dict[str, Callable[..., Any]],
+    prog: str,
+    argv: list[str],
+    quiet: bool = False,
 ) -> None:
-    """Run a verb, or one of its subcommands, with the arguments in `argv`."""
+    """Run a verb, or one of its subcommands, with the arguments in `argv`.
+
+    `quiet`: print no notes, because another rank does.
+    """
+    if not isinstance(target, dict):
+        argv = _renamed(target, prog, argv, quiet)
     refuse_repeated(argv)
     if isinstance(target, dict):
         tyro.extras.subcommand_cli_from_dict(
@@ -57,6 +70,21 @@ def call(
         )
     else:
         tyro.cli(target, prog=prog, args=argv, use_underscores=False, registry=REGISTRY)
+
+
+def _renamed(target: Callable[..., Any], prog: str, argv: list[str], quiet: bool) -> list[str]:
+    """`argv` with today's names of options; a note for each old one."""
+    parameters = inspect.signature(target).parameters
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        new = OLD_NAMES.get(name)
+        if new is not None and new.lstrip("-") in parameters:
+            if not quiet:
+                print(f"{prog}: note: {name} is now called {new}", file=sys.stderr)
+            word = f"{new}{equals}{value}"
+        words.append(word)
+    return words
 
 
 def refuse_repeated(argv: list[str]) -> None:

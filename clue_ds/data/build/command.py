@@ -70,7 +70,7 @@ def shard(
     held_out: float = 0.0,
     workers: int | None = None,
     shard_megabytes: float = 32.0,
-    overwrite: bool = False,
+    force: bool = False,
     verify: bool = False,
     report: bool = False,
 ) -> None:
@@ -108,7 +108,7 @@ def shard(
         held_out: share of the documents, chosen by hash, for a separate corpus, OUTPUT/held_out
         workers: number of processes; by default one per core, and under mpirun its ranks
         shard_megabytes: megabytes of text per shard; each process keeps the text of a few shards
-        overwrite: replace the corpus or the unfinished run that is in the output directory
+        force: replace the corpus or the unfinished run that is in the output directory
         verify: check the checksums of the finished corpus; needs no inputs
         report: write counts, lengths and samples of dropped text to OUTPUT/report; needs no inputs
     """
@@ -123,8 +123,8 @@ def shard(
                 lower_case, found_by, t2s, text_field, on_error, held_out, clean
             )
             build = _plan(inputs, output, vocab, options, format, shard_megabytes)
-            if overwrite or not _is_complete(build):
-                run_build(build, opened, overwrite)
+            if force or not _is_complete(build):
+                run_build(build, opened, force)
         if verify:
             _verify(output)
         if report:
@@ -215,7 +215,7 @@ def _is_complete(build: Build) -> bool:
     if differences:
         raise UserError(
             f"{build.output} already holds a finished corpus of other inputs or options "
-            f"({'; '.join(differences)}); choose another --output, or replace it with --overwrite"
+            f"({'; '.join(differences)}); choose another --output, or replace it with --force"
         )
     # A run that was killed just after it had written corpus.json leaves this directory.
     shutil.rmtree(build.output / STATE_DIRECTORY, ignore_errors=True)
@@ -329,7 +329,7 @@ def _unfinished(
         if finished["input_sha256"] != chunk_hash(chunk):
             raise UserError(
                 f"the input changed since {build.output} was begun (first at {chunk[0].source}, "
-                f"after byte or row {chunk[0].offset}); start over with --overwrite"
+                f"after byte or row {chunk[0].offset}); start over with --force"
             )
         progress.advance(_num_source_bytes(chunk), found=True)
 

@@ -47,7 +47,7 @@ class Staging:
         if finished and not self._overwrite:
             raise UserError(
                 f"another `clue-ds shard` has just finished {self.output}; use it, or replace it "
-                "with --overwrite"
+                "with --force"
             )
         if not finished and not self.directory.is_dir() and _has_files(self.output):
             raise UserError(
@@ -78,7 +78,7 @@ class Staging:
                 raise UserError(
                     f"{self.output} holds an unfinished run of other inputs or options "
                     f"({'; '.join(differences)}); repeat that command to finish it, or start over "
-                    "with --overwrite"
+                    "with --force"
                 )
         files.write_json(plan_file, self.request)
 

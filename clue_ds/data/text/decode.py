@@ -253,11 +253,16 @@ def _values(
         yield where, record.get(text_field) if isinstance(record, dict) else record
 
 
-def read_lines(sources: list[TextSource], text_field: str) -> Iterator[str]:
-    """All lines of the sources, including blank ones; UserError for a bad line or record."""
+def read_lines(
+    sources: list[TextSource], text_field: str, on_error: OnError = "refuse"
+) -> Iterator[str]:
+    """All lines of the sources, including blank ones.
+
+    A bad line or record is a UserError, or left out with on_error "skip".
+    """
     tally = Tally()
     check_kinds(sources)
     for source in sources:
         for segment in read_segments(source, BLOCK_BYTES, BLOCK_BYTES, text_field):
-            for block in text_blocks(segment, text_field, "refuse", tally):
+            for block in text_blocks(segment, text_field, on_error, tally):
                 yield from block.split("\n")

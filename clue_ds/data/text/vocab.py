@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from clue_ds.data.text.choices import InputFormat
+from clue_ds.data.text.choices import InputFormat, OnError
 from clue_ds.data.text.clue_vocab import slim_vocab
 from clue_ds.data.text.decode import read_lines
 from clue_ds.data.text.sources import resolve
@@ -46,6 +46,7 @@ def learn(
     t2s: bool = False,
     format: InputFormat = "auto",
     text_field: str = "text",
+    on_error: OnError = "refuse",
 ) -> None:
     """Learn a WordPiece vocabulary from text and write it as vocab.txt.
 
@@ -65,6 +66,7 @@ def learn(
         t2s: first convert traditional characters to simplified ones (with OpenCC)
         format: format of the inputs; auto decides by their content and, between texts, their name
         text_field: name of the column or key that holds the text, in JSON, csv, parquet and hf:
+        on_error: refuse stops at a bad byte or record and names it; skip leaves it out
     """
     if size <= len(LEADING_TOKENS):
         raise UserError(
@@ -75,7 +77,7 @@ def learn(
     from clue_ds.data.text.vocab_trainer import train_wordpiece
 
     sources = resolve(inputs, format)
-    lines = _converted(read_lines(sources, text_field), t2s)
+    lines = _converted(read_lines(sources, text_field, on_error), t2s)
     tokens = train_wordpiece(lines, LEADING_TOKENS, size, min_frequency, lower_case)
     if len(tokens) <= len(LEADING_TOKENS):
         raise UserError(
@@ -91,6 +93,12 @@ def learn(
         f"{num_characters:,} characters, {num_pieces:,} ## pieces, "
         f"{len(learned) - num_characters - num_pieces:,} longer words"
     )
+    if len(tokens) < size:
+        print(
+            f"note: these are all; the text has no more characters and pieces that occur at least "
+            f"{min_frequency} times, so --size {size:,} was not reached. Nothing is wrong with a "
+            "smaller vocabulary; for a larger one give more text, or lower --min-frequency"
+        )
 
 
 def _converted(lines: Iterator[str], t2s: bool) -> Iterator[str]:

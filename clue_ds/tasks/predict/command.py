@@ -54,7 +54,7 @@ def predict(
     task: str | None = None,
     text: tuple[str, ...] = (),
     file: Path | None = None,
-    out: Path | None = None,
+    output: Path | None = None,
     fill_mask: tuple[str, ...] = (),
     embed: bool = False,
     similarity: tuple[str, str] | None = None,
@@ -68,7 +68,7 @@ def predict(
     """Classify texts, fill in masked tokens, or embed or compare texts with a trained model.
 
     To split a large file over several GPUs or ranks:
-    clue-ds launch --local 2 -- predict --model M --file in.jsonl --out out.jsonl
+    clue-ds launch --local 2 -- predict --model M --file in.jsonl --output out.jsonl
 
     Args:
         model: a run directory, one of its checkpoints, or a Hugging Face directory.
@@ -77,7 +77,7 @@ def predict(
         text: texts to classify (or embed); for a task of pairs, alternate first and second texts.
         file: instead of --text, a file of JSON lines, CSV or TSV with the task's fields; without a
             task the fields are "sentence", "text", or "sentence1" and "sentence2".
-        out: the file for the answers, one JSON object per line, or with --embed also an array
+        output: the file for the answers, one JSON object per line, or with --embed also an array
             (.npy). Without it the answers are printed.
         fill_mask: texts with [MASK] for each token to fill in.
         embed: write the embedding of every text (the mean over its tokens) instead of a class.
@@ -92,12 +92,12 @@ def predict(
     inputs = [bool(text), file is not None, bool(fill_mask), similarity is not None]
     if sum(inputs) != 1:
         raise UserError("give exactly one of --text, --file, --fill-mask and --similarity")
-    if out is not None and file is None:
-        raise UserError("--out needs --file: other answers are printed; drop --out")
+    if output is not None and file is None:
+        raise UserError("--output needs --file: other answers are printed; drop --output")
     with watchdog.reporting(), warnings.catch_warnings():
         warnings.showwarning = _print_warning
         if dist.world_size() > 1:
-            _join_ranks(out, health)
+            _join_ranks(output, health)
         ops.choose_kernels(kernels)
         predictor = Predictor(model, task, batch_size, max_length)
         if fill_mask:
@@ -108,14 +108,16 @@ def predict(
             write_answers(answered(predictor, _given(predictor, text), embed), sys.stdout)
         else:
             with watchdog.current().section("predict"):
-                predict_file(predictor, file, out, embed, force)
+                predict_file(predictor, file, output, embed, force)
         dist.barrier()
     dist.report_end(stopped=False)
 
 
 def _join_ranks(out: Path | None, health: HealthSection) -> None:
     if out is None:
-        raise UserError("several ranks can only share the lines of a file; give --file and --out")
+        raise UserError(
+            "several ranks can only share the lines of a file; give --file and --output"
+        )
     from clue_ds.pretrain import engine
 
     watchdog.start(health, "clue-ds predict", can_stop=False)
@@ -302,7 +304,7 @@ def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) 
 def main(argv: list[str]) -> None:
     """The entry point that `clue-ds launch` starts on every rank."""
     with dist.report_errors_once():
-        arguments.call(predict, "clue-ds predict", argv)
+        arguments.call(predict, "clue-ds predict", argv, quiet=dist.rank() > 0)
 
 
 if __name__ == "__main__":

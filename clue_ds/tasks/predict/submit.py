@@ -68,7 +68,7 @@ def submit(
         data: the directory of CLUE's files ({task}_public/test.json; TNEWS and CLUEWSC2020 also
             test1.0.json).
         output: the zip to write.
-        predictions: a directory of answers from `clue-ds predict --out`, named as in the zip:
+        predictions: a directory of answers from `clue-ds predict --output`, named as in the zip:
             afqmc_predict.json, tnews10_predict.json, tnews11_predict.json.
         models: instead of --predictions, fine-tuned models; each answers every version of its
             task's test set in the data directory.
