@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from test_finetune import model as model  # the fixture
 import clue_ds.export as export
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
-from clue_ds.tasks.finetune import command, measures, run
+from clue_ds.tasks.finetune import command, measures, progress, run
 from clue_ds.tasks.finetune.loop import Recipe, _is_over
 from clue_ds.tasks.finetune.run import RunSpec
 
@@ -225,3 +226,55 @@ def test_a_run_that_never_began_makes_room(model: Path, data: Path, tmp_path: Pa
 def test_mistakes_in_a_grid(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         command.parse_grid(words, {"epochs": 3})
+
+
+def test_all_is_checked_before_the_first_run_is_trained(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """What the second task lacks is found while nothing is trained yet, in one message."""
+    (tmp_path / "third.yaml").write_text(ROW.replace("tone", "third"), encoding="utf-8")
+    (tmp_path / "runs" / "third" / "seed=42").mkdir(parents=True)
+    (tmp_path / "runs" / "third" / "seed=42" / "mine.txt").touch()
+    (tmp_path / "second.yaml").write_text(
+        ROW.replace("tone", "second").replace("sentence", "absent"), encoding="utf-8"
+    )
+    tasks = (str(data / "tone.yaml"), *(str(tmp_path / f"{n}.yaml") for n in ("second", "third")))
+    with pytest.raises(UserError) as caught:
+        command.finetune(tasks, str(model), str(data), tmp_path / "runs", epochs=1)
+    message = str(caught.value)
+    assert message.startswith("nothing was trained, because 2 things are wrong: ")
+    assert "absent" in message and "exists and is not a fine-tuning run" in message
+    assert not (tmp_path / "runs" / "tone").exists()
+    with pytest.raises(UserError, match="one thing is wrong: nowhere is not a directory"):
+        command.finetune(tasks[:1], "nowhere", str(data), tmp_path / "runs", seeds=2)
+
+
+def test_room_for_all_runs_is_looked_for_first(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 0, 10_000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="2 runs in .* need up to .* are free there"):
+        command.finetune((str(data / "tone.yaml"),), str(model), str(data), tmp_path, seeds=2)
+
+
+def test_progress_inside_an_epoch_and_tensorboard(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    result = run.run(run_spec(model, data, tmp_path / "run", epochs=1))
+    printed = capsys.readouterr().out
+    steps = len(result["losses"])
+    assert f"tone  step 2/{steps}, epoch {2 / steps:.1f} of 1  loss" in printed
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, steps + 1))
+    (accuracy,) = events.Scalars("dev/accuracy")
+    assert accuracy.step == steps
+    assert accuracy.value == pytest.approx(result["best"]["accuracy"], abs=1e-6)

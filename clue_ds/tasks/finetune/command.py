@@ -32,7 +32,7 @@ from clue_ds.model import ops
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
 from clue_ds.tasks import outputs, registry
-from clue_ds.tasks.finetune import run
+from clue_ds.tasks.finetune import checks, run
 from clue_ds.tasks.finetune.directory import RESULT, locked, read_result
 from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
 from clue_ds.tasks.finetune.run import RunSpec
@@ -136,7 +136,8 @@ def finetune(
         for point in points
     ]
     with watchdog.reporting(), dist.report_errors_once():
-        stopped = _run_all(_array_share(specs, array_task), workers, kernels, health)
+        share = _array_share(specs, array_task)
+        stopped = _run_all(share, workers, kernels, health)
         for directory in dict.fromkeys(spec.directory.parent for spec in specs if not stopped):
             _keep_best(directory, [spec for spec in specs if spec.directory.parent == directory])
         dist.barrier()
@@ -188,6 +189,7 @@ def _run_all(
             "together; drop --workers"
         )
     _start_watching(health)
+    checks.check(specs, workers)
     if workers <= 1 or len(specs) <= 1:
         return _one_by_one(specs)
     return _in_a_pool(specs, workers, kernels, health)

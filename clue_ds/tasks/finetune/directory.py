@@ -90,15 +90,42 @@ def prepare(
     only if the run can resume from it.
     """
     notes: list[str] = []
-    found = {path.name for path in directory.iterdir()} - {LOCK}
+    found = holds(directory)
     if found and RUN not in found:
-        raise UserError(f"{directory} exists and is not a fine-tuning run; choose another --output")
+        raise UserError(_no_run(directory))
     if found:
         result = _earlier(directory, run_json, force, notes)
         if result is not None:
             return notes, result
     files.write_json(directory / RUN, run_json)
     return notes, None
+
+
+def _no_run(directory: Path) -> str:
+    return f"{directory} exists and is not a fine-tuning run; choose another --output"
+
+
+def _other_run(directory: Path, different: list[str]) -> str:
+    return (
+        f"{directory} holds a run that differs in {', '.join(different)}; choose another "
+        "--output, or give --force to discard that run"
+    )
+
+
+def holds(directory: Path) -> set[str]:
+    """Names of what an earlier command left in `directory`."""
+    return {path.name for path in directory.iterdir()} - {LOCK} if directory.is_dir() else set()
+
+
+def refusal(directory: Path, run_json: dict[str, Any]) -> str | None:
+    """Why `prepare` would refuse the directory without `force`; reads it, and changes nothing."""
+    found = holds(directory)
+    if found and RUN not in found:
+        return _no_run(directory)
+    if not found & {RESULT, STATE}:
+        return None
+    different = request.differences(files.read_json(directory / RUN, "run"), run_json)
+    return _other_run(directory, different) if different else None
 
 
 def _earlier(
@@ -116,10 +143,7 @@ def _earlier(
         return None
     different = request.differences(earlier, run_json)
     if different and (is_finished or has_state) and not force:
-        raise UserError(
-            f"{directory} holds a run that differs in {', '.join(different)}; choose another "
-            "--output, or give --force to discard that run"
-        )
+        raise UserError(_other_run(directory, different))
     is_known = request.is_complete(earlier)
     if result is not None and not different and (is_known or not force):
         if not is_known:

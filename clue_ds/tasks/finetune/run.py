@@ -3,6 +3,7 @@
     run.json       what to do: task, recipe, hashes of model and data, versions
     epochs.jsonl   one line per epoch
     state.pt       the state to resume from, while the run trains
+    tensorboard/   the loss of every step, and the figures of every epoch
     .lock          keeps other processes out, while this one works here
     result.json    scores, confusion matrix, versions; written last
     model/         the best epoch, for `clue-ds predict` and transformers
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 
 from clue_ds import dist, files
 from clue_ds.errors import UserError
@@ -39,6 +40,7 @@ from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.finetune import directory, fit, measures, request
 from clue_ds.tasks.finetune.directory import EPOCHS, RESULT, STATE
 from clue_ds.tasks.finetune.loop import Outcome, Recipe
+from clue_ds.tasks.finetune.progress import Progress
 from clue_ds.tasks.registry import Split, Task
 
 
@@ -158,14 +160,19 @@ def _fit(
     place = spec.directory
     console = Console(quiet=not show or dist.rank() > 0, highlight=False)
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task(task.name)
+    disabled = not console.is_terminal
+    with (
+        Bar(console=console, transient=True, disable=disabled) as bar,
+        contextlib.closing(Progress(task.name, place, console, bar)) as progress,
+    ):
 
         def on_step(step: int, num_steps: int, loss: float) -> None:
-            bar.update(row, completed=step, total=num_steps, description=f"{task.name} {loss:.3f}")
+            if dist.rank() == 0:
+                progress.step(step, num_steps, loss, recipe.epochs)
 
         def on_epoch(line: dict[str, Any]) -> None:
             _write_epochs(place / EPOCHS, line)
+            progress.epoch(line)
             console.print(
                 f"{task.name}  epoch {line['epoch']}/{recipe.epochs}  loss {line['loss']:.4f}  "
                 f"dev accuracy {line['accuracy']:.2%}  F1 {line['f1']:.2%}"
