@@ -21,6 +21,7 @@ from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.presets import ModelConfig, get
 from clue_ds.tasks import examples, features, registry
 from clue_ds.tasks.finetune import loop
@@ -96,7 +97,11 @@ def _write_model(config: ModelConfig, vocab: Path, directory: Path, labels: list
     """Write a classifier with random weights that both contenders load."""
     network = BertForSequenceClassification(config, len(labels))
     return huggingface.write(
-        config, network.state_dict(), vocab, directory / "model", labels=labels
+        config,
+        network.state_dict(),
+        vocab,
+        directory / "model",
+        finetuned=FineTuned(tuple(labels)),
     )
 
 

@@ -16,6 +16,7 @@ from clue_ds.cli import main
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.model import BertForPreTraining
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.presets import ModelConfig
 from clue_ds.tasks import Predictor, examples, features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
@@ -65,8 +66,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, vocab_file: Path) -> Pat
         model.state_dict(),
         vocab_file,
         tmp_path_factory.mktemp("models") / "cls",
-        labels=["坏", "中", "好"],
-        task="reviews",
+        finetuned=FineTuned(("坏", "中", "好"), task="reviews"),
     )
 
 
@@ -266,8 +266,7 @@ def test_tasks_read_what_finetuning_reads(
             BertForSequenceClassification(CONFIG, 2).state_dict(),
             vocab_file,
             tmp_path / name,
-            labels=list(task.labels),
-            task=name,
+            finetuned=FineTuned(task.labels, task=name),
         )
         path = examples.find(task, shared_data / "clue", "test")
         read = command.read_unlabelled(Predictor(directory), path)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface, onnx_graph, tensorflow
 from clue_ds.export.sources import OpenedModel, open_model, opened
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import StateDict
 from clue_ds.presets import ModelConfig
 
-__all__ = ["LAYOUTS", "OpenedModel", "load", "open_model", "opened", "save"]
+__all__ = ["LAYOUTS", "FineTuned", "OpenedModel", "load", "open_model", "opened", "save"]
 
 LAYOUTS: dict[str, Callable[..., Path]] = {
     "hf": huggingface.write,
@@ -45,15 +47,17 @@ def save(
     lower_case: bool = True,
     force: bool = False,
     half: bool = False,
+    finetuned: FineTuned | None = None,
 ) -> Path:
     """Write a model in a layout that other programs load; returns `directory`.
 
     `to` is hf, tf or onnx. The directory appears complete or not at all, and an existing one is
-    replaced only with `force`. `half` stores fp16 (hf only). UserError: an unknown layout, a
-    vocabulary whose size differs from the model's, a full disk.
+    replaced only with `force`. `half` stores fp16 (hf only). `finetuned`: labels, task and so on of
+    a classifier (`OpenedModel.finetuned`); every layout carries them. UserError: an unknown layout,
+    a vocabulary whose size differs from the model's, a full disk.
     """
     check_layout(to, half)
-    options = {"half": True} if half else {}
+    options: dict[str, Any] = {"finetuned": finetuned, **({"half": True} if half else {})}
     return LAYOUTS[to](config, state_dict, vocab_file, directory, lower_case, force, **options)
 
 

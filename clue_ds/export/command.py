@@ -99,15 +99,15 @@ def _slimmed(
 
 
 def _write(model: OpenedModel, place: Path, to: str, force: bool, fp16: bool, is_zip: bool) -> None:
-    config, state, vocab_file, lower_case = model[:4]
+    config, state, vocab_file, lower_case, _, about = model
     if is_zip:
         place = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
         with staged(place, force) as archive:
             folder = archive.with_suffix("")
-            save(config, state, vocab_file, folder, to, lower_case, half=fp16)
+            save(config, state, vocab_file, folder, to, lower_case, half=fp16, finetuned=about)
             archives.pack(folder, archive)
     else:
-        save(config, state, vocab_file, place, to, lower_case, force, fp16)
+        save(config, state, vocab_file, place, to, lower_case, force, fp16, about)
     if to == "tf" and config.hidden_act == "gelu":
         print(
             "the model was trained with the erf GELU; results in programs that compute the tanh "

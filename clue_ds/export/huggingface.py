@@ -33,6 +33,7 @@ from clue_ds.export.publish import (
     staged,
     write_model_json,
 )
+from clue_ds.model.finetuned import FineTuned, unnamed
 from clue_ds.model.weights import (
     CLASSIFIER_WEIGHT,
     DECODER_WEIGHT,
@@ -57,28 +58,26 @@ def write(
     directory: str | Path,
     lower_case: bool = True,
     force: bool = False,
-    labels: list[str] | None = None,
-    task: str | None = None,
+    finetuned: FineTuned | None = None,
     half: bool = False,
 ) -> Path:
     """Write the directory and return its path.
 
     `state` has the names of model/weights.py, without padding rows; heads that it lacks are not
-    written. `labels` are the names of the classes if it holds a classifier, and `task` is what the
-    model was fine-tuned for. `half` stores fp16. UserError when the vocabulary has another size
-    than the model, `directory` exists and `force` is false, a weight is beyond fp16's range, or the
-    disk is full.
+    written. `finetuned` says what a classifier in it is for. `half` stores fp16. UserError when the
+    vocabulary has another size than the model, `directory` exists and `force` is false, a weight is
+    beyond fp16's range, or the disk is full.
     """
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
-    check_state(config, state)
+    check_state(config, state, finetuned)
     dtype = torch.float16 if half else torch.float32
     with staged(directory, force) as place:
         place.mkdir()
         _write_weights(state, dtype, place)
         fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
-        write_model_json(place / TOKENIZER_CONFIG, tokenizer_config(config, lower_case))
-        values = config_json(config, state, labels, task) | {"torch_dtype": str(dtype)[6:]}
+        write_model_json(place / TOKENIZER_CONFIG, tokenizer_config(config, lower_case, finetuned))
+        values = config_json(config, state, finetuned) | {"torch_dtype": str(dtype)[6:]}
         write_model_json(place / "config.json", values)
         copy_vocab(vocab_file, place)
         card = model_card(directory.name, values, state, Path(vocab_file).parent)
@@ -119,8 +118,7 @@ def architecture(state: StateDict) -> str:
 def config_json(
     config: ModelConfig,
     state: StateDict,
-    labels: list[str] | None = None,
-    task: str | None = None,
+    finetuned: FineTuned | None = None,
 ) -> dict[str, Any]:
     """The content of config.json."""
     values: dict[str, Any] = {
@@ -132,20 +130,31 @@ def config_json(
         "tie_word_embeddings": is_tied(state, DECODER_WEIGHT),
         "use_cache": True,
     }
-    if labels is not None:
-        values["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        values["label2id"] = {label: i for i, label in enumerate(labels)}
-    if task is not None:
-        values["finetuning_task"] = task
-    return values
+    return values | classes_of(state, finetuned)
 
 
-def tokenizer_config(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
+def classes_of(state: StateDict, finetuned: FineTuned | None) -> dict[str, Any]:
+    """The keys of a config that say what the classifier in `state` is; {} if it has none.
+
+    Without them transformers takes it for one of two classes.
+    """
+    if CLASSIFIER_WEIGHT not in state:
+        return {}
+    about = finetuned or FineTuned(unnamed(len(state[CLASSIFIER_WEIGHT])))
+    return about.config_values()
+
+
+def tokenizer_config(
+    config: ModelConfig, lower_case: bool, finetuned: FineTuned | None = None
+) -> dict[str, Any]:
+    """The content of tokenizer_config.json; a classifier's texts are as long as in its training."""
+    longest = config.max_position_embeddings
+    if finetuned is not None and finetuned.max_length is not None:
+        longest = min(longest, finetuned.max_length)
     return {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": lower_case,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": longest,
         "tokenize_chinese_chars": True,
         **dict(zip(TOKEN_KEYS, SPECIAL_TOKENS, strict=True)),
     }

@@ -30,6 +30,7 @@ from clue_ds.export.publish import (
     write_model_json,
 )
 from clue_ds.model.bert import BertForPreTraining
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
@@ -104,21 +105,23 @@ def write(
     directory: str | Path,
     lower_case: bool = True,
     force: bool = False,
+    finetuned: FineTuned | None = None,
 ) -> Path:
     """Write the directory; arguments, guarantees and errors are those of huggingface.write."""
     check_installed()
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
-    check_state(config, state)
+    check_state(config, state, finetuned)
     with staged(directory, force) as place:
         place.mkdir()
         network = Network(config, state, directory)
         _export(network, config, place / FILE)
         _check(network, config, place / FILE)
         huggingface.fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
-        tokenizer = huggingface.tokenizer_config(config, lower_case)
+        tokenizer = huggingface.tokenizer_config(config, lower_case, finetuned)
         write_model_json(place / TOKENIZER_CONFIG, tokenizer)
-        write_model_json(place / "config.json", huggingface.config_json(config, state))
+        values = huggingface.config_json(config, state, finetuned)
+        write_model_json(place / "config.json", values)
         copy_vocab(vocab_file, place)
     return directory
 

@@ -18,6 +18,7 @@ import safetensors
 
 from clue_ds import files
 from clue_ds.errors import UserError
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
@@ -106,10 +107,10 @@ def lost_line(num_rows: int) -> str:
     )
 
 
-def check_state(config: ModelConfig, state: StateDict) -> None:
+def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | None = None) -> None:
     """UserError for weights that readers would fill up with random numbers, or could not load.
 
-    Heads may be absent, but not incomplete.
+    Heads may be absent, but not incomplete. `finetuned` must have a label for each class.
     """
     if WORD_EMBEDDINGS not in state:
         raise UserError(
@@ -134,6 +135,12 @@ def check_state(config: ModelConfig, state: StateDict) -> None:
                 "weights; use complete weights, or leave the heads out: clue-ds export MODEL "
                 "--drop-heads"
             )
+    num_classes = len(state[CLASSIFIER_WEIGHT]) if CLASSIFIER_WEIGHT in state else None
+    if finetuned is not None and len(finetuned.labels) != num_classes:
+        raise UserError(
+            f"there are {len(finetuned.labels)} labels for a model with {num_classes or 'no'} "
+            "classes; give one label for each class of the weights"
+        )
     if CLASSIFIER_WEIGHT in state and CLASSIFIER_BIAS not in state:
         raise UserError(
             f"the classifier lacks {CLASSIFIER_BIAS}, which readers would fill with random "

@@ -18,14 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clue_ds import vocab_file as vocab_files
 from clue_ds.errors import UserError
 from clue_ds.export import archives, hub, tensorflow
 from clue_ds.files import read_json
-from clue_ds.model import weights
-from clue_ds.model.weights import WORD_EMBEDDINGS, StateDict
+from clue_ds.model import finetuned, weights
+from clue_ds.model.finetuned import FineTuned
+from clue_ds.model.weights import CLASSIFIER_WEIGHT, WORD_EMBEDDINGS, StateDict
 from clue_ds.presets import ModelConfig
 
 HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
@@ -34,7 +35,8 @@ HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
 class OpenedModel(NamedTuple):
     """Config, weights and tokenizer of a model; `notes` are sentences to show to the user.
 
-    `vocab_file` is a vocab.txt or a tokenizer.json, and may not exist.
+    `vocab_file` is a vocab.txt or a tokenizer.json, and may not exist. `finetuned`: what a model
+    with a classifier carries beside its weights.
     """
 
     config: ModelConfig
@@ -42,6 +44,7 @@ class OpenedModel(NamedTuple):
     vocab_file: Path
     lower_case: bool
     notes: tuple[str, ...] = ()
+    finetuned: FineTuned | None = None
 
 
 @contextmanager
@@ -115,14 +118,17 @@ def _layout(directory: Path) -> str:
 
 def _open_tf(directory: Path) -> OpenedModel:
     config, state, left_out = tensorflow.read(directory)
-    said = tensorflow.read_config(directory)["vocab_size"]
+    values = tensorflow.read_config(directory)
+    said = values["vocab_size"]
     weights.check_shapes(config, state, directory)
     notes = _notes(config, said) + _left_out(left_out, directory)
     lower_case = tensorflow.lower_case(directory)
     vocab_file = vocab_files.find(directory)
     if lower_case is None:
         lower_case = vocab_files.lower_case(vocab_file)
-    return OpenedModel(config, weights.tie(state, directory), vocab_file, lower_case, notes)
+    about = _finetuned(values, state, directory / tensorflow.CONFIG_FILE)
+    state = weights.tie(state, directory)
+    return OpenedModel(config, state, vocab_file, lower_case, notes, about)
 
 
 def _open_hf(directory: Path) -> OpenedModel:
@@ -142,7 +148,15 @@ def _open_hf(directory: Path) -> OpenedModel:
     foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
     notes += notes_on_names + _notes(config, said.vocab_size) + _left_out(foreign, directory)
     state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
-    return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file), notes)
+    about, lower_case = _finetuned(values, state, path), vocab_files.lower_case(vocab_file)
+    return OpenedModel(config, state, vocab_file, lower_case, notes, about)
+
+
+def _finetuned(values: dict[str, Any], state: StateDict, path: Path) -> FineTuned | None:
+    """What the config at `path` says of the classifier among the weights, if there is one."""
+    if CLASSIFIER_WEIGHT not in state:
+        return None
+    return finetuned.read(values, len(state[CLASSIFIER_WEIGHT]), path)
 
 
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import torch
 
 from clue_ds.errors import UserError
 from clue_ds.export import tf_bundle, tf_graph
+from clue_ds.export.huggingface import classes_of
 from clue_ds.export.publish import (
     check_state,
     copy_vocab,
@@ -32,6 +33,7 @@ from clue_ds.export.publish import (
     write_model_json,
 )
 from clue_ds.files import read_json
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
@@ -132,17 +134,19 @@ def write(
     directory: str | Path,
     lower_case: bool = True,
     force: bool = False,
+    finetuned: FineTuned | None = None,
 ) -> Path:
     """Write the five files; arguments, guarantees and errors are those of huggingface.write."""
     directory = Path(directory)
     read_tokens(vocab_file, config.vocab_size)
-    check_state(config, state)
+    check_state(config, state, finetuned)
     with staged(directory, force) as place:
         place.mkdir()
         entries = tf_bundle.write(place / PREFIX, _tensors(config, state))
         shapes = {name: entry.shape for name, entry in entries.items()}
         (place / f"{PREFIX}.meta").write_bytes(tf_graph.meta_graph(shapes))
-        write_model_json(place / CONFIG_FILE, config_json(config, lower_case))
+        values = config_json(config, lower_case) | classes_of(state, finetuned)
+        write_model_json(place / CONFIG_FILE, values)
         copy_vocab(vocab_file, place)
     return directory
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from clue_ds.errors import UserError
 from clue_ds.files import read_json
+from clue_ds.model import finetuned
 from clue_ds.presets import ModelConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
@@ -72,7 +73,7 @@ def model_config(values: dict[str, Any], path: Path) -> ModelConfig:
             f"{path}: hidden_size {known['hidden_size']} is not divisible by num_attention_heads "
             f"{known['num_attention_heads']}; use the config that belongs to the weights"
         )
-    _check_labels(values, path)
+    finetuned.check_types(values, path)
     return ModelConfig(**known)
 
 
@@ -92,11 +93,3 @@ def _check_number(path: Path, key: str, value: Any, is_integer: bool) -> None:
             f"{path}: {key} is {value!r:.60}; it must be {needed}. Use the config that belongs to "
             "the weights"
         )
-
-
-def _check_labels(values: dict[str, Any], path: Path) -> None:
-    """UserError unless the keys that a classifier is read by have their types."""
-    if not isinstance(values.get("id2label") or {}, dict):
-        raise UserError(f"{path}: id2label must be an object of ids and labels; correct it")
-    if not isinstance(values.get("finetuning_task") or "", str):
-        raise UserError(f"{path}: finetuning_task must be the name of a task; correct it")

@@ -19,6 +19,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
+from clue_ds.model import finetuned
 from clue_ds.model.weights import CLASSIFIER, load_into
 from clue_ds.tasks import features
 from clue_ds.tasks.features import Text
@@ -91,13 +92,16 @@ def fit_source(
     task: str | None = None,
     from_scratch: bool = False,
     force: bool = False,
+    names: dict[str, str] | None = None,
+    data: dict[str, str] | None = None,
     state_file: Path | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
     """`fit` for a model that is already open; messages call it `name`.
 
-    `labels` are in the order of their ids. `state_file` and `on_epoch`: see `loop.train`.
+    `labels` are in the order of their ids, `names` are what people read instead of them. `data`:
+    split -> SHA-256 of its file, for the record. `state_file` and `on_epoch`: see `loop.train`.
     """
     config = source.config
     huggingface.read_tokens(source.vocab_file, config.vocab_size)
@@ -124,11 +128,12 @@ def fit_source(
     )
     with watchdog.current().section("save"):
         if output is not None and dist.rank() == 0:
+            about = finetuned.describe(
+                labels, names, task=task, max_length=max_length, dev=outcome.best, data=data or {}
+            )
             weights, vocab_file = network.state_dict(), source.vocab_file
             lower_case = source.lower_case
-            huggingface.write(
-                config, weights, vocab_file, output, lower_case, force, list(labels), task
-            )
+            huggingface.write(config, weights, vocab_file, output, lower_case, force, about)
         dist.barrier()
     return outcome
 

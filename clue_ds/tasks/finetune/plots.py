@@ -1,6 +1,7 @@
 """Plots of a run. They need matplotlib: pip install 'clue_ds[plots]'.
 
-A label that is not ASCII is shown by its id, because fonts with Chinese are rarely installed.
+A class is shown by its name where the data has one, and by the number of its id where that is not
+ASCII, because fonts with Chinese are rarely installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
     """The confusion matrix; each row shows how one true class was predicted, as fractions."""
     counts = np.array(result["confusion"], dtype=float)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    labels = [n if n.isascii() else str(i) for i, n in enumerate(result["labels"])]
+    names = [result["label_names"].get(label, label) for label in result["labels"]]
+    labels = [n if n.isascii() else str(i) for i, n in enumerate(names)]
     size = float(np.clip(0.45 * len(labels) + 2.5, 4, 9))
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)

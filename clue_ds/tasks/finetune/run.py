@@ -100,7 +100,8 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
         if done is not None:
             return done
         began = time.perf_counter()
-        outcome = _fit(spec, task, recipe, source, kept, dev, show)
+        data = {"train": train.sha256, "dev": dev.sha256}
+        outcome = _fit(spec, task, recipe, source, kept, dev, data, train.names | dev.names, show)
         seconds = time.perf_counter() - began
         with watch.section("save"):
             result = _result(run_json, task, kept, dev, outcome, seconds)
@@ -155,6 +156,8 @@ def _fit(
     source: OpenedModel,
     train: list[examples.Example],
     dev: Examples,
+    data: dict[str, str],
+    names: dict[str, str],
     show: bool,
 ) -> Outcome:
     place = spec.directory
@@ -189,6 +192,8 @@ def _fit(
             task=task.name,
             from_scratch=spec.from_scratch,
             force=True,
+            names=names,
+            data=data,
             state_file=place / STATE,
             on_step=on_step,
             on_epoch=on_epoch,

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -71,7 +71,7 @@ def predict(
     clue-ds launch --local 2 -- predict --model M --file in.jsonl --output out.jsonl
 
     Args:
-        model: a run directory, one of its checkpoints, or a Hugging Face directory.
+        model: a run directory, one of its checkpoints, a Hugging Face directory, or a zip of one.
         task: the task of a classifier: a task of CLUE or a YAML file; default the one that the
             model was fine-tuned for.
         text: texts to classify (or embed); for a task of pairs, alternate first and second texts.
@@ -84,7 +84,8 @@ def predict(
         similarity: two texts to compare by the cosine of their embeddings.
         top_k: number of candidates to show for each mask.
         batch_size: number of texts that the model computes together.
-        max_length: most tokens to read of a text; default the length the task is trained with.
+        max_length: most tokens to read of a text; default the length that the model was
+            fine-tuned with.
         kernels: implementation of the fused operations: triton, torch, or auto (triton on a GPU).
         force: replace the output if it exists.
         health: deadlines for the ranks of a job.
@@ -105,7 +106,8 @@ def predict(
         elif similarity is not None:
             print(f"{predictor.similarity([similarity[0]], [similarity[1]])[0]:.4f}")
         elif file is None:
-            write_answers(answered(predictor, _given(predictor, text), embed), sys.stdout)
+            chunks = answered(predictor, _given(predictor, text), embed)
+            write_answers(chunks, sys.stdout, predictor.names)
         else:
             with watchdog.current().section("predict"):
                 predict_file(predictor, file, output, embed, force)
@@ -249,22 +251,29 @@ def _answers(predictor: Predictor, encoded: list[Features], embed: bool) -> list
     return result
 
 
-def write_answers(chunks: Iterable[list[Answered]], stream: IO[str]) -> tuple[int, int]:
-    """Write one JSON object per line, in order; return the numbers of texts and of cut texts."""
+def write_answers(
+    chunks: Iterable[list[Answered]], stream: IO[str], names: Mapping[str, str] | None = None
+) -> tuple[int, int]:
+    """Write one JSON object per line, in order; return the numbers of texts and of cut texts.
+
+    `names`: label -> its name, for answers that a person reads; files have labels only.
+    """
     num_texts = num_cut = 0
     for chunk in chunks:
         for example, feature, answer in chunk:
-            line = {"id": example.id, **_answer(answer), "truncated": feature.truncated}
+            shown = _answer(answer, names or {})
+            line = {"id": example.id, **shown, "truncated": feature.truncated}
             stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             num_cut += feature.truncated
         num_texts += len(chunk)
     return num_texts, num_cut
 
 
-def _answer(answer: Prediction | np.ndarray) -> dict[str, Any]:
+def _answer(answer: Prediction | np.ndarray, names: Mapping[str, str]) -> dict[str, Any]:
     if isinstance(answer, Prediction):
-        rounded = {label: round(p, 6) for label, p in answer.probabilities.items()}
-        return {"label": answer.label, "probabilities": rounded}
+        rounded = {names.get(k, k): round(p, 6) for k, p in answer.probabilities.items()}
+        name = {"name": names[answer.label]} if answer.label in names else {}
+        return {"label": answer.label, **name, "probabilities": rounded}
     return {"embedding": [round(float(value), 6) for value in answer]}
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
-from clue_ds.export import OpenedModel, huggingface, open_model
+from clue_ds.export import OpenedModel, huggingface, opened
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.weights import CLASSIFIER_WEIGHT, lacking, load_into, read_config_json
+from clue_ds.model.finetuned import SEQUENCE, SINGLE_LABEL, unnamed
+from clue_ds.model.weights import CLASSIFIER_WEIGHT, lacking, load_into
 from clue_ds.tasks import features, registry
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.registry import Task
@@ -55,12 +56,13 @@ def check_finite(answer: Prediction | np.ndarray, where: str) -> None:
 
 
 class Predictor:
-    """A model from a run directory, a checkpoint or a Hugging Face directory, ready for use.
+    """A model from a run directory, a checkpoint, a Hugging Face directory or a zip, ready for use.
 
     `task`: a name of `registry.TASKS` or a YAML file; default the task that the model was
     fine-tuned for. `max_length`: most tokens of a text that the model reads; default the length
-    that the task is trained with, and without a task the model's own limit. The model runs on the
-    GPU if there is one. UserError: not a model directory, no vocabulary, a different task.
+    that it was fine-tuned with, then the task's, and without a task the model's own limit. The
+    model runs on the GPU if there is one. UserError: not a model directory, no vocabulary, a
+    different task.
     """
 
     def __init__(
@@ -73,13 +75,19 @@ class Predictor:
         self.directory = Path(directory)
         self.batch_size = batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        source = open_model(directory)
+        with opened(directory) as source:
+            self._open(source, task)
+        self.max_length = self._max_length(max_length)
+
+    def _open(self, source: OpenedModel, task: str | None) -> None:
         self.config = source.config
         # The vocabulary must have the model's size, or ids would stand for other tokens.
         huggingface.read_tokens(source.vocab_file, source.config.vocab_size)
         self.tokenizer = Tokenizer(source.vocab_file, source.lower_case)
         self.task: Task | None = None
         self.labels: list[str] = []
+        self.names: dict[str, str] = {}  # label -> what people read instead; none if they are equal
+        self.finetuned = source.finetuned
         self.classifier: BertForSequenceClassification | None = None
         self.pretrained: BertForPreTraining | None = None
         self.can_fill_mask = False
@@ -88,30 +96,35 @@ class Predictor:
             self._open_classifier(source, task)
         elif task is not None:
             raise UserError(
-                f"{directory} is not fine-tuned, so it has no classes for --task {task}; give a "
-                "fine-tuned model, or no task"
+                f"{self.directory} is not fine-tuned, so it has no classes for --task {task}; give "
+                "a fine-tuned model, or no task"
             )
         else:
             self._open_pretrained(source)
-        self.max_length = self._max_length(max_length)
 
     def _max_length(self, given: int | None) -> int:
         positions = self.config.max_position_embeddings
         if given is None:
+            trained = self.finetuned.max_length if self.finetuned is not None else None
             of_task = self.task.settings_for(self.config).max_length if self.task else positions
-            return min(of_task, positions)
+            return min(of_task if trained is None else trained, positions)
         if not 4 <= given <= positions:
             raise UserError(f"max_length {given} must be from 4 to the model's {positions}")
         return given
 
     def _open_classifier(self, source: OpenedModel, task: str | None) -> None:
-        values = read_config_json(self.directory)
-        num_labels = len(source.state_dict[CLASSIFIER_WEIGHT])
-        unnamed = [f"LABEL_{i}" for i in range(num_labels)]
-        names = values.get("id2label") or {}
-        self.labels = [str(names.get(str(i), unnamed[i])) for i in range(num_labels)]
-        self._choose_task(values.get("finetuning_task"), task, self.labels == unnamed)
-        self.classifier = BertForSequenceClassification(source.config, num_labels)
+        about = source.finetuned
+        assert about is not None
+        if about.architecture != SEQUENCE or about.problem_type not in (None, SINGLE_LABEL):
+            raise UserError(
+                f"{self.directory} is a {about.architecture} ({about.problem_type or 'no'} "
+                "problem_type), which gives no single class for a text; give a model that was "
+                "fine-tuned to classify texts, or use transformers"
+            )
+        self.labels = list(about.labels)
+        self.names = dict(zip(about.labels, about.names, strict=False))
+        self._choose_task(about.task, task, about.labels == unnamed(len(about.labels)))
+        self.classifier = BertForSequenceClassification(source.config, len(about.labels))
         missing = load_into(self.classifier, source.config, source.state_dict, self.directory)
         if missing:
             raise UserError(

@@ -76,7 +76,8 @@ class MaskedTexts(BaseModel):
 class Class(BaseModel):
     """The most probable class of a text and the probability of every class."""
 
-    label: str
+    label: str = Field(description="as the task's files write it")
+    name: str | None = Field(None, description="what people read instead of the label")
     probabilities: dict[str, float]
     truncated: bool = Field(description="whether the model read only the beginning of the text")
 
@@ -187,7 +188,10 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
         found = await _ask(waiting, "predict", texts)
         _refuse_errors(found)
         return Predictions.model_construct(
-            predictions=[Class.model_construct(**answer._asdict()) for answer in found]
+            predictions=[
+                Class.model_construct(**answer._asdict(), name=predictor.names.get(answer.label))
+                for answer in found
+            ]
         )
 
     @app.post("/embed", responses=REFUSALS)
@@ -327,6 +331,7 @@ def _add_health(
             "kind": task.kind if task else None,
             "fields": list(task.fields) if task and task.build else None,
             "labels": predictor.labels,
+            "names": predictor.names,
             "can": [
                 *(["predict"] if predictor.classifier is not None else []),
                 *(["fill-mask"] if predictor.can_fill_mask else []),

@@ -45,7 +45,7 @@ def serve(
     """Serve a model over HTTP: /predict, /fill-mask, /embed, and a page at / to try them.
 
     Args:
-        model: a run directory, one of its checkpoints, or a Hugging Face directory.
+        model: a run directory, one of its checkpoints, a Hugging Face directory, or a zip of one.
         task: the task of a classifier: a task of CLUE or a YAML file; default the one that the
             model was fine-tuned for.
         host: address to listen on. There is no password: with any address but loopback, everyone
@@ -54,7 +54,8 @@ def serve(
         max_batch: most texts in a batch.
         max_wait_ms: how long a request may wait for others to share its batch.
         max_waiting: most texts in the queue; further requests get 503 and Retry-After.
-        max_length: most tokens to read of a text; default the length the task is trained with.
+        max_length: most tokens to read of a text; default the length that the model was
+            fine-tuned with.
         body_bytes: most bytes in the body of a request.
         texts: most texts in a request.
         text_chars: most characters in a text.
