@@ -23,12 +23,15 @@ from clue_ds.errors import UserError
 from clue_ds.export import huggingface
 from clue_ds.model.finetuned import FineTuned
 from clue_ds.presets import ModelConfig, get
-from clue_ds.tasks import examples, features, registry
+from clue_ds.tasks import encoded as encodings
+from clue_ds.tasks import examples, features, kinds, registry
+from clue_ds.tasks.encoded import Encoded
 from clue_ds.tasks.finetune import loop
-from clue_ds.tasks.finetune.loop import Encoded, Recipe
+from clue_ds.tasks.finetune.loop import Recipe
 from clue_ds.tasks.heads import BertForSequenceClassification
 
 TASK = "tnews"
+KIND = kinds.of(registry.TASKS[TASK])
 NUM_LABELS = len(registry.TNEWS_LABELS)
 # For four layers in fp32 on one device, where the two add in different orders.
 LOSS_TOLERANCE = 1e-5
@@ -60,9 +63,7 @@ def finetune(
     config = get(preset).replace(vocab_size=tokenizer.vocab_size)
     settings = task.settings_for(config)
     recipe = Recipe(1, settings.batch_size, settings.lr, max_length=settings.max_length)
-    encoded = [features.encode(tokenizer, e.text, settings.max_length) for e in read]
-    targets = torch.tensor([task.labels.index(str(e.label)) for e in read])
-    batch = Encoded(encoded, targets)
+    batch = encodings.encode(KIND, tokenizer, read, settings.max_length)
     with tempfile.TemporaryDirectory() as directory:
         model = _write_model(config, vocab, Path(directory), list(task.labels))
         difference = _check_losses(config, model, batch, tokenizer.pad_id, recipe)
@@ -116,12 +117,13 @@ def _check_losses(
     differences = []
     for begin in range(0, 4 * recipe.batch_size, recipe.batch_size):
         rows = list(range(begin, begin + recipe.batch_size))
-        inputs = features.collate([batch.texts[i] for i in rows], pad_id)
+        inputs = features.collate_units([batch.units[i] for i in rows], pad_id)
+        targets = torch.tensor([batch.targets[i] for i in rows])
         with torch.inference_mode():
-            ours = F.cross_entropy(network(**inputs), batch.targets[rows])
+            ours = F.cross_entropy(network(**inputs), targets)
             lengths = inputs.pop("lengths")
             mask = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
-            theirs = peer(**inputs, attention_mask=mask.long(), labels=batch.targets[rows]).loss
+            theirs = peer(**inputs, attention_mask=mask.long(), labels=targets).loss
         differences.append(abs(float(ours - theirs)))
     if max(differences) > LOSS_TOLERANCE:
         raise UserError(
@@ -133,9 +135,9 @@ def _check_losses(
 
 def _ours(config: ModelConfig, batch: Encoded, pad_id: int, recipe: Recipe) -> float:
     network = BertForSequenceClassification(config, NUM_LABELS)
-    dev = Encoded(batch.texts[:1], batch.targets[:1])
+    dev = Encoded(batch.examples[:1], batch.units[:1], batch.targets[:1], batch.bounds[:2])
     begin = time.perf_counter()
-    loop.train(network, batch, dev, pad_id, recipe)
+    loop.train(network, KIND, batch, dev, pad_id, recipe)
     return time.perf_counter() - begin
 
 
@@ -143,8 +145,8 @@ def _theirs(model: Path, batch: Encoded, recipe: Recipe, directory: Path) -> flo
     import transformers
 
     rows = [
-        {"input_ids": text.input_ids.tolist(), "labels": int(target)}
-        for text, target in zip(batch.texts, batch.targets, strict=True)
+        {"input_ids": unit.rows[0].input_ids.tolist(), "labels": int(target)}
+        for unit, target in zip(batch.units, batch.targets, strict=True)
     ]
     arguments = transformers.TrainingArguments(
         output_dir=str(directory / "trainer"),

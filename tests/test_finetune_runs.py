@@ -22,9 +22,11 @@ from test_finetune import model as model  # the fixture
 import clue_ds.export as export
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
-from clue_ds.tasks.finetune import command, measures, progress, run
+from clue_ds.tasks import kinds, registry
+from clue_ds.tasks.finetune import command, progress, run
 from clue_ds.tasks.finetune.loop import Recipe, _is_over
 from clue_ds.tasks.finetune.run import RunSpec
+from clue_ds.tasks.kinds import measures
 
 ROW = "name: tone\ntext: [sentence]\nlabels: [好, 坏]\nbatch_size: 16\nlr: 2e-3\nepochs: 3\n"
 
@@ -114,8 +116,10 @@ def test_best_epoch_is_kept_and_patience_ends_the_run(
 
 def test_patience_counts_from_the_first_best_epoch() -> None:
     lines = [{"epoch": n + 1, "accuracy": a} for n, a in enumerate([0.5, 0.7, 0.7, 0.6])]
-    assert _is_over(lines, Recipe(patience=2)) and not _is_over(lines[:3], Recipe(patience=2))
-    assert not _is_over(lines, Recipe(patience=0))
+    kind = kinds.of(registry.TASKS["afqmc"])
+    assert _is_over(lines, Recipe(patience=2), kind)
+    assert not _is_over(lines[:3], Recipe(patience=2), kind)
+    assert not _is_over(lines, Recipe(patience=0), kind)
 
 
 def test_measures_against_numbers_worked_out_by_hand() -> None:

@@ -25,10 +25,10 @@ from clue_ds.tasks.finetune.loop import Recipe
 from clue_ds.tasks.finetune.run import RESULT, STATE
 
 FINETUNE = """
-from clue_ds.tasks import features
+from clue_ds.tasks import encoded
 from clue_ds.tasks.finetune import command, loop
 
-features.encode_all = breaks("setup", features.encode_all)
+encoded.encode = breaks("setup", encoded.encode)
 loop._step = breaks("step", loop._step, after=3)
 loop._save = breaks("save", loop._save)
 command.main(sys.argv[3:])
@@ -37,7 +37,7 @@ PREDICT = """
 from clue_ds.tasks.predict import command
 from clue_ds.tasks.predict.predictor import Predictor
 
-Predictor.classify = breaks("predict", Predictor.classify)
+Predictor.raws = breaks("predict", Predictor.raws)
 command.main(sys.argv[3:])
 """
 QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "30"]

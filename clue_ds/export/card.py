@@ -63,6 +63,9 @@ the exact (erf) GELU, `gelu_new` the tanh form that TensorFlow's BERT calls `gel
 
 PIPELINES = {
     "BertForSequenceClassification": "text-classification",
+    "BertForMultipleChoice": "multiple-choice",
+    "BertForQuestionAnswering": "question-answering",
+    "BertForTokenClassification": "token-classification",
     "BertModel": "feature-extraction",
 }
 

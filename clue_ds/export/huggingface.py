@@ -33,12 +33,14 @@ from clue_ds.export.publish import (
     staged,
     write_model_json,
 )
-from clue_ds.model.finetuned import FineTuned, unnamed
+from clue_ds.model.finetuned import QUESTION_ANSWERING, SEQUENCE, FineTuned, unnamed
 from clue_ds.model.weights import (
     CLASSIFIER_WEIGHT,
     DECODER_WEIGHT,
     NEXT_SENTENCE_WEIGHT,
     PREDICTION_BIAS,
+    QA_WEIGHT,
+    TASK_HEADS,
     TIED,
     StateDict,
     is_tied,
@@ -105,10 +107,12 @@ def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
     )
 
 
-def architecture(state: StateDict) -> str:
+def architecture_of(state: StateDict) -> str:
     """The transformers class for which `state` has every weight."""
     if CLASSIFIER_WEIGHT in state:
-        return "BertForSequenceClassification"
+        return SEQUENCE
+    if QA_WEIGHT in state:
+        return QUESTION_ANSWERING
     has_mlm = PREDICTION_BIAS in state
     if has_mlm and NEXT_SENTENCE_WEIGHT in state:
         return "BertForPreTraining"
@@ -122,7 +126,7 @@ def config_json(
 ) -> dict[str, Any]:
     """The content of config.json."""
     values: dict[str, Any] = {
-        "architectures": [architecture(state)],
+        "architectures": [architecture_of(state)],
         "model_type": "bert",
         **dataclasses.asdict(config),
         "classifier_dropout": None,
@@ -134,14 +138,14 @@ def config_json(
 
 
 def classes_of(state: StateDict, finetuned: FineTuned | None) -> dict[str, Any]:
-    """The keys of a config that say what the classifier in `state` is; {} if it has none.
+    """The keys of a config that say what the fine-tuned head in `state` is; {} if it has none.
 
-    Without them transformers takes it for one of two classes.
+    Without them transformers takes a classifier for one of two classes.
     """
-    if CLASSIFIER_WEIGHT not in state:
+    if not any(name.startswith(TASK_HEADS) for name in state):
         return {}
-    about = finetuned or FineTuned(unnamed(len(state[CLASSIFIER_WEIGHT])))
-    return about.config_values()
+    labels = unnamed(len(state.get(CLASSIFIER_WEIGHT, ())))
+    return (finetuned or FineTuned(labels, architecture=architecture_of(state))).config_values()
 
 
 def tokenizer_config(

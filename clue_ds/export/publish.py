@@ -23,6 +23,7 @@ from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
     HEADS,
+    TASK_HEADS,
     WORD_EMBEDDINGS,
     StateDict,
     check_finite,
@@ -110,7 +111,7 @@ def lost_line(num_rows: int) -> str:
 def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | None = None) -> None:
     """UserError for weights that readers would fill up with random numbers, or could not load.
 
-    Heads may be absent, but not incomplete. `finetuned` must have a label for each class.
+    Heads may be absent, but not incomplete. `finetuned` must have a label for each class, or none.
     """
     if WORD_EMBEDDINGS not in state:
         raise UserError(
@@ -123,7 +124,7 @@ def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | No
             raise UserError(
                 f"{name} is {tuple(tensor.shape)} but the config says {tuple(expected[name])}"
             )
-        if name not in expected and not name.startswith("classifier."):
+        if name not in expected and not name.startswith(TASK_HEADS):
             raise UserError(
                 f"the state dict holds {name}, which is no tensor of BertForPreTraining; remove it"
             )
@@ -136,9 +137,10 @@ def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | No
                 "--drop-heads"
             )
     num_classes = len(state[CLASSIFIER_WEIGHT]) if CLASSIFIER_WEIGHT in state else None
-    if finetuned is not None and len(finetuned.labels) != num_classes:
+    labels = finetuned.labels if finetuned is not None else ()
+    if labels and len(labels) != num_classes:
         raise UserError(
-            f"there are {len(finetuned.labels)} labels for a model with {num_classes or 'no'} "
+            f"there are {len(labels)} labels for a model with {num_classes or 'no'} "
             "classes; give one label for each class of the weights"
         )
     if CLASSIFIER_WEIGHT in state and CLASSIFIER_BIAS not in state:

@@ -145,7 +145,7 @@ def _open_hf(directory: Path) -> OpenedModel:
     config = said.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
     weights.check_shapes(config, state, directory)
     known = weights.expected_shapes(config)
-    foreign = [n for n in state if n not in known and not n.startswith("classifier.")]
+    foreign = [n for n in state if n not in known and not n.startswith(weights.TASK_HEADS)]
     notes += notes_on_names + _notes(config, said.vocab_size) + _left_out(foreign, directory)
     state = weights.tie({n: t for n, t in state.items() if n not in foreign}, directory)
     about, lower_case = _finetuned(values, state, path), vocab_files.lower_case(vocab_file)
@@ -153,10 +153,10 @@ def _open_hf(directory: Path) -> OpenedModel:
 
 
 def _finetuned(values: dict[str, Any], state: StateDict, path: Path) -> FineTuned | None:
-    """What the config at `path` says of the classifier among the weights, if there is one."""
-    if CLASSIFIER_WEIGHT not in state:
+    """What the config at `path` says of the fine-tuned head among the weights, if there is one."""
+    if not any(name.startswith(weights.TASK_HEADS) for name in state):
         return None
-    return finetuned.read(values, len(state[CLASSIFIER_WEIGHT]), path)
+    return finetuned.read(values, len(state.get(CLASSIFIER_WEIGHT, ())), path)
 
 
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:

@@ -23,8 +23,14 @@ from typing import Any
 from clue_ds.errors import UserError
 
 SEQUENCE = "BertForSequenceClassification"
-# The classes of transformers whose head is one matrix called "classifier".
-CLASSIFIERS = (SEQUENCE, "BertForTokenClassification", "BertForMultipleChoice")
+QUESTION_ANSWERING = "BertForQuestionAnswering"
+# The classes of transformers that a fine-tuned model can be.
+ARCHITECTURES = (
+    SEQUENCE,
+    "BertForTokenClassification",
+    "BertForMultipleChoice",
+    QUESTION_ANSWERING,
+)
 SINGLE_LABEL = "single_label_classification"
 OWN_KEY = "clue_ds"
 
@@ -33,7 +39,7 @@ OWN_KEY = "clue_ds"
 class FineTuned:
     """Labels in the order of their ids, and how the model was trained and measured."""
 
-    labels: tuple[str, ...]  # as the task's files write them
+    labels: tuple[str, ...]  # as the task's files write them; empty: its head has no classes
     names: tuple[str, ...] = ()  # as people read them, in the same order; empty: as the labels
     task: str | None = None
     max_length: int | None = None  # most tokens of a text in training, special ones included
@@ -49,12 +55,11 @@ class FineTuned:
 
     def config_values(self) -> dict[str, Any]:
         """The keys of config.json that hold all of this."""
-        values: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "id2label": {str(i): name for i, name in enumerate(self.shown)},
-            "label2id": {name: i for i, name in enumerate(self.shown)},
-            "num_labels": len(self.labels),
-        }
+        values: dict[str, Any] = {"architectures": [self.architecture]}
+        if self.labels:
+            values["id2label"] = {str(i): name for i, name in enumerate(self.shown)}
+            values["label2id"] = {name: i for i, name in enumerate(self.shown)}
+            values["num_labels"] = len(self.labels)
         if self.problem_type is not None:
             values["problem_type"] = self.problem_type
         if self.task is not None:
@@ -72,9 +77,10 @@ class FineTuned:
 def describe(
     labels: Sequence[str],
     names: Mapping[str, str] | None = None,
+    architecture: str = SEQUENCE,
     **about: Any,
 ) -> FineTuned:
-    """What a classifier that was fine-tuned here carries.
+    """What a model that was fine-tuned here carries.
 
     `names`: label -> its name for people. They are used if all labels have one and no two have the
     same. `about`: the other fields of FineTuned.
@@ -82,7 +88,13 @@ def describe(
     shown = tuple((names or {}).get(label, "") for label in labels)
     is_complete = all(shown) and len(set(shown)) == len(shown)
     differs = is_complete and shown != tuple(labels)
-    return FineTuned(tuple(labels), shown if differs else (), problem_type=SINGLE_LABEL, **about)
+    return FineTuned(
+        tuple(labels),
+        shown if differs else (),
+        architecture=architecture,
+        problem_type=SINGLE_LABEL if architecture == SEQUENCE else None,
+        **about,
+    )
 
 
 def unnamed(num_classes: int) -> tuple[str, ...]:
@@ -91,7 +103,10 @@ def unnamed(num_classes: int) -> tuple[str, ...]:
 
 
 def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
-    """What the config.json at `path`, with the content `values`, says of `num_classes` classes."""
+    """What the config.json at `path`, with the content `values`, says of `num_classes` classes.
+
+    The head of a model that answers questions has none.
+    """
     own = _object(values, OWN_KEY, path)
     said = _object(values, "id2label", path)
     names = _distinct([str(said.get(str(i), f"LABEL_{i}")) for i in range(num_classes)])
@@ -109,13 +124,13 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
             "least 4; correct it, or copy the file again"
         )
     architectures = values.get("architectures")
-    known = [one for one in architectures if one in CLASSIFIERS] if architectures else []
+    known = [one for one in architectures if one in ARCHITECTURES] if architectures else []
     return FineTuned(
         labels=tuple(labels),
         names=names if names != tuple(labels) else (),
         task=values.get("finetuning_task"),
         max_length=max_length,
-        architecture=known[0] if known else SEQUENCE,
+        architecture=known[0] if known else SEQUENCE if num_classes else QUESTION_ANSWERING,
         problem_type=values.get("problem_type"),
         dev=_object(own, "dev", path),
         data=_object(own, "data", path),

@@ -8,7 +8,7 @@ B: sequences   S: positions, the longest of the batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +21,35 @@ Text = str | tuple[str, str]
 
 
 class Features(NamedTuple):
-    """One text as the model reads it."""
+    """One sequence as the model reads it."""
 
     input_ids: np.ndarray  # int64 [tokens], special tokens included
     num_first: int  # tokens of type 0
     truncated: bool
+
+    @property
+    def rows(self) -> tuple[Features, ...]:
+        return (self,)
+
+    @property
+    def size(self) -> int:
+        return len(self.input_ids)
+
+
+class Unit(Protocol):
+    """What a batch is made of and what has one target: a text, or a question with its choices."""
+
+    @property
+    def rows(self) -> Sequence[Features]:
+        """The sequences that the model computes for it."""
+
+    @property
+    def size(self) -> int:
+        """The tokens of its longest sequence; batches are sorted by it."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the model reads only a part of it."""
 
 
 def encode(tokenizer: Tokenizer, text: Text, max_length: int) -> Features:
@@ -56,15 +80,28 @@ def assemble(tokenizer: Tokenizer, ids: Sequence[np.ndarray], max_length: int) -
 
 
 def shares(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens each of one or two texts keeps in `room`; the longer one loses first."""
-    if len(lengths) == 1:
-        return [min(lengths[0], room)]
-    first, second = lengths
-    if first + second <= room:
-        return [first, second]
-    half = room // 2
-    first = min(first, max(half, room - second))
-    return [first, room - first]
+    """How many tokens each text keeps in `room`; the longest loses first, of equal ones the last.
+
+    Of two texts that are both longer than half of an odd room, the second keeps one token more.
+    """
+    if len(lengths) == 2:
+        first, second = lengths
+        if first + second <= room:
+            return [first, second]
+        half = room // 2
+        first = min(first, max(half, room - second))
+        return [first, room - first]
+    kept = list(lengths)
+    while sum(kept) > room:
+        longest = max(kept)
+        below = max((length for length in kept if length < longest), default=0)
+        tied = [i for i, length in enumerate(kept) if length == longest]
+        excess = sum(kept) - room
+        # Either all of the longest shrink to the next shorter length, or what is needed of it.
+        cut, rest = divmod(min(excess, (longest - below) * len(tied)), len(tied))
+        for number, i in enumerate(reversed(tied)):
+            kept[i] -= cut + (number < rest)
+    return kept
 
 
 def collate(features: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
@@ -78,7 +115,29 @@ def collate(features: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "token_type_ids": token_type_ids, "lengths": lengths}
 
 
-def batches_by_length(features: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """Batches of indices: every text once, sorted by length, longest first."""
-    order = sorted(range(len(features)), key=lambda i: (-len(features[i].input_ids), i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def collate_units(units: Sequence[Unit], pad_id: int) -> dict[str, Tensor]:
+    """`collate` of the sequences of all units, one unit after the other."""
+    return collate([row for unit in units for row in unit.rows], pad_id)
+
+
+def batches_by_length(
+    units: Sequence[Unit], batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Batches of indices: every unit once, sorted by length, longest first.
+
+    A batch has at most `batch_size` sequences and `max_tokens` tokens with padding, but at least
+    one unit.
+    """
+    order = sorted(range(len(units)), key=lambda i: (-units[i].size, i))
+    batches: list[list[int]] = []
+    room = 0
+    for i in order:
+        num_rows = len(units[i].rows)
+        if num_rows > room:
+            batches.append([])
+            room = batch_size
+            if max_tokens is not None:
+                room = min(room, max_tokens // max(1, units[i].size))
+        batches[-1].append(i)
+        room -= num_rows
+    return batches

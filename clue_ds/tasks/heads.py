@@ -1,4 +1,4 @@
-"""The head that fine-tuning puts on the encoder. Parameters have the names of transformers.
+"""The heads that fine-tuning puts on the encoder. Parameters have the names of transformers.
 
 B: sequences   S: positions   H: hidden size   C: classes
 """
@@ -40,3 +40,64 @@ class BertForSequenceClassification(nn.Module):
         pooled = self.bert.pooler(hidden[:, 0])
         pooled = ops.dropout(pooled, self.config.hidden_dropout_prob, self.training)
         return self.classifier(pooled)
+
+
+class BertForMultipleChoice(BertForSequenceClassification):
+    """Rates each sequence with one logit [B, 1], to be compared with those of the other choices."""
+
+    def __init__(self, config: ModelConfig, seed: int = 42) -> None:
+        super().__init__(config, 1, seed)
+
+
+class _BertForTokens(nn.Module):
+    """Logits at every position, without the pooler, which transformers' heads for tokens lack."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        del self.bert.pooler
+
+    def hidden(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """The last hidden states [B, S, H] of int64 ids [B, S]."""
+        return self.bert(input_ids, token_type_ids, lengths)
+
+
+class BertForQuestionAnswering(_BertForTokens):
+    """Rates each position as the begin and as the end of the answer."""
+
+    def __init__(self, config: ModelConfig, seed: int = 42) -> None:
+        super().__init__(config)
+        self.qa_outputs = Dense(config.hidden_size, 2)
+        initialize(self, seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, S, 2] of int64 ids [B, S]: begin, end."""
+        return self.qa_outputs(self.hidden(input_ids, token_type_ids, lengths))
+
+
+class BertForTokenClassification(_BertForTokens):
+    """Predicts a class for every token."""
+
+    def __init__(self, config: ModelConfig, num_labels: int, seed: int = 42) -> None:
+        super().__init__(config)
+        self.classifier = Dense(config.hidden_size, num_labels)
+        initialize(self, seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, S, C] of int64 ids [B, S]."""
+        hidden = self.hidden(input_ids, token_type_ids, lengths)
+        hidden = ops.dropout(hidden, self.config.hidden_dropout_prob, self.training)
+        return self.classifier(hidden)

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import examples
+from clue_ds.tasks import examples, kinds
 from clue_ds.tasks.examples import Examples
-from clue_ds.tasks.registry import Record, Split, Task
+from clue_ds.tasks.task import Split, Task
 
 REPOSITORY = "clue/clue"
 SPLITS: dict[Split, str] = {"train": "train", "dev": "validation", "test": "test"}
@@ -33,20 +33,11 @@ def read(task: Task, split: Split) -> Examples:
             f"can't fetch {task.name} of {REPOSITORY} from the hub: {reason}; download the task's "
             "files elsewhere and give their directory with --data"
         ) from error
-    names = dataset.features[task.label_field].names
-    records = [_with_label_name(task, record, names) for record in dataset]
+    kind = kinds.of(task)
+    records = [kind.hub_record(record, dataset.features) for record in dataset]
     path = Path(f"{REPOSITORY}/{task.name}/{SPLITS[split]}.jsonl")
-    found = examples.collect(task, path, enumerate(records, start=1), labelled=split != "test")
+    located = ((f"{path}:{number}", record) for number, record in enumerate(records, start=1))
+    found = examples.collect(task, path, located, labelled=split != "test")
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     found.sha256 = hashlib.sha256(lines.encode()).hexdigest()
     return found
-
-
-def _with_label_name(task: Task, record: Record, names: list[str]) -> Record:
-    """The record with its label by name: the hub's class numbers have another order than ours.
-
-    The number -1 means that there is no label.
-    """
-    number = record[task.label_field]
-    label = names[number] if number >= 0 else next(iter(task.skipped_labels), "-")
-    return {**record, task.label_field: label}

@@ -69,3 +69,26 @@ def _array(where: str) -> UserError:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def begins_with(path: Path, character: str) -> bool:
+    """Whether the first character of a file that is no space is this one."""
+    with path.open("rb") as stream:
+        first = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+    return first.startswith(character.encode())
+
+
+def json_file(path: Path) -> Any:
+    """The JSON value that is a whole file; a UserError names file and line."""
+    text = "".join(read_lines(path))
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise UserError(f"{path}:1: not JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} at character {error.colno}; restore the "
+            "file from its archive"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None

@@ -7,107 +7,22 @@ settings of OCNLI, which are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from clue_ds import config
 from clue_ds.errors import UserError
-from clue_ds.presets import ModelConfig
+from clue_ds.tasks import kinds
 from clue_ds.tasks.features import Text
-
-Record = dict[str, Any]  # one line of a task's file: field name -> value
-Kind = Literal["single", "pair"]
-Split = Literal["train", "dev", "test"]
-
-# Upstream's advice for small models: a larger learning rate, 5 to 8 epochs, keep the best epoch.
-SMALL_MODEL_LAYERS = 4
-SMALL_MODEL_LR = 1e-4
-SMALL_MODEL_EPOCHS = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a task is fine-tuned unless the user asks for something else."""
-
-    max_length: int = 128  # tokens, special ones included
-    batch_size: int = 16
-    lr: float = 2e-5
-    epochs: int = 3
-
-
-@dataclass(frozen=True)
-class TestVersion:
-    """A version of a task's test set, and the name that the leaderboard wants for its answers.
-
-    A wrong name scores 0 without a message, so `source` tells where the name is written.
-    """
-
-    stem: str = "test"  # of the file's name
-    answers: str = ""  # file name in the zip; default: {task}_predict.json
-    source: str = ""
-    num_lines: int | None = None  # of CLUE's file
-
-
-@dataclass(frozen=True)
-class Task:
-    """A classification task: the fields to read, the labels to predict, how to train."""
-
-    name: str
-    kind: Kind  # one text, or two with different token types
-    fields: tuple[str, ...]  # that every record must have
-    labels: tuple[str, ...]
-    settings: Settings = Settings()
-    small_settings: Settings | None = None  # for small models, instead of upstream's advice
-    build: Callable[[Record], Text] | None = None  # makes the text; default: the fields unchanged
-    label_field: str = "label"
-    skipped_labels: frozenset[str] = frozenset()  # mean that the annotators disagreed
-    name_field: str | None = None  # the field with the label's meaning in words
-    metric: str = "accuracy"
-    # Stems of the file names, best first; the suffix tells the format (examples.SUFFIXES).
-    stems: dict[Split, tuple[str, ...]] = field(
-        default_factory=lambda: {"train": ("train",), "dev": ("dev",)}
-    )
-    test_versions: dict[str, TestVersion] = field(default_factory=lambda: {"1.1": TestVersion()})
-    # Which of several versions a test file is, by its content; None: it doesn't tell.
-    recognize: Callable[[Iterable[Record]], str | None] | None = None
-    # Names for the answers that were published and are no longer accepted -> by whom.
-    old_answers: dict[str, str] = field(default_factory=dict)
-    num_published: dict[Split, int] = field(default_factory=dict)  # examples of train and dev
-
-    @property
-    def folder(self) -> str:
-        """Where CLUE's archives put the task's files."""
-        return f"{self.name}_public"
-
-    def old_stems(self, version: str) -> tuple[str, ...]:
-        """Names of other versions' files, which older archives give to this one."""
-        return tuple(v.stem for name, v in self.test_versions.items() if name != version)
-
-    def answers_name(self, version: str) -> str:
-        """The name in a submission of the answers to a version of the test set."""
-        return self.test_versions[version].answers or f"{self.name}_predict.json"
-
-    def text(self, record: Record) -> Text:
-        """What the model reads of a record, which has all of `fields`."""
-        if self.build is not None:
-            return self.build(record)
-        if self.kind == "single":
-            return record[self.fields[0]]
-        return record[self.fields[0]], record[self.fields[1]]
-
-    def settings_for(self, model: ModelConfig) -> Settings:
-        """The settings for a model of this size."""
-        if model.num_hidden_layers > SMALL_MODEL_LAYERS:
-            return self.settings
-        if self.small_settings is not None:
-            return self.small_settings
-        plain = self.settings
-        epochs = max(plain.epochs, SMALL_MODEL_EPOCHS)
-        return Settings(plain.max_length, plain.batch_size, SMALL_MODEL_LR, epochs)
+from clue_ds.tasks.kinds.classify import CustomTask as CustomTask
+from clue_ds.tasks.task import SMALL_MODEL_LR as SMALL_MODEL_LR
+from clue_ds.tasks.task import Record as Record
+from clue_ds.tasks.task import Settings as Settings
+from clue_ds.tasks.task import Split as Split
+from clue_ds.tasks.task import Task as Task
+from clue_ds.tasks.task import TestVersion as TestVersion
 
 
 def csl_text(record: Record) -> Text:
@@ -258,51 +173,19 @@ def get(name: str | Path) -> Task:
     )
 
 
-class CustomTask(BaseModel):
-    """The keys of a YAML file that describes a user's own task."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    text: list[str] = Field(min_length=1, max_length=2)
-    labels: list[str] = Field(min_length=2)
-    label: str = "label"
-    skip: list[str] = []
-    label_name: str | None = None
-    max_length: int = Field(Settings.max_length, ge=8)
-    batch_size: int = Field(Settings.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0)
-    epochs: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _check_labels(self) -> CustomTask:
-        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"labels {', '.join(repeated)} are listed twice")
-        return self
-
-
 def custom(path: str | Path) -> Task:
     """The task that a YAML file describes; a UserError lists everything wrong with the file."""
     values = config.read_yaml(path)
+    kind = values.pop("kind", "classify")
+    if not isinstance(kind, str) or kind not in kinds.CUSTOM_KINDS:
+        known = ", ".join(kinds.CUSTOM_KINDS)
+        raise UserError(f"{path}: kind {kind!r} must be one of {known}")
+    of_kind = kinds.KINDS[kinds.CUSTOM_KINDS[kind]]
     try:
-        given = CustomTask.model_validate(values)
+        given = of_kind.keys.model_validate(values)
     except ValidationError as error:
-        raise UserError(config.explain(error, CustomTask, str(path))) from None
-    if given.name in TASKS:
-        raise UserError(f"{path}: name {given.name} is taken by CLUE's own task; choose another")
-    plain, small = (
-        Settings(given.max_length, given.batch_size, given.lr or lr, given.epochs or epochs)
-        for lr, epochs in ((Settings.lr, Settings.epochs), (SMALL_MODEL_LR, SMALL_MODEL_EPOCHS))
-    )
-    return Task(
-        given.name,
-        "pair" if len(given.text) == 2 else "single",
-        tuple(given.text),
-        tuple(given.labels),
-        plain,
-        small,
-        label_field=given.label,
-        skipped_labels=frozenset(given.skip),
-        name_field=given.label_name,
-    )
+        raise UserError(config.explain(error, of_kind.keys, str(path))) from None
+    task = of_kind.custom(given, Path(path))
+    if task.name in TASKS:
+        raise UserError(f"{path}: name {task.name} is taken by CLUE's own task; choose another")
+    return task

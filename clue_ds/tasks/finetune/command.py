@@ -2,7 +2,7 @@
 
 Guarantees: every result is a file, so the same command continues after a kill without repeating a
 finished run; the processes of a pool and the jobs of an array share only the output directory; the
-best settings are those with the highest mean dev accuracy over the seeds, and the model that is
+best settings are those with the highest mean dev score over the seeds, and the model that is
 kept is the best of their seeds.
 """
 
@@ -31,9 +31,9 @@ from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
-from clue_ds.tasks import outputs, registry
+from clue_ds.tasks import kinds, outputs, registry
 from clue_ds.tasks.finetune import checks, run
-from clue_ds.tasks.finetune.directory import RESULT, locked, read_result
+from clue_ds.tasks.finetune.directory import RESULT, baselines, locked, read_result, shown_scores
 from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
 from clue_ds.tasks.finetune.run import RunSpec
 
@@ -66,7 +66,7 @@ def finetune(
     force: bool = False,
     health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
-    """Fine-tune a model on tasks of CLUE or your own; keep the epoch with the best dev accuracy.
+    """Fine-tune a model on tasks of CLUE or your own; keep the epoch with the best dev score.
 
     After an interruption, run the same command again to continue. To use several GPUs or ranks:
     clue-ds launch --local 2 -- finetune ...
@@ -87,7 +87,7 @@ def finetune(
         max_length: most tokens of a text, or of both texts of a pair; longer ones are truncated.
         warmup_ratio: fraction of the steps in which the learning rate rises; default 0.1.
         weight_decay: weight decay, except on LayerNorm and biases; default 0.01.
-        patience: stop after this many epochs without a better dev accuracy; default never.
+        patience: stop after this many epochs without a better dev score; default never.
         precision: precision of the forward pass; bf16 is faster on hardware that supports it.
         kernels: implementation of the fused operations: triton, torch, or auto (triton on a GPU).
         seed: seed of the head's weights, the order of examples and dropout; the first of --seeds.
@@ -269,11 +269,14 @@ def _print_stopped(spec: RunSpec, reason: Stopped) -> None:
 def _print_result(spec: RunSpec, result: dict[str, Any]) -> None:
     if dist.rank() > 0:
         return
-    best, majority = result["best"], result["majority"]
+    best, shown = result["best"], shown_scores(result)
+    said = " and ".join(f"{title} {best[key]:.2%}" for key, title in shown)
+    guesses = [
+        f"; {name} would give {' and '.join(f'{scores[key]:.2%}' for key, _ in shown)}"
+        for name, scores in baselines(result).items()
+    ]
     Console(highlight=False, soft_wrap=True).print(
-        f"{spec.directory}: dev accuracy {best['accuracy']:.2%} and macro F1 {best['f1']:.2%} "
-        f"in epoch {best['epoch']}; always predicting the most frequent label would give "
-        f"{majority['accuracy']:.2%} and {majority['f1']:.2%}"
+        f"{spec.directory}: dev {said} in epoch {best['epoch']:g}{''.join(guesses)}"
     )
 
 
@@ -289,22 +292,24 @@ def _keep_best(directory: Path, specs: list[RunSpec]) -> None:
         )
         return
     with locked(directory, wait=True), outputs.explained(directory, "give another --output"):
-        best = _choose(directory, {run_dir: read_result(run_dir) for run_dir in done})
+        kind = kinds.of(registry.get(specs[0].task))
+        best = _choose(kind, {run_dir: read_result(run_dir) for run_dir in done})
     print(f"best model: {directory / BEST / 'model'} ({best.name})")
 
 
-def _choose(directory: Path, results: dict[Path, dict[str, Any]]) -> Path:
+def _choose(kind: kinds.Kind, results: dict[Path, dict[str, Any]]) -> Path:
     """Link the best of the runs, delete the models of the others, return the best."""
     by_settings: dict[str, list[Path]] = {}
     for run_dir, result in results.items():
         settings = json.dumps({**result["recipe"], "seed": None})
         by_settings.setdefault(settings, []).append(run_dir)
 
-    def accuracy(run_dir: Path) -> float:
-        return results[run_dir]["best"]["accuracy"]
+    def score(run_dir: Path) -> float:
+        return kind.best_by(results[run_dir]["best"])
 
-    winners = max(by_settings.values(), key=lambda runs: sum(map(accuracy, runs)) / len(runs))
-    best = max(winners, key=accuracy)
+    winners = max(by_settings.values(), key=lambda runs: sum(map(score, runs)) / len(runs))
+    best = max(winners, key=score)
+    directory = best.parent
     for run_dir in results:
         # Another command may have begun to work there; then the model is its own.
         if run_dir != best:

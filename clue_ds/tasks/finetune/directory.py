@@ -26,13 +26,13 @@ from clue_ds import files
 from clue_ds.errors import UserError
 from clue_ds.tasks import outputs
 from clue_ds.tasks.finetune import request, state
+from clue_ds.tasks.kinds.classify import MAJORITY
 
 RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.json"
 LOCK = ".lock"
 RESULT_KEYS = (
     "task", "labels", "model", "from_scratch", "limit", "recipe", "data", "test_versions",
-    "num_trained_on", "best", "majority", "epochs", "losses", "label_names", "f1_of_classes",
-    "confusion", "seconds", "num_ranks", "versions",
+    "num_trained_on", "best", "epochs", "losses", "label_names", "seconds", "num_ranks", "versions",
 )  # fmt: skip
 
 
@@ -176,6 +176,22 @@ def read_result(directory: Path) -> dict[str, Any]:
     path = directory / RESULT
     result = files.read_json(path, "result")
     missing = [key for key in RESULT_KEYS if key not in result]
+    if "majority" not in result and "baselines" not in result:
+        missing.append("baselines")
     if missing:
         raise UserError(f"{path} is damaged: it has no {missing[0]}; restore it from a copy")
     return result
+
+
+def shown_scores(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key in result["best"], title) of each score; the first is the main one."""
+    # Earlier versions, which had no other tasks than classification, did not record them.
+    found = result.get("columns") or [("accuracy", "accuracy"), ("f1", "macro F1")]
+    return [(key, title) for key, title in found]
+
+
+def baselines(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores on dev without a model: what is done instead -> its scores."""
+    if "baselines" in result:
+        return result["baselines"]
+    return {MAJORITY: result["majority"]}

@@ -1,8 +1,9 @@
-"""Fine-tune an encoder to classify texts, and measure it on held-out texts.
+"""Fine-tune an encoder for a task, and measure it on held-out examples.
 
-The saved directory loads as transformers' BertForSequenceClassification and holds the epoch that
-was best on the held-out examples. This is the call for Python: examples in, a model out. loop.py
-has the training loop, and run.py the directory of a run of `clue-ds finetune`.
+The saved directory loads as the class of transformers that the task's kind names, and holds the
+epoch that was best on the held-out examples. `fit` is the call for Python: texts and labels in, a
+classifier out. loop.py has the training loop, and run.py the directory of a run of
+`clue-ds finetune`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from clue_ds.export import OpenedModel, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
 from clue_ds.model import finetuned
-from clue_ds.model.weights import CLASSIFIER, load_into
-from clue_ds.tasks import features
+from clue_ds.model.weights import load_into
+from clue_ds.tasks import encoded as encodings
+from clue_ds.tasks import kinds
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.finetune import loop
-from clue_ds.tasks.finetune.loop import Encoded, OnEpoch, OnStep, Outcome, Recipe
-from clue_ds.tasks.heads import BertForSequenceClassification
+from clue_ds.tasks.finetune.loop import OnEpoch, OnStep, Outcome, Recipe
+from clue_ds.tasks.kinds import Example, Kind
+from clue_ds.tasks.task import Task
 
 LabelledText = tuple[Text, str]
 DEFAULT_RECIPE = Recipe()
@@ -62,12 +65,13 @@ def fit(
     directories.
     """
     labels = _labels(train, dev)
+    kind = kinds.of(Task(task or "", "single", ("text",), tuple(labels)))
     with opened(model) as source:
         outcome = fit_source(
             source,
-            train,
-            dev,
-            labels,
+            kind,
+            _examples(train),
+            _examples(dev),
             recipe,
             name=model,
             output=output,
@@ -76,15 +80,18 @@ def fit(
             force=force,
             on_step=on_step,
         )
-    predictions = [labels[i] for i in outcome.predictions]
-    return FinetuneResult(outcome.best["accuracy"], predictions, labels, outcome.losses)
+    return FinetuneResult(outcome.best["accuracy"], outcome.values, labels, outcome.losses)
+
+
+def _examples(given: Sequence[LabelledText]) -> list[Example]:
+    return [Example(number, text, label) for number, (text, label) in enumerate(given)]
 
 
 def fit_source(
     source: OpenedModel,
-    train: Sequence[LabelledText],
-    dev: Sequence[LabelledText],
-    labels: Sequence[str],
+    kind: Kind,
+    train: Sequence[Example],
+    dev: Sequence[Example],
     recipe: Recipe,
     *,
     name: str | Path,
@@ -98,38 +105,41 @@ def fit_source(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
-    """`fit` for a model that is already open; messages call it `name`.
+    """Fine-tune a model that is already open for a task of any kind; messages call it `name`.
 
-    `labels` are in the order of their ids, `names` are what people read instead of them. `data`:
-    split -> SHA-256 of its file, for the record. `state_file` and `on_epoch`: see `loop.train`.
+    `task`: its name in the saved model. `names`: label -> what people read instead. `data`: split
+    -> SHA-256 of its file, for the record. `state_file` and `on_epoch`: see `loop.train`.
     """
     config = source.config
     huggingface.read_tokens(source.vocab_file, config.vocab_size)
     tokenizer = Tokenizer(source.vocab_file, source.lower_case)
-    network = BertForSequenceClassification(config, len(labels), recipe.seed)
+    network = kind.network(config, recipe.seed)
     if not from_scratch:
-        state = {n: t for n, t in source.state_dict.items() if not n.startswith("classifier.")}
+        head = {n for n in network.state_dict() if not n.startswith("bert.")}
+        state = {n: t for n, t in source.state_dict.items() if n not in head}
         missing = load_into(network, config, state, name)
-        fresh = [n for n in missing if n not in CLASSIFIER]
+        fresh = [n for n in missing if n not in head]
         if fresh and dist.rank() == 0:
             print(f"{name} has no {', '.join(fresh)}, which start from random weights", flush=True)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     max_length = min(recipe.max_length, config.max_position_embeddings)
-    ids = {label: i for i, label in enumerate(labels)}
     encoded, held_out = (
-        Encoded(
-            features.encode_all(tokenizer, [text for text, _ in examples], max_length),
-            torch.tensor([ids[label] for _, label in examples]),
-        )
-        for examples in (train, dev)
+        encodings.encode(kind, tokenizer, examples, max_length, where=where)
+        for examples, where in ((train, "train"), (dev, "dev"))
     )
     outcome = loop.train(
-        network, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
+        network, kind, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
     )
     with watchdog.current().section("save"):
         if output is not None and dist.rank() == 0:
             about = finetuned.describe(
-                labels, names, task=task, max_length=max_length, dev=outcome.best, data=data or {}
+                kind.task.labels,
+                names,
+                architecture=kind.architecture,
+                task=task,
+                max_length=max_length,
+                dev=outcome.best,
+                data=data or {},
             )
             weights, vocab_file = network.state_dict(), source.vocab_file
             lower_case = source.lower_case

@@ -1,10 +1,12 @@
-"""The training loop of fine-tuning: train for some epochs, keep the one with the best dev accuracy.
+"""The training loop of fine-tuning: train for some epochs, keep the one with the best dev score.
+
+All kinds of tasks are trained here; what differs between them is what their `Kind` says.
 
 Guarantees: the recipe's seed determines everything, and torch's global generator is left alone; a
 killed run continues bit for bit from `state_file` (dropout is a function of seed and step, so there
 is no generator state to restore); a run that is asked to stop saves its state first; batches are
-padded only to their longest text; LayerNorm and biases have no weight decay; several ranks make the
-same update as one, up to rounding and dropout.
+padded only to their longest sequence; LayerNorm and biases have no weight decay; several ranks make
+the same update as one, up to rounding and dropout.
 
 Rejected: keeping every epoch's weights on disk (nobody needs any but the best).
 """
@@ -21,27 +23,30 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clue_ds import dist
 from clue_ds.errors import UserError
 from clue_ds.job import watchdog
 from clue_ds.pretrain import optim, schedule
 from clue_ds.pretrain.engine import dropout_seed
+from clue_ds.tasks import encoded as encodings
 from clue_ds.tasks import features
-from clue_ds.tasks.features import Features
-from clue_ds.tasks.finetune import measures, state
+from clue_ds.tasks.encoded import Encoded
+from clue_ds.tasks.features import Unit
+from clue_ds.tasks.finetune import state
 from clue_ds.tasks.finetune.updater import RanksUpdater, Updater
-from clue_ds.tasks.heads import BertForSequenceClassification
+from clue_ds.tasks.kinds import Answer, Kind
 
 Precision = Literal["fp32", "bf16"]
 OnStep = Callable[[int, int, float], None]
 OnEpoch = Callable[[dict[str, Any]], None]
 
-# Texts are shuffled, then sorted by length within buckets of this many batches.
+# Units are shuffled, then sorted by length within buckets of this many batches.
 BATCHES_PER_BUCKET = 16
+# Sequences and tokens of a batch when dev is measured.
 EVALUATION_BATCH_SIZE = 128
+EVALUATION_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,16 @@ class Recipe:
     """The hyperparameters of a run. The defaults suit a few thousand short texts."""
 
     epochs: int = 3
-    batch_size: int = 32  # examples per step, over all ranks
+    batch_size: int = 32  # units per step, over all ranks: texts, questions, blanks, windows
     lr: float = 5e-5  # peak of a linear warm-up and decay
     warmup_ratio: float = 0.1  # fraction of the steps
     weight_decay: float = 0.01
     gradient_clipping: float = 1.0
     max_length: int = 128  # tokens; never more than the model's positions
     seed: int = 42  # of the head's weights, the order of examples and dropout
-    patience: int = 0  # epochs without a better dev accuracy before training stops; 0: never
+    patience: int = 0  # epochs without a better dev score before training stops; 0: never
     precision: Precision = "fp32"  # of the forward pass; weights are fp32
     save_every: int = 500  # steps between saved states; each epoch's end is saved as well
-
-
-class Encoded(NamedTuple):
-    """Tokenized examples with the ids of their classes."""
-
-    texts: Sequence[Features]
-    targets: Tensor  # int64 [texts]
 
 
 class Stopped(Exception):
@@ -77,7 +75,7 @@ class Outcome(NamedTuple):
 
     epochs: list[dict[str, Any]]  # the line of each epoch, see `_measure`
     best: dict[str, Any]  # the best epoch's line
-    predictions: list[int]  # the best epoch's class for each example of dev
+    values: list[Any]  # the best epoch's answer to each example of dev (Answer.value)
     losses: list[float]  # of each step
 
 
@@ -89,11 +87,12 @@ class TrainingState:
     losses: list[float] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    best_predictions: list[int] = field(default_factory=list)
+    best_values: list[Any] = field(default_factory=list)
 
 
 def train(
-    network: BertForSequenceClassification,
+    network: nn.Module,
+    kind: Kind,
     examples: Encoded,
     dev: Encoded,
     pad_id: int,
@@ -108,18 +107,18 @@ def train(
     and the caller removes it in the end. Without it, requests to stop are ignored. `on_step` is
     called with (step, number of steps, loss), `on_epoch` with each epoch's line.
     """
-    plan = [_epoch(examples.texts, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
-    ends = np.cumsum([len(batches) for batches in plan]).tolist()
+    plan = [_epoch(examples.units, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
+    ends = _ends([len(batches) for batches in plan], kind.task.evaluations_per_epoch)
     steps = [rows for batches in plan for rows in batches]
     updater = _updater(network, recipe, len(steps))
     progress, watch = TrainingState(), watchdog.current()
     if state_file is not None and state_file.exists():
         progress = _resume(state_file, updater)
     for step in range(progress.step, len(steps)):
-        if _is_over(progress.epochs, recipe):
+        if _is_over(progress.epochs, recipe, kind):
             break
         network.train()
-        loss = _step(updater, examples, steps[step], pad_id, recipe, step, len(steps))
+        loss = _step(updater, kind, examples, steps[step], pad_id, recipe, step, len(steps))
         _check_finite(loss, step)
         progress.losses.append(loss)
         progress.step = step + 1
@@ -127,9 +126,8 @@ def train(
         if on_step is not None:
             on_step(step + 1, len(steps), loss)
         if step + 1 in ends:
-            epoch = ends.index(step + 1)
             with watch.section("evaluate"):
-                _measure(network, dev, pad_id, progress, epoch, len(plan[epoch]))
+                _measure(network, kind, dev, pad_id, progress, ends[step + 1])
             if on_epoch is not None:
                 on_epoch(progress.epochs[-1])
         saves = stops or step + 1 in ends or (step + 1) % recipe.save_every == 0
@@ -139,19 +137,32 @@ def train(
         if stops:
             raise Stopped(f"stopped on request after step {step + 1} of {len(steps)}")
     network.load_state_dict(progress.best_weights)
-    best = _best(progress.epochs)
-    return Outcome(progress.epochs, best, progress.best_predictions, progress.losses)
+    best = _best(progress.epochs, kind)
+    return Outcome(progress.epochs, best, progress.best_values, progress.losses)
 
 
-def _best(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of the epochs with the highest dev accuracy."""
-    return max(epochs, key=lambda line: line["accuracy"])
+def _ends(num_steps: Sequence[int], per_epoch: int) -> dict[int, float]:
+    """Step after which dev is measured -> epochs until then, a whole number at an epoch's end."""
+    ends: dict[int, float] = {}
+    begin = 0
+    for epoch, count in enumerate(num_steps):
+        for part in range(1, per_epoch + 1):
+            step = begin + round(count * part / per_epoch)
+            if step > begin:
+                ends[step] = epoch + 1 if part == per_epoch else epoch + part / per_epoch
+        begin += count
+    return ends
 
 
-def _is_over(epochs: list[dict[str, Any]], recipe: Recipe) -> bool:
+def _best(epochs: list[dict[str, Any]], kind: Kind) -> dict[str, Any]:
+    """The first of the epochs with the highest dev score."""
+    return max(epochs, key=kind.best_by)
+
+
+def _is_over(epochs: list[dict[str, Any]], recipe: Recipe, kind: Kind) -> bool:
     if not recipe.patience or not epochs:
         return False
-    return epochs[-1]["epoch"] - _best(epochs)["epoch"] >= recipe.patience
+    return epochs[-1]["epoch"] - _best(epochs, kind)["epoch"] >= recipe.patience
 
 
 def _check_finite(loss: float, step: int) -> None:
@@ -163,21 +174,22 @@ def _check_finite(loss: float, step: int) -> None:
 
 
 def _measure(
-    network: BertForSequenceClassification,
+    network: nn.Module,
+    kind: Kind,
     dev: Encoded,
     pad_id: int,
     progress: TrainingState,
-    epoch: int,
-    num_steps: int,
+    epoch: float,
 ) -> None:
-    """Add the epoch's line {epoch, step, loss, accuracy, f1}; keep its weights if they are best."""
-    predictions = classify(network, dev.texts, pad_id)
-    scores = measures.scores(dev.targets.tolist(), predictions, network.classifier.out_features)
-    loss = float(np.mean(progress.losses[-num_steps:]))
-    progress.epochs.append({"epoch": epoch + 1, "step": progress.step, "loss": loss, **scores})
-    if _best(progress.epochs) is progress.epochs[-1]:
+    """Add the epoch's line {epoch, step, loss, scores}; keep its weights if they are best."""
+    values = [answer.value for answer in evaluate(network, kind, dev, pad_id)]
+    scores = kind.scores(dev.examples, values)
+    begin = progress.epochs[-1]["step"] if progress.epochs else 0
+    loss = float(np.mean(progress.losses[begin:]))
+    progress.epochs.append({"epoch": epoch, "step": progress.step, "loss": loss, **scores})
+    if _best(progress.epochs, kind) is progress.epochs[-1]:
         progress.best_weights = copy.deepcopy(network.state_dict())
-        progress.best_predictions = predictions
+        progress.best_values = values
 
 
 # ------------------------------------------------------------------------------------- one step
@@ -186,7 +198,7 @@ def _measure(
 class LocalUpdater:
     """One process: torch's AdamW on fp32 weights."""
 
-    def __init__(self, network: BertForSequenceClassification, recipe: Recipe) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         self.network, self.recipe = network, recipe
         self.optimizer = _optimizer(network, recipe.weight_decay)
 
@@ -205,7 +217,7 @@ class LocalUpdater:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _updater(network: BertForSequenceClassification, recipe: Recipe, num_steps: int) -> Updater:
+def _updater(network: nn.Module, recipe: Recipe, num_steps: int) -> Updater:
     """LocalUpdater, or on several ranks DeepSpeed's engine with the same methods."""
     if dist.world_size() == 1:
         return LocalUpdater(network, recipe)
@@ -215,6 +227,7 @@ def _updater(network: BertForSequenceClassification, recipe: Recipe, num_steps: 
 
 def _step(
     updater: Updater,
+    kind: Kind,
     examples: Encoded,
     rows: list[int],
     pad_id: int,
@@ -222,18 +235,22 @@ def _step(
     step: int,
     num_steps: int,
 ) -> float:
-    """Update the weights with the examples `rows`; return their mean loss over all ranks."""
+    """Update the weights with the units `rows`; return their mean loss over all ranks."""
     network = updater.network
     device = next(network.parameters()).device
     rank, num_ranks = dist.rank(), dist.world_size()
     mine = rows[rank::num_ranks] or rows[:1]  # a short last batch may leave none for this rank
-    # The engine averages over ranks, which may hold different numbers of examples. A rank without
-    # any computes the first one with weight 0.
-    weight = len(rows[rank::num_ranks]) * num_ranks / len(rows)
-    inputs = features.collate([examples.texts[i] for i in mine], pad_id)
+    units, targets = [examples.units[i] for i in mine], [examples.targets[i] for i in mine]
+    # The engine averages over ranks, which may hold different numbers of losses. A rank without
+    # any unit computes the first one with weight 0.
+    weight = 0.0
+    if rows[rank::num_ranks]:
+        whole = kind.count([examples.units[i] for i in rows], [examples.targets[i] for i in rows])
+        weight = kind.count(units, targets) * num_ranks / whole
+    inputs = features.collate_units(units, pad_id)
     with _dropout(recipe.seed, step, device), _precision(recipe, device):
-        logits = updater.forward(**{name: tensor.to(device) for name, tensor in inputs.items()})
-    loss = F.cross_entropy(logits.float(), examples.targets[mine].to(device)) * weight
+        outputs = updater.forward(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    loss = kind.loss(outputs, units, targets) * weight
     updater.backward(loss)
     warmup_steps = int(recipe.warmup_ratio * num_steps)
     scale = schedule.lr_scale(step, steps=num_steps, warmup_steps=warmup_steps, schedule="linear")
@@ -253,16 +270,14 @@ def _precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
-def _epoch(encoded: Sequence[Features], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Shuffled batches of indices: every example once, texts of similar length together."""
+def _epoch(units: Sequence[Unit], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Shuffled batches of indices: every unit once, units of similar length together."""
     draws = np.random.default_rng((seed, epoch))
-    order = draws.permutation(len(encoded))
+    order = draws.permutation(len(units))
     bucket = batch_size * BATCHES_PER_BUCKET
     batches = []
     for start in range(0, len(order), bucket):
-        rows = sorted(
-            order[start : start + bucket].tolist(), key=lambda i: len(encoded[i].input_ids)
-        )
+        rows = sorted(order[start : start + bucket].tolist(), key=lambda i: units[i].size)
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in draws.permutation(len(batches))]
 
@@ -294,27 +309,26 @@ def _resume(path: Path, updater: Updater) -> TrainingState:
     return TrainingState(**saved["progress"])
 
 
-# ---------------------------------------------------------------------------------- classifying
+# ------------------------------------------------------------------------------------ measuring
 
 
 @torch.inference_mode()
-def classify(
-    network: BertForSequenceClassification, encoded: Sequence[Features], pad_id: int
-) -> list[int]:
-    """The most probable class of every text, in order. Ranks share the work; all get the result."""
+def evaluate(network: nn.Module, kind: Kind, encoded: Encoded, pad_id: int) -> list[Answer]:
+    """The answer to every example, in order. Ranks share the work; all get the result."""
     network.eval()
     watch = watchdog.current()
     device = next(network.parameters()).device
     rank, num_ranks = dist.rank(), dist.world_size()
-    mine = [0] * len(encoded[rank::num_ranks])
-    for rows in features.batches_by_length(encoded[rank::num_ranks], EVALUATION_BATCH_SIZE):
-        texts = [encoded[rank + i * num_ranks] for i in rows]
-        inputs = features.collate(texts, pad_id)
-        logits = network(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        for row, choice in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            mine[row] = choice
+    own = encoded.units[rank::num_ranks]
+    mine: list[Any] = [None] * len(own)
+    for rows in features.batches_by_length(own, EVALUATION_BATCH_SIZE, EVALUATION_TOKENS):
+        units = [own[i] for i in rows]
+        inputs = features.collate_units(units, pad_id)
+        outputs = network(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        for row, raw in zip(rows, kind.raw(outputs, units), strict=True):
+            mine[row] = raw
         watch.mark()
-    result = [0] * len(encoded)
-    for number, classes in enumerate(dist.all_gather(mine)):
-        result[number::num_ranks] = classes
-    return result
+    raws: list[Any] = [None] * len(encoded.units)
+    for number, found in enumerate(dist.all_gather(mine)):
+        raws[number::num_ranks] = found
+    return encodings.answers(kind, encoded, raws)

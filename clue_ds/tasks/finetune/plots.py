@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 import matplotlib
 import numpy as np
 
+from clue_ds.tasks.finetune.directory import baselines, shown_scores
+from clue_ds.tasks.kinds.classify import MAJORITY
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
@@ -36,7 +39,7 @@ def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
             axis.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    accuracy, guess = result["best"]["accuracy"], result["majority"]["accuracy"]
+    accuracy, guess = result["best"]["accuracy"], baselines(result)[MAJORITY]["accuracy"]
     axis.set_title(f"{result['task']} dev: {accuracy:.1%} (majority class: {guess:.1%})")
     figure.colorbar(image, shrink=0.7, label="fraction of the true class")
     figure.savefig(target, dpi=110, format="png")
@@ -44,7 +47,7 @@ def confusion(result: dict[str, Any], target: Path | BinaryIO) -> None:
 
 
 def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
-    """The smoothed training loss by step; dev accuracy and F1 by epoch."""
+    """The smoothed training loss by step; the scores on dev by epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     losses = np.array(result["losses"])
     width = max(1, len(losses) // 50)
@@ -53,12 +56,12 @@ def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
     left.set_xlabel("step")
     left.set_ylabel("training loss" + (f", mean of {width} steps" if width > 1 else ""))
     epochs = [line["epoch"] for line in result["epochs"]]
-    for key, name in (("accuracy", "accuracy"), ("f1", "macro F1")):
+    shown = shown_scores(result)
+    for key, name in shown:
         right.plot(epochs, [line[key] for line in result["epochs"]], marker="o", label=name)
-    right.axhline(
-        result["majority"]["accuracy"], color="grey", linestyle=":", label="majority class"
-    )
-    right.set_xticks(epochs)
+    for (name, scores), line in zip(baselines(result).items(), (":", "--", "-."), strict=False):
+        right.axhline(scores[shown[0][0]], color="grey", linestyle=line, label=name)
+    right.set_xticks([epoch for epoch in epochs if epoch == int(epoch)])
     right.set_xlabel("epoch")
     right.set_ylabel("dev")
     right.legend()

@@ -20,7 +20,7 @@ from clue_ds.job import preflight
 from clue_ds.model.weights import StateDict
 from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.finetune.loop import Recipe
-from clue_ds.tasks.registry import Task
+from clue_ds.tasks.task import Task
 from clue_ds.vocab_file import vocab_lines
 
 # Keys of run.json that are only recorded: where the model was, and the test sets beside the data.
@@ -52,7 +52,7 @@ def weights_hash(state: StateDict) -> str:
 
 def describe_task(task: Task) -> dict[str, Any]:
     """All fields of a task that decide what is read and trained; the settings are the recipe's."""
-    return {
+    described: dict[str, Any] = {
         "kind": task.kind,
         "fields": list(task.fields),
         "label_field": task.label_field,
@@ -60,6 +60,14 @@ def describe_task(task: Task) -> dict[str, Any]:
         "name_field": task.name_field,
         "metric": task.metric,
     }
+    # Only where they differ from what tasks had before there were kinds, which have the same runs.
+    if task.format != "lines":
+        described["format"] = task.format
+    if task.options:
+        described["options"] = dict(task.options)
+    if task.evaluations_per_epoch != 1:
+        described["evaluations_per_epoch"] = task.evaluations_per_epoch
+    return described
 
 
 def describe_file(read: Examples) -> dict[str, Any]:

@@ -35,13 +35,14 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
-from clue_ds.tasks import examples, hub_data, outputs, registry
+from clue_ds.tasks import examples, hub_data, kinds, outputs, registry
 from clue_ds.tasks.examples import Examples
-from clue_ds.tasks.finetune import directory, fit, measures, request
+from clue_ds.tasks.finetune import directory, fit, request
 from clue_ds.tasks.finetune.directory import EPOCHS, RESULT, STATE
 from clue_ds.tasks.finetune.loop import Outcome, Recipe
 from clue_ds.tasks.finetune.progress import Progress
-from clue_ds.tasks.registry import Split, Task
+from clue_ds.tasks.kinds import Example, Kind
+from clue_ds.tasks.task import Split, Task
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
     watch = watchdog.current()
     watch.begin(watch.health)
     task = registry.get(spec.task)
+    kind = kinds.of(task)
     train, dev = (read(task, spec.data, split) for split in ("train", "dev"))
+    _print_notes(task, train, dev)
     kept = _limited(train, spec.limit)
     with opened(spec.model) as source, contextlib.ExitStack() as held:
         recipe = recipe_for(task, source, spec.changes)
@@ -101,10 +104,10 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
             return done
         began = time.perf_counter()
         data = {"train": train.sha256, "dev": dev.sha256}
-        outcome = _fit(spec, task, recipe, source, kept, dev, data, train.names | dev.names, show)
+        outcome = _fit(spec, kind, recipe, source, kept, dev, data, train.names | dev.names, show)
         seconds = time.perf_counter() - began
         with watch.section("save"):
-            result = _result(run_json, task, kept, dev, outcome, seconds)
+            result = _result(run_json, kind, kept, dev, outcome, seconds)
             if dist.rank() == 0:
                 _finish(spec.directory, result)
             dist.barrier()
@@ -134,7 +137,16 @@ def _prepare(
     return done
 
 
-def _limited(train: Examples, limit: int | None) -> list[examples.Example]:
+def _print_notes(task: Task, *read: Examples) -> None:
+    """Say what was corrected in the data, and how often."""
+    if dist.rank() > 0:
+        return
+    for one in read:
+        for note, count in one.notes.items():
+            print(f"clue-ds finetune: {task.name}, {one.path.name}: {count:,} {note}", flush=True)
+
+
+def _limited(train: Examples, limit: int | None) -> list[Example]:
     """All examples, or `limit` of them; the choice does not depend on the run's seed."""
     if limit is None or limit >= len(train):
         return train
@@ -151,16 +163,16 @@ def _test_versions(task: Task, data: str) -> dict[str, str]:
 
 def _fit(
     spec: RunSpec,
-    task: Task,
+    kind: Kind,
     recipe: Recipe,
     source: OpenedModel,
-    train: list[examples.Example],
+    train: list[Example],
     dev: Examples,
     data: dict[str, str],
     names: dict[str, str],
     show: bool,
 ) -> Outcome:
-    place = spec.directory
+    place, task = spec.directory, kind.task
     console = Console(quiet=not show or dist.rank() > 0, highlight=False)
 
     disabled = not console.is_terminal
@@ -176,16 +188,17 @@ def _fit(
         def on_epoch(line: dict[str, Any]) -> None:
             _write_epochs(place / EPOCHS, line)
             progress.epoch(line)
+            scores = "  ".join(f"{title} {line[key]:.2%}" for key, title in kind.columns)
             console.print(
-                f"{task.name}  epoch {line['epoch']}/{recipe.epochs}  loss {line['loss']:.4f}  "
-                f"dev accuracy {line['accuracy']:.2%}  F1 {line['f1']:.2%}"
+                f"{task.name}  epoch {line['epoch']:g}/{recipe.epochs}  loss {line['loss']:.4f}  "
+                f"dev {scores}"
             )
 
         return fit.fit_source(
             source,
-            [(e.text, str(e.label)) for e in train],
-            [(e.text, str(e.label)) for e in dev],
-            task.labels,
+            kind,
+            train,
+            dev,
             recipe,
             name=spec.model,
             output=place / "model",
@@ -205,38 +218,34 @@ def _write_epochs(path: Path, line: dict[str, Any]) -> None:
     if dist.rank() > 0:
         return
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = lines[: line["epoch"] - 1]
+    kept = [one for one in lines if json.loads(one)["step"] < line["step"]]
     outputs.write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
 
 
 def _result(
     run_json: dict[str, Any],
-    task: Task,
-    train: list[examples.Example],
+    kind: Kind,
+    train: list[Example],
     dev: Examples,
     outcome: Outcome,
     seconds: float,
 ) -> dict[str, Any]:
-    ids = {label: i for i, label in enumerate(task.labels)}
-    truth = [ids[str(e.label)] for e in dev]
-    counts = measures.confusion(truth, outcome.predictions, len(ids))
-    majority = measures.majority([ids[str(e.label)] for e in train], truth, len(ids))
     return {
         **run_json,
         "num_trained_on": len(train),
         "best": outcome.best,
-        "majority": majority,
+        "columns": [list(column) for column in kind.columns],
+        "baselines": kind.baselines(train, dev),
         "epochs": outcome.epochs,
         "losses": outcome.losses,
         "label_names": dev.names,
-        "f1_of_classes": measures.f1_of_classes(counts).tolist(),
-        "confusion": counts.tolist(),
+        **kind.result(train, dev, outcome.values),
         "seconds": seconds,
     }
 
 
 def _finish(place: Path, result: dict[str, Any]) -> None:
-    if importlib.util.find_spec("matplotlib") is not None:
+    if "confusion" in result and importlib.util.find_spec("matplotlib") is not None:
         from clue_ds.tasks.finetune import plots
 
         with outputs.explained(place):

@@ -20,18 +20,29 @@ import tyro
 
 from clue_ds.errors import UserError
 from clue_ds.tasks import outputs, registry
-from clue_ds.tasks.finetune.directory import RESULT, read_result
-from clue_ds.tasks.registry import Split
+from clue_ds.tasks.finetune.directory import RESULT, baselines, read_result, shown_scores
+from clue_ds.tasks.task import Split
 
-# Accuracy on the test sets, from the tables of CLUE and CLUEPretrainedModels.
+# The main score on the test sets, from the tables of CLUE and CLUEPretrainedModels.
 PUBLISHED: dict[str, dict[str, float]] = {
-    "BERT-base": {"afqmc": 73.70, "tnews": 56.58, "iflytek": 60.29, "cmnli": 79.69},
-    "ALBERT-tiny": {"afqmc": 69.92, "tnews": 53.35, "iflytek": 48.71, "cmnli": 70.61},
+    "BERT-base": {
+        "afqmc": 73.70, "tnews": 56.58, "iflytek": 60.29, "cmnli": 79.69, "chid": 82.04,
+        "c3": 64.50,
+    },
+    "ALBERT-tiny": {
+        "afqmc": 69.92, "tnews": 53.35, "iflytek": 48.71, "cmnli": 70.61, "chid": 43.53,
+        "c3": 50.26,
+    },
     "RoBERTa-tiny-clue": {"afqmc": 69.52, "tnews": 54.57, "iflytek": 57.31, "cmnli": 73.10},
-    "RoBERTa-wwm-large": {"afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20},
+    "RoBERTa-wwm-large": {
+        "afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20, "chid": 85.37,
+        "c3": 73.82,
+    },
     "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
-}
-COLUMNS = ["task", "model", "settings", "seeds", "accuracy", "macro F1", "majority class", "data"]
+}  # fmt: skip
+# Other tasks have a column only if there is a run of them.
+ALWAYS_SHOWN = ("afqmc", "tnews", "iflytek", "cmnli")
+COLUMNS = ["task", "model", "settings", "seeds", "score", "second score", "without a model", "data"]
 
 
 # What runs have in common that differ only in their seed; earlier versions recorded a part of it.
@@ -47,8 +58,14 @@ class Group(NamedTuple):
     results: list[dict[str, Any]]
 
     @property
-    def accuracy(self) -> float:
-        return statistics.mean(result["best"]["accuracy"] for result in self.results)
+    def columns(self) -> list[tuple[str, str]]:
+        return shown_scores(self.results[0])
+
+    @property
+    def score(self) -> float:
+        """The mean of the main score."""
+        key, _ = self.columns[0]
+        return statistics.mean(result["best"][key] for result in self.results)
 
     def mean(self, key: str) -> str:
         values = [100 * result["best"][key] for result in self.results]
@@ -151,21 +168,26 @@ def _data(result: dict[str, Any]) -> str:
     return ", ".join(counted) or "whole"
 
 
+def _without_model(result: dict[str, Any]) -> str:
+    """The main score of what needs no model."""
+    key, _ = shown_scores(result)[0]
+    return "; ".join(f"{name}: {100 * s[key]:.2f}" for name, s in baselines(result).items())
+
+
 def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, column names, rows) of each table."""
     scores = []
     for group in groups:
         first = group.results[0]
-        guess = 100 * first["majority"]["accuracy"]
+        shown = [f"{title} {group.mean(key)}" for key, title in group.columns]
         scores.append(
             [
                 group.task,
                 group.model,
                 group.settings,
                 str(len(group.results)),
-                group.mean("accuracy"),
-                group.mean("f1"),
-                f"{guess:.2f}",
+                *(*shown, "")[:2],
+                _without_model(first),
                 _data(first),
             ]
         )
@@ -181,7 +203,7 @@ def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
     return [
         ("dev scores, mean ± standard deviation over seeds (%)", COLUMNS, scores),
         (
-            "accuracy (%) beside published models; * means less than all of CLUE's data",
+            "main score (%) beside published models; * means less than all of CLUE's data",
             *_beside_published(groups),
         ),
         ("data", columns, list(files.values())),
@@ -190,24 +212,28 @@ def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def _beside_published(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
     """(column names, rows), one column per task: our models on dev, published ones on test."""
-    published = list(next(iter(PUBLISHED.values())))
-    tasks = list(dict.fromkeys([*published, *(group.task for group in groups)]))
+    tasks = list(dict.fromkeys([*ALWAYS_SHOWN, *(group.task for group in groups)]))
     best: dict[str, dict[str, Group]] = {}
     for group in groups:  # the best settings of each model and task
         row = best.setdefault(group.model, {})
-        if group.task not in row or group.accuracy > row[group.task].accuracy:
+        if group.task not in row or group.score > row[group.task].score:
             row[group.task] = group
     rows = []
     for model, row in best.items():
         cells = []
         for task in tasks:
             mark = "*" if task in row and _data(row[task].results[0]) != "whole" else ""
-            cells.append(row[task].mean("accuracy") + mark if task in row else "")
+            cells.append(_main(row[task]) + mark if task in row else "")
         rows.append([model, "dev", *cells])
     for model, scores in PUBLISHED.items():
         cells = [f"{scores[task]:.2f}" if task in scores else "" for task in tasks]
         rows.append([model, "test", *cells])
     return ["model", "on", *tasks], rows
+
+
+def _main(group: Group) -> str:
+    key, _ = group.columns[0]
+    return group.mean(key)
 
 
 def as_markdown(groups: list[Group]) -> str:
@@ -255,22 +281,28 @@ def _cell(text: str) -> str:
 
 def _details(result: dict[str, Any]) -> str:
     recipe, best = result["recipe"], result["best"]
-    names = result["label_names"]
     title = f"{result['task']}, seed {recipe['seed']}: {_model(result)}"
-    truth = [sum(row) for row in result["confusion"]]
-    classes = [
-        [label, names.get(label, ""), f"{count:,}", f"{100 * f1:.1f}"]
-        for label, count, f1 in zip(result["labels"], truth, result["f1_of_classes"], strict=True)
-    ]
     settings = [[key, str(value)] for key, value in recipe.items()]
     settings += [[key, value] for key, value in result["versions"].items()]
     return (
         f"<h2>{html.escape(title)}</h2><p>Best in epoch {best['epoch']} of "
         f"{len(result['epochs'])}; {result['seconds']:,.0f} s on {result['num_ranks']} "
         f"rank(s).</p>{_pictures(result)}"
-        f"{_table(['class', 'meaning', 'dev examples', 'F1 (%)'], classes)}"
-        f"{_table(['setting', 'value'], settings)}"
+        f"{_classes(result)}{_table(['setting', 'value'], settings)}"
     )
+
+
+def _classes(result: dict[str, Any]) -> str:
+    """The table of classes of a classification task."""
+    if "confusion" not in result:
+        return ""
+    names = result["label_names"]
+    truth = [sum(row) for row in result["confusion"]]
+    rows = [
+        [label, names.get(label, ""), f"{count:,}", f"{100 * f1:.1f}"]
+        for label, count, f1 in zip(result["labels"], truth, result["f1_of_classes"], strict=True)
+    ]
+    return _table(["class", "meaning", "dev examples", "F1 (%)"], rows)
 
 
 def _pictures(result: dict[str, Any]) -> str:
@@ -281,7 +313,10 @@ def _pictures(result: dict[str, Any]) -> str:
             f"the report's plots need {error.name}; run: pip install 'clue_ds[plots]'"
         ) from None
     images = []
-    for draw, name in ((plots.curves, "curves"), (plots.confusion, "confusion matrix")):
+    drawn = [(plots.curves, "curves")]
+    if "confusion" in result:
+        drawn.append((plots.confusion, "confusion matrix"))
+    for draw, name in drawn:
         stream = io.BytesIO()
         draw(result, stream)
         data = base64.b64encode(stream.getvalue()).decode()

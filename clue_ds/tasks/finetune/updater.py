@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.pretrain.engine import Engine
-from clue_ds.tasks.heads import BertForSequenceClassification
 
 
 class Updater(Protocol):
     """What the loop of fine-tuning needs in order to move the weights of `network`."""
 
     @property
-    def network(self) -> BertForSequenceClassification: ...
+    def network(self) -> nn.Module: ...
 
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
@@ -43,7 +42,7 @@ class RanksUpdater:
 
     def __init__(
         self,
-        network: BertForSequenceClassification,
+        network: nn.Module,
         batch_size: int,
         weight_decay: float,
         gradient_clipping: float,
@@ -69,7 +68,7 @@ class RanksUpdater:
         )
         zero0 = {"zero_optimization": {"stage": 0}}
         self.engine = Engine(network, train, zero0, "of fine-tuning", device)
-        self.network = cast(BertForSequenceClassification, self.engine.module)
+        self.network = cast(nn.Module, self.engine.module)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

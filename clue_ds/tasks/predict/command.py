@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,22 +31,21 @@ from clue_ds.errors import UserError, existing_file, run_module
 from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.settings import arguments
-from clue_ds.tasks import examples, features
-from clue_ds.tasks.examples import Example
-from clue_ds.tasks.features import Features, Text
-from clue_ds.tasks.predict.predictor import MASK, Prediction, Predictor, check_finite
-from clue_ds.tasks.registry import Record
+from clue_ds.tasks import features, records
+from clue_ds.tasks.kinds import Answer, Example, Kind
+from clue_ds.tasks.predict.predictor import MASK, Predictor, check_finite
+from clue_ds.tasks.task import Record
 
 CHUNK = 4096  # lines that are read, sorted by length and computed together
 FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
 
 
 class Answered(NamedTuple):
-    """A line of the input, the tokens that the model read, and its class or embedding."""
+    """An example of the input, whether the model read only a part, and its answer or embedding."""
 
     example: Example
-    features: Features
-    answer: Prediction | np.ndarray
+    truncated: bool
+    answer: Answer | np.ndarray
 
 
 def predict(
@@ -65,22 +64,23 @@ def predict(
     force: bool = False,
     health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
-    """Classify texts, fill in masked tokens, or embed or compare texts with a trained model.
+    """Answer a task, fill in masked tokens, or embed or compare texts with a trained model.
 
     To split a large file over several GPUs or ranks:
     clue-ds launch --local 2 -- predict --model M --file in.jsonl --output out.jsonl
 
     Args:
         model: a run directory, one of its checkpoints, a Hugging Face directory, or a zip of one.
-        task: the task of a classifier: a task of CLUE or a YAML file; default the one that the
-            model was fine-tuned for.
+        task: the task of a fine-tuned model: a task of CLUE or a YAML file; default the one that
+            the model was fine-tuned for.
         text: texts to classify (or embed); for a task of pairs, alternate first and second texts.
-        file: instead of --text, a file of JSON lines, CSV or TSV with the task's fields; without a
-            task the fields are "sentence", "text", or "sentence1" and "sentence2".
+        file: instead of --text, a file of JSON lines, CSV or TSV with the task's fields, or in a
+            format of CLUE's task; without a task the fields are "sentence", "text", or "sentence1"
+            and "sentence2".
         output: the file for the answers, one JSON object per line, or with --embed also an array
             (.npy). Without it the answers are printed.
         fill_mask: texts with [MASK] for each token to fill in.
-        embed: write the embedding of every text (the mean over its tokens) instead of a class.
+        embed: write the embedding of every text (the mean over its tokens) instead of an answer.
         similarity: two texts to compare by the cosine of their embeddings.
         top_k: number of candidates to show for each mask.
         batch_size: number of texts that the model computes together.
@@ -132,43 +132,55 @@ def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _given(predictor: Predictor, texts: tuple[str, ...]) -> list[Example]:
     """The texts of the command line, in pairs if the task is about pairs."""
-    task = predictor.task
-    if task is not None and task.build is not None:
-        fields = ", ".join(task.fields)
-        raise UserError(f"{task.name} reads {fields}; give them as JSON lines with --file")
-    given: list[Text] = list(texts)
-    if task is not None and task.kind == "pair":
-        if len(texts) % 2:
-            raise UserError(
-                f"{task.name} is about pairs of texts, but {len(texts)} is an odd number of texts; "
-                "alternate first and second texts"
-            )
-        given = list(zip(texts[::2], texts[1::2], strict=True))
+    kind = predictor.kind
+    name = kind.task.name or "the task of this model" if kind is not None else ""
+    size = kind.num_texts if kind is not None else 1
+    if kind is not None and size == 0:
+        fields = ", ".join(kind.task.fields)
+        raise UserError(f"{name} reads {fields}; give them as JSON lines with --file")
+    if len(texts) % size:
+        raise UserError(
+            f"{name} is about pairs of texts, but {len(texts)} is an odd number of texts; "
+            "alternate first and second texts"
+        )
     return [
-        Example(number, examples.checked(one, f"--text {number + 1}"), None)
-        for number, one in enumerate(given)
+        Example(number, _plain(kind, texts[i : i + size], f"--text {number + 1}"), None)
+        for number, i in enumerate(range(0, len(texts), size))
     ]
 
 
-def read_unlabelled(predictor: Predictor, path: Path) -> Iterator[Example]:
-    """The texts of a file, one line at a time; a UserError names file and line."""
+def _plain(kind: Kind | None, texts: tuple[str, ...], where: str) -> Any:
+    return records.checked(texts[0], where) if kind is None else kind.plain(texts, where)
+
+
+def read_unlabelled(predictor: Predictor, path: Path, embed: bool = False) -> Iterator[Example]:
+    """The examples of a file, one at a time; a UserError names file and line."""
     number = -1
-    for number, (line, record) in enumerate(examples.records(path)):
-        where = f"{path}:{line}"
-        text = text_of_record(predictor, record, where)
-        yield Example(examples.id_of(record, number, where), text, None)
+    for number, (where, record) in enumerate(_located(predictor, path, embed)):
+        text = text_of_record(predictor, record, where, embed)
+        yield Example(records.id_of(record, number, where), text, None)
     if number < 0:
         raise UserError(f"{path} has no examples: it is empty; give one JSON object per line")
 
 
-def text_of_record(predictor: Predictor, record: Record, where: str) -> Text:
-    """What the model reads of a record: the task's text, or without a task the usual fields."""
-    if predictor.task is not None:
-        return examples.text_of(predictor.task, record, where)
+def _located(predictor: Predictor, path: Path, embed: bool) -> Iterator[tuple[str, Record]]:
+    if predictor.kind is None or (embed and not predictor.classifies):
+        return ((f"{path}:{line}", record) for line, record in records.records(path))
+    return predictor.kind.records(path)
+
+
+def text_of_record(predictor: Predictor, record: Record, where: str, embed: bool = False) -> Any:
+    """What the model reads of a record: the task's text, or without a task the usual fields.
+
+    Only texts and pairs can be embedded, so the fields of other kinds don't count then.
+    """
+    kind = predictor.kind
+    if kind is not None and (predictor.task is not None if predictor.classifies else not embed):
+        return kind.text(record, where)
     for fields in FIELDS_WITHOUT_TASK:
         if all(name in record for name in fields):
             texts = [record[name] for name in fields]
-            return examples.checked(texts[0] if len(texts) == 1 else (texts[0], texts[1]), where)
+            return records.checked(texts[0] if len(texts) == 1 else (texts[0], texts[1]), where)
     raise UserError(
         f"{where}: no field 'sentence' or 'text', nor 'sentence1' and 'sentence2' "
         f"(has {', '.join(record) or 'none'})"
@@ -180,7 +192,7 @@ def predict_file(
 ) -> None:
     """Answer every line of a file, into `out` or on the terminal, and print how many."""
     begin = time.perf_counter()
-    rows = read_unlabelled(predictor, existing_file(file, "input"))
+    rows = read_unlabelled(predictor, existing_file(file, "input"), embed)
     chunks = answered(predictor, rows, embed)
     if out is None:
         write_answers(chunks, sys.stdout)
@@ -228,25 +240,37 @@ def answered(
     """The examples with their answers, in order, one chunk of the file at a time."""
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        encoded = predictor.encode([example.text for example in chunk])
-        answers = _answers(predictor, encoded, embed)
-        for example, answer in zip(chunk, answers, strict=True):
-            check_finite(answer, f"the text with id {example.id!r}")
-        yield list(map(Answered, chunk, encoded, answers))
+        yield _embedded(predictor, chunk) if embed else _answered(predictor, chunk)
 
 
-def _answers(predictor: Predictor, encoded: list[Features], embed: bool) -> list[Any]:
-    """A class or an embedding for each text.
+def _answered(predictor: Predictor, chunk: list[Example]) -> list[Answered]:
+    encoded = predictor.encode_examples(chunk)
+    raws = _shared(predictor, encoded.units, predictor.raws)
+    answers = predictor.answers_of(encoded, raws)
+    return list(map(Answered, chunk, encoded.truncated(), answers))
+
+
+def _embedded(predictor: Predictor, chunk: list[Example]) -> list[Answered]:
+    encoded = predictor.encode([example.text for example in chunk])
+    vectors = _shared(predictor, encoded, predictor.pool)
+    for example, vector in zip(chunk, vectors, strict=True):
+        check_finite(vector, f"the text with id {example.id!r}")
+    return list(map(Answered, chunk, [feature.truncated for feature in encoded], vectors))
+
+
+def _shared(
+    predictor: Predictor, units: Sequence[Any], compute: Callable[[Sequence[Any]], Iterable[Any]]
+) -> list[Any]:
+    """What `compute` gives for each unit.
 
     Ranks share whole batches, the same ones that a single process makes, because the last bits of
     an answer depend on the other texts in its batch.
     """
-    answer = predictor.pool if embed else predictor.classify
-    batches = features.batches_by_length(encoded, predictor.batch_size)
+    batches = features.batches_by_length(units, predictor.batch_size)
     mine = [i for batch in batches[dist.rank() :: dist.world_size()] for i in batch]
-    result: list[Any] = [None] * len(encoded)
-    for indices, answers in dist.all_gather((mine, answer([encoded[i] for i in mine]))):
-        for i, one in zip(indices, answers, strict=True):
+    result: list[Any] = [None] * len(units)
+    for indices, found in dist.all_gather((mine, compute([units[i] for i in mine]))):
+        for i, one in zip(indices, found, strict=True):
             result[i] = one
     return result
 
@@ -260,21 +284,32 @@ def write_answers(
     """
     num_texts = num_cut = 0
     for chunk in chunks:
-        for example, feature, answer in chunk:
-            shown = _answer(answer, names or {})
-            line = {"id": example.id, **shown, "truncated": feature.truncated}
+        for example, truncated, answer in chunk:
+            line = {"id": example.id, **_details(answer, names or {}), "truncated": truncated}
             stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            num_cut += feature.truncated
+            num_cut += truncated
         num_texts += len(chunk)
     return num_texts, num_cut
 
 
-def _answer(answer: Prediction | np.ndarray, names: Mapping[str, str]) -> dict[str, Any]:
-    if isinstance(answer, Prediction):
-        rounded = {names.get(k, k): round(p, 6) for k, p in answer.probabilities.items()}
-        name = {"name": names[answer.label]} if answer.label in names else {}
-        return {"label": answer.label, **name, "probabilities": rounded}
+def _details(answer: Answer | np.ndarray, names: Mapping[str, str]) -> dict[str, Any]:
+    if isinstance(answer, Answer):
+        details = {name: rounded(value) for name, value in answer.details.items()}
+        label = details.get("label")
+        if not isinstance(label, str) or label not in names:
+            return details
+        shown = {names[one]: p for one, p in details["probabilities"].items()}
+        return {"label": label, "name": names[label], "probabilities": shown}
     return {"embedding": [round(float(value), 6) for value in answer]}
+
+
+def rounded(value: Any) -> Any:
+    """JSON data with six digits after the point."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
 
 
 def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes]) -> tuple[int, int]:
@@ -290,7 +325,7 @@ def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes])
         vectors = [np.asarray(answer, "<f4") for _, _, answer in chunk]
         stream.write(np.stack(vectors).tobytes())
         num_texts += len(chunk)
-        num_cut += sum(feature.truncated for _, feature, _ in chunk)
+        num_cut += sum(truncated for _, truncated, _ in chunk)
     stream.seek(0)
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (num_texts, width)})
     assert stream.tell() == begin, "the header grew over the first row"

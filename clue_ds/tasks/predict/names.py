@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clue_ds.errors import UserError
 from clue_ds.tasks import examples, registry
-from clue_ds.tasks.registry import Task
+from clue_ds.tasks.task import Task
 
 
 class Names:

@@ -1,34 +1,39 @@
-"""Use a trained model: fill masks, embed and compare texts, predict classes.
+"""Use a trained model: fill masks, embed and compare texts, predict classes and other answers.
 
 Guarantees: texts are tokenized as the model's corpus was; results come in the order of the texts,
 however they were batched; a text that was truncated to the model's length is reported.
 
 `predict` and `embed` only warn that some texts were truncated. To know which ones, take the two
-steps separately, as the verb and the server do: `encode` marks each text, `classify` and `pool`
-compute the results.
+steps separately: `encode` marks each text, `classify` and `pool` compute the results. The verb and
+the server use `raws`, which is the same for every kind of task.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface, opened
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.finetuned import SEQUENCE, SINGLE_LABEL, unnamed
-from clue_ds.model.weights import CLASSIFIER_WEIGHT, lacking, load_into
-from clue_ds.tasks import features, registry
-from clue_ds.tasks.heads import BertForSequenceClassification
-from clue_ds.tasks.registry import Task
+from clue_ds.model.bert import BertModel
+from clue_ds.model.finetuned import SINGLE_LABEL, unnamed
+from clue_ds.model.weights import TASK_HEADS, lacking, load_into
+from clue_ds.tasks import encoded as encodings
+from clue_ds.tasks import features, kinds, registry
+from clue_ds.tasks.encoded import Encoded
+from clue_ds.tasks.features import Unit
+from clue_ds.tasks.kinds import Answer, Example, Kind
+from clue_ds.tasks.task import Task
 
 MASK = "[MASK]"
 
@@ -88,12 +93,13 @@ class Predictor:
         self.labels: list[str] = []
         self.names: dict[str, str] = {}  # label -> what people read instead; none if they are equal
         self.finetuned = source.finetuned
-        self.classifier: BertForSequenceClassification | None = None
+        self.kind: Kind | None = None  # of a fine-tuned model
+        self.network: nn.Module | None = None  # of a fine-tuned model
         self.pretrained: BertForPreTraining | None = None
         self.can_fill_mask = False
         self.missing_of_head: list[str] = []
-        if CLASSIFIER_WEIGHT in source.state_dict:
-            self._open_classifier(source, task)
+        if any(name.startswith(TASK_HEADS) for name in source.state_dict):
+            self._open_finetuned(source, task)
         elif task is not None:
             raise UserError(
                 f"{self.directory} is not fine-tuned, so it has no classes for --task {task}; give "
@@ -101,6 +107,11 @@ class Predictor:
             )
         else:
             self._open_pretrained(source)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is fine-tuned to classify texts or pairs."""
+        return self.kind is not None and self.kind.task.kind in ("single", "pair")
 
     def _max_length(self, given: int | None) -> int:
         positions = self.config.max_position_embeddings
@@ -112,27 +123,40 @@ class Predictor:
             raise UserError(f"max_length {given} must be from 4 to the model's {positions}")
         return given
 
-    def _open_classifier(self, source: OpenedModel, task: str | None) -> None:
+    def _open_finetuned(self, source: OpenedModel, task: str | None) -> None:
         about = source.finetuned
         assert about is not None
-        if about.architecture != SEQUENCE or about.problem_type not in (None, SINGLE_LABEL):
+        if about.problem_type not in (None, SINGLE_LABEL):
             raise UserError(
-                f"{self.directory} is a {about.architecture} ({about.problem_type or 'no'} "
-                "problem_type), which gives no single class for a text; give a model that was "
-                "fine-tuned to classify texts, or use transformers"
+                f"{self.directory} has the problem_type {about.problem_type}, so it gives no "
+                "single class for a text; give a model that was fine-tuned to classify texts, or "
+                "use transformers"
             )
-        self.labels = list(about.labels)
-        self.names = dict(zip(about.labels, about.names, strict=False))
+        usual = kinds.unnamed_task(about.architecture, about.task or "")
+        if kinds.of(usual).has_labels:
+            self.labels = list(about.labels)
+            self.names = dict(zip(about.labels, about.names, strict=False))
         self._choose_task(about.task, task, about.labels == unnamed(len(about.labels)))
-        self.classifier = BertForSequenceClassification(source.config, len(about.labels))
-        missing = load_into(self.classifier, source.config, source.state_dict, self.directory)
+        described = self.task or usual
+        # The classes are the model's, in its order.
+        self.kind = kinds.of(dataclasses.replace(described, labels=tuple(self.labels)))
+        if self.kind.architecture != about.architecture:
+            raise UserError(
+                f"{self.directory} is a {about.architecture}, but {described.name or 'this'} "
+                f"needs a {self.kind.architecture}; give a model that was fine-tuned for it, or "
+                "use transformers"
+            )
+        self.network = self.kind.network(source.config, 0)
+        missing = load_into(self.network, source.config, source.state_dict, self.directory)
         if missing:
             raise UserError(
                 f"{self.directory} has a classifier but no {', '.join(missing)}, so its answers "
                 "would come from random weights; use the complete model, or fine-tune it again"
             )
-        self.classifier.eval().to(self.device)
-        self.bert = self.classifier.bert
+        self.network.eval().to(self.device)
+        bert = self.network.bert
+        assert isinstance(bert, BertModel)
+        self.bert = bert
 
     def _choose_task(self, trained_for: str | None, task: str | None, is_unnamed: bool) -> None:
         """Set `task`. A model from elsewhere whose labels have no names gets those of the task."""
@@ -146,7 +170,8 @@ class Predictor:
             raise UserError(
                 f"{self.directory} is fine-tuned for {trained_for!r}, not {self.task.name!r}"
             )
-        if trained_for is None and is_unnamed and len(self.labels) == len(self.task.labels):
+        counts_agree = len(self.labels) == len(self.task.labels)
+        if trained_for is None and is_unnamed and self.labels and counts_agree:
             self.labels = list(self.task.labels)
         unknown = sorted(set(self.labels) - set(self.task.labels))
         if unknown:
@@ -241,18 +266,56 @@ class Predictor:
             raise UserError(f"give a list of texts, not the single text {texts!r}")
         return features.encode_all(self.tokenizer, texts, self.max_length)
 
-    @torch.inference_mode()
     def classify(self, encoded: Sequence[features.Features]) -> list[Prediction]:
         """The class of every encoded text. The caller checks that the numbers are finite."""
-        if self.classifier is None:
+        if self.kind is None:
             raise UserError(f"{self.directory} has no classifier; fine-tune it first")
-        result: list[Prediction] = [Prediction("", {})] * len(encoded)
-        for rows, inputs in self._batches(encoded):
-            probabilities = self.classifier(**inputs).float().softmax(-1).tolist()  # [B, C]
-            for row, values in zip(rows, probabilities, strict=True):
-                best = max(range(len(values)), key=values.__getitem__)
-                named = dict(zip(self.labels, values, strict=True))
-                result[row] = Prediction(self.labels[best], named, encoded[row].truncated)
+        if not self.classifies:
+            raise UserError(
+                f"{self.directory} is fine-tuned for {self.kind.task.kind}, not to classify texts; "
+                "call answers(examples)"
+            )
+        found = [
+            self.kind.answer("", [unit], [raw])
+            for unit, raw in zip(encoded, self.raws(encoded), strict=True)
+        ]
+        return [
+            Prediction(answer.value, answer.details["probabilities"], unit.truncated)
+            for answer, unit in zip(found, encoded, strict=True)
+        ]
+
+    def answers(self, examples: Sequence[Example], where: str = "") -> list[Answer]:
+        """The answers to examples of the task, whatever its kind; UserError begins with `where`."""
+        encoded = self.encode_examples(examples, where)
+        raws = self.raws(encoded.units)
+        return self.answers_of(encoded, raws, where)
+
+    def encode_examples(self, examples: Sequence[Example], where: str = "") -> Encoded:
+        """Examples of the task as the model reads them."""
+        if self.kind is None:
+            raise UserError(f"{self.directory} is not fine-tuned; fine-tune it first")
+        return encodings.encode(
+            self.kind, self.tokenizer, examples, self.max_length, labelled=False, where=where
+        )
+
+    def answers_of(self, encoded: Encoded, raws: Sequence[Any], where: str = "") -> list[Answer]:
+        """The answers, from the `raws` of all units; NotFinite names the example."""
+        assert self.kind is not None
+        for number, own in enumerate(encodings.grouped(encoded, raws)):
+            place = f"{where}, example" if where else "the text with id"
+            for raw in own:
+                check_finite(raw, f"{place} {encoded.examples[number].id!r}")
+        return encodings.answers(self.kind, encoded, raws)
+
+    @torch.inference_mode()
+    def raws(self, units: Sequence[Unit]) -> list[Any]:
+        """What the task's kind needs of the network's outputs for each unit (`Kind.raw`)."""
+        assert self.kind is not None and self.network is not None
+        result: list[Any] = [None] * len(units)
+        for rows, inputs in self._batches(units):
+            found = self.kind.raw(self.network(**inputs), [units[i] for i in rows])
+            for row, raw in zip(rows, found, strict=True):
+                result[row] = raw
         return result
 
     @torch.inference_mode()
@@ -267,17 +330,15 @@ class Predictor:
             result[rows] = mean.cpu().numpy()
         return result
 
-    def _batches(
-        self, encoded: Sequence[features.Features]
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """(indices into `encoded`, inputs) of batches of texts with similar lengths."""
+    def _batches(self, units: Sequence[Unit]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """(indices into `units`, inputs) of batches of texts with similar lengths."""
         watch = watchdog.current()
-        for rows in features.batches_by_length(encoded, self.batch_size):
-            yield rows, self._inputs([encoded[i] for i in rows])
+        for rows in features.batches_by_length(units, self.batch_size):
+            yield rows, self._inputs([units[i] for i in rows])
             watch.mark()
 
-    def _inputs(self, encoded: Sequence[features.Features]) -> dict[str, Tensor]:
-        inputs = features.collate(encoded, self.tokenizer.pad_id)
+    def _inputs(self, units: Sequence[Unit]) -> dict[str, Tensor]:
+        inputs = features.collate_units(units, self.tokenizer.pad_id)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _report_truncation(self, encoded: Sequence[features.Features]) -> None:

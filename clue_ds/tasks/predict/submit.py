@@ -3,12 +3,11 @@
     tnews11_predict.json         {"id": 0, "label": "102", "label_desc": ""}
     afqmc_predict.json           {"id": 0, "label": "1"}
 
-Guarantees: no zip is written unless every file in it has a valid label for every line of its test
-set, in order; all mistakes are listed at once. The zip's comment records the version and SHA-256 of
-each test set.
+Guarantees: no zip is written unless every file in it has a valid answer for every example of its
+test set, in order; all mistakes are listed at once. The zip's comment records the version and
+SHA-256 of each test set.
 
-CLUE scores line by line and reads only the labels. The id is the line's number from 0, as in CLUE's
-samples, even if the test file has its own ids (CSL, CLUEWSC2020); predictions may have either.
+The form of a file is its kind's (kinds/): an answer on every line, or one JSON object.
 
 A file with a wrong name scores 0 without a message. The names are data of the registry, with their
 source; each is printed with the test version whose answers it has.
@@ -21,20 +20,19 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clue_ds.errors import UserError, existing_file
-from clue_ds.tasks import examples, lines, registry
+from clue_ds.tasks import examples, kinds, registry
 from clue_ds.tasks.examples import Examples
+from clue_ds.tasks.kinds.answer_lines import SHOWN
 from clue_ds.tasks.predict.command import output_file
 from clue_ds.tasks.predict.names import Names
-from clue_ds.tasks.predict.predictor import Predictor, check_finite
-from clue_ds.tasks.registry import Task
+from clue_ds.tasks.predict.predictor import Predictor
+from clue_ds.tasks.task import Task
 
-SHOWN = 10  # ids in one message; more are only counted
 MAX_BYTES = 64 << 20  # of a file in the zip
 # What zipfile raises for a damaged or encrypted zip, or one that is packed in another way.
 DAMAGED = (
@@ -92,10 +90,10 @@ def submit(
     if twice:
         raise UserError(f"two models answer {', '.join(twice)}; give one for each task")
     with output_file(output, force) as stream, zipfile.ZipFile(stream, "w") as archive:
-        for test, labels in found:
+        for test, values in found:
             info = zipfile.ZipInfo(test.name, DATE)
             info.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(info, "".join(_lines(test.task, labels)))
+            archive.writestr(info, kinds.of(test.task).submission(test.examples, values))
         archive.comment = json.dumps(_record([test for test, _ in found])).encode()
     print(_report(output, check_zip(output, names), names))
 
@@ -114,8 +112,8 @@ def open_test(task: Task, version: str, names: Names) -> TestSet:
     return TestSet(task, version, rows, names.of(task, version))
 
 
-def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[str]]]:
-    """A model's labels for every version of its task's test set in the data directory."""
+def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[Any]]]:
+    """A model's answers to every version of its task's test set in the data directory."""
     predictor = Predictor(model)
     task = predictor.task
     if task is None:
@@ -123,14 +121,11 @@ def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[str]]]:
     versions = list(examples.test_files(task, names.data))
     for version in versions or list(task.test_versions)[:1]:
         test = open_test(task, version, names)
-        encoded = predictor.encode([example.text for example in test.examples])
-        predictions = predictor.classify(encoded)
-        for number, prediction in enumerate(predictions):
-            check_finite(prediction, f"{test.examples.path}, text {number}")
-        yield test, [prediction.label for prediction in predictions]
+        answers = predictor.answers(test.examples, str(test.examples.path))
+        yield test, [answer.value for answer in answers]
 
 
-def read_predictions(directory: Path, names: Names) -> list[tuple[TestSet, list[str]]]:
+def read_predictions(directory: Path, names: Names) -> list[tuple[TestSet, list[Any]]]:
     """The answers in a directory; one UserError lists every mistake in all of its files."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give the directory of the predictions")
@@ -139,9 +134,9 @@ def read_predictions(directory: Path, names: Names) -> list[tuple[TestSet, list[
     found = []
     for test in tests:
         path = files[test.name]
-        labels, wrong = check_lines(test, path.read_bytes(), str(path), is_scored=False)
+        values, wrong = _check(test, path.read_bytes(), str(path), is_scored=False)
         mistakes += wrong
-        found.append((test, labels))
+        found.append((test, values))
     _refuse(mistakes, str(directory))
     return found
 
@@ -168,7 +163,7 @@ def check_zip(path: Path, names: Names) -> list[TestSet]:
     wrong, tests = _known_files(list(contents), names, str(path))
     mistakes += wrong
     for test in tests:
-        mistakes += check_lines(test, contents[test.name], f"{path}:{test.name}")[1]
+        mistakes += _check(test, contents[test.name], f"{path}:{test.name}", is_scored=True)[1]
     _refuse(mistakes, str(path))
     return tests
 
@@ -186,90 +181,11 @@ def _known_files(found: Sequence[str], names: Names, where: str) -> tuple[list[s
     return mistakes, tests
 
 
-def check_lines(
-    test: TestSet, content: bytes, where: str, is_scored: bool = True
-) -> tuple[list[str], list[str]]:
-    """(labels, mistakes) of a file of answers.
-
-    `is_scored`: the leaderboard reads these bytes, so they must have one answer on every line and
-    no byte order mark. Otherwise the answers are written anew, and both are harmless.
-    """
-    mistakes: list[str] = []
-    labels: list[str] = []
-    ids: list[tuple[int, Any]] = []  # with the numbers of their lines
-    if content.startswith(lines.BYTE_ORDER_MARK):
-        content = content.removeprefix(lines.BYTE_ORDER_MARK)
-        if is_scored:
-            mistakes.append(
-                f"{where}:1: begins with a byte order mark, which CLUE's scorer would take for a "
-                "part of the first answer; save it as UTF-8 without BOM"
-            )
-    for number, data in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            line = lines.decode(data, where, number)
-            if not line.strip():
-                if is_scored:
-                    mistakes.append(
-                        f"{where}:{number}: a blank line; CLUE scores line by line, so remove it"
-                    )
-                continue
-            record = lines.json_object(line, where, number)
-        except UserError as error:
-            mistakes.append(str(error))
-            continue
-        if "id" not in record or "label" not in record:
-            mistakes.append(f'{where}:{number}: not {{"id": ..., "label": ...}}')
-            continue
-        ids.append((number, record["id"]))
-        labels.append(record["label"])
-        wrong = _wrong_label(test.task, record["label"])
-        mistakes += [f"{where}:{number}: {wrong}"] if wrong else []
-    mistakes += _wrong_ids(ids, [example.id for example in test.examples], where)
-    return labels, mistakes
-
-
-def _wrong_label(task: Task, label: Any) -> str | None:
-    if isinstance(label, str):
-        return None if label in task.labels else f"label {label!r} is not one of {task.name}'s"
-    given = json.dumps(label, ensure_ascii=False)[:40]
-    if label is None or isinstance(label, list | dict):
-        return f"label {given} must be a string, one of {task.name}'s labels"
-    meant = examples.label_text(label, "") if isinstance(label, int) else given
-    return f'label {given} must be a string: write "label": "{meant}"'
-
-
-def _wrong_ids(ids: list[tuple[int, Any]], own: list[Any], where: str) -> list[str]:
-    """Mistakes in the ids, which must be the test file's own ids or its line numbers."""
-    numbers = list(range(len(own)))
-    given = [json.dumps(i) for _, i in ids]  # 1, "1" and true are three ids
-    if given in ([json.dumps(i) for i in own], [json.dumps(i) for i in numbers]):
-        return []
-    mistakes = []
-    if len(ids) != len(own):
-        mistakes.append(f"{where}: {len(ids):,} answers, but the test set has {len(own):,} lines")
-    # Compare with whichever of the two the ids resemble more.
-    plain = [str(i) for _, i in ids]
-    expected = min((own, numbers), key=lambda either: len({*map(str, either)} ^ {*plain}))
-    missing = sorted({*map(str, expected)} - {*plain}, key=lambda i: (len(i), i))
-    unknown = sorted({*plain} - {*map(str, expected)}, key=lambda i: (len(i), i))
-    twice = [i for i, count in Counter(plain).items() if count > 1]
-    for what, which in (("missing", missing), ("unknown", unknown), ("twice", twice)):
-        if which:
-            more = f" and {len(which) - SHOWN:,} more" if len(which) > SHOWN else ""
-            shown = ", ".join(one[:40] for one in which[:SHOWN])
-            mistakes.append(f"{where}: ids {what}: {shown}{more}")
-    if not mistakes:
-        line, one, right = next(
-            (line, one, right)
-            for (line, one), right in zip(ids, expected, strict=True)
-            if json.dumps(one) != json.dumps(right)
-        )
-        advice = "answers must be in the order of the test set"
-        if str(one) == str(right):
-            kind = "a number, without quotes" if isinstance(right, int) else "a string"
-            advice = f"the id must be {kind}"
-        mistakes.append(f"{where}:{line}: id {one!r} instead of {right!r}; {advice}")
-    return mistakes
+def _check(
+    test: TestSet, content: bytes, where: str, is_scored: bool
+) -> tuple[list[Any], list[str]]:
+    """(values, mistakes) of a file of answers, as its kind has them."""
+    return kinds.of(test.task).check(content, test.examples, where, is_scored)
 
 
 def _refuse(mistakes: list[str], what: str) -> None:
@@ -280,13 +196,6 @@ def _refuse(mistakes: list[str], what: str) -> None:
     noun = "mistake" if len(mistakes) == 1 else "mistakes"
     listed = "\n  ".join(shown)
     raise UserError(f"{what} can't be submitted: {len(mistakes):,} {noun}:\n  {listed}{more}")
-
-
-def _lines(task: Task, labels: Iterable[str]) -> Iterator[str]:
-    # In CLUE's samples only TNEWS has label_desc, and it may be empty.
-    extra = {"label_desc": ""} if task.name == "tnews" else {}
-    for number, label in enumerate(labels):
-        yield json.dumps({"id": number, "label": label, **extra}) + "\n"
 
 
 def _record(tests: Sequence[TestSet]) -> dict[str, Any]:

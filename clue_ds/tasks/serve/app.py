@@ -24,8 +24,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import examples
-from clue_ds.tasks.features import Text
+from clue_ds.tasks import records
+from clue_ds.tasks.kinds import Example
 from clue_ds.tasks.predict.command import text_of_record
 from clue_ds.tasks.predict.predictor import MASK, NotFinite, Predictor, check_finite
 from clue_ds.tasks.serve.batcher import Closed, Counters, Full
@@ -83,7 +83,9 @@ class Class(BaseModel):
 
 
 class Predictions(BaseModel):
-    predictions: list[Class]
+    """A class for each text, or of other kinds of tasks what `clue-ds predict` writes."""
+
+    predictions: list[Class] | list[dict[str, Any]]
 
 
 class Candidate(BaseModel):
@@ -121,9 +123,33 @@ def compute(predictor: Predictor) -> Callable[[Hashable, list[Any]], Sequence[An
             return error
         return answer
 
+    def answer(items: list[Any]) -> Sequence[Any]:
+        encoded: list[Any] = []
+        for item in items:
+            try:
+                encoded.append(predictor.encode_examples([Example(0, item, None)]))
+            except UserError as error:
+                encoded.append(error)
+        good = [one for one in encoded if not isinstance(one, UserError)]
+        raws = iter(predictor.raws([unit for one in good for unit in one.units]))
+        found: list[Any] = []
+        for one in encoded:
+            if isinstance(one, UserError):
+                found.append(one)
+                continue
+            own = [next(raws) for _ in one.units]
+            try:
+                (said,) = predictor.answers_of(one, own)
+                found.append({**said.details, "truncated": one.truncated()[0]})
+            except UserError as error:
+                found.append(error)
+        return found
+
     def run(kind: Hashable, items: list[Any]) -> Sequence[Any]:
         if isinstance(kind, tuple):
             return [fill(text, kind[1]) for text in items]
+        if kind == "predict" and not predictor.classifies:
+            return answer(items)
         encoded = predictor.encode(items)
         if kind == "predict":
             return [finite(prediction) for prediction in predictor.classify(encoded)]
@@ -181,12 +207,14 @@ async def _ask(waiting: Queue, kind: Hashable, items: list[Any]) -> list[Any]:
 def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Limits) -> None:
     @app.post("/predict", responses=REFUSALS)
     async def predict(body: Texts) -> Predictions:
-        """The class of every text, in order."""
-        if predictor.classifier is None:
+        """The class of every text, or the answer of another kind of task, in order."""
+        if predictor.kind is None:
             raise _wrong_model("/predict", "is not fine-tuned", "serve a fine-tuned model")
         texts = _texts(predictor, body.texts, limits)
         found = await _ask(waiting, "predict", texts)
         _refuse_errors(found)
+        if not predictor.classifies:
+            return Predictions.model_construct(predictions=found)
         return Predictions.model_construct(
             predictions=[
                 Class.model_construct(**answer._asdict(), name=predictor.names.get(answer.label))
@@ -197,7 +225,8 @@ def _add_answers(app: FastAPI, predictor: Predictor, waiting: Queue, limits: Lim
     @app.post("/embed", responses=REFUSALS)
     async def embed(body: Texts) -> Embeddings:
         """The embedding of every text (the mean of its token vectors), in order."""
-        found = await _ask(waiting, "embed", _texts(predictor, body.texts, limits))
+        texts = _texts(predictor, body.texts, limits, embed=True)
+        found = await _ask(waiting, "embed", texts)
         _refuse_errors([vector for vector, _ in found])
         return Embeddings.model_construct(
             embeddings=[vector.tolist() for vector, _ in found], truncated=[cut for _, cut in found]
@@ -237,39 +266,47 @@ def _wrong_model(where: str, what: str, what_to_do: str) -> Refusal:
     return Refusal(422, f"this model {what}", where, what_to_do)
 
 
-def _texts(predictor: Predictor, items: list[Item], limits: Limits) -> list[Text]:
-    """The texts as the model reads them; a Refusal names the place of one that it can't read."""
+def _texts(
+    predictor: Predictor, items: list[Item], limits: Limits, embed: bool = False
+) -> list[Any]:
+    """The examples as the model reads them; a Refusal names the place of one that it can't read."""
     _check_sizes(items, limits)
-    kind = predictor.task.kind if predictor.task and not predictor.task.build else None
-    texts: list[Text] = []
-    for number, item in enumerate(items):
-        where = f"texts.{number}"
-        if isinstance(item, dict):
-            try:
-                item = text_of_record(predictor, item, where)
-            except UserError as error:
-                what = str(error).removeprefix(f"{where}: ")
-                raise Refusal(422, what, where, "give the fields of the task") from None
-        elif predictor.task is not None and predictor.task.build is not None:
-            fields = ", ".join(predictor.task.fields)
-            raise Refusal(
-                422,
-                f"{predictor.task.name} reads {fields}",
-                where,
-                "give an object with these fields",
-            )
-        is_pair = isinstance(item, tuple)
-        if kind is not None and is_pair != (kind == "pair"):
-            assert predictor.task is not None
-            shape = "two texts, [first, second]" if kind == "pair" else "one text"
-            raise Refusal(422, f"{predictor.task.name} is about {shape}", where, f"give {shape}")
-        texts.append(_checked(item, where))
-    return texts
+    return [_text(predictor, item, f"texts.{number}", embed) for number, item in enumerate(items)]
 
 
-def _checked(item: Text, where: str) -> Text:
+def _text(predictor: Predictor, item: Item, where: str, embed: bool) -> Any:
+    kind = predictor.kind
+    if embed and not predictor.classifies:
+        kind = None  # plain texts are embedded, whatever the task
+    if isinstance(item, dict):
+        try:
+            item = text_of_record(predictor, item, where, embed)
+        except UserError as error:
+            what = str(error).removeprefix(f"{where}: ")
+            raise Refusal(422, what, where, "give the fields of the task") from None
+        if kind is not None and not predictor.classifies:
+            return item
+    elif kind is not None and kind.num_texts == 0:
+        what = f"{kind.task.name or 'this model'} reads {', '.join(kind.task.fields)}"
+        raise Refusal(422, what, where, "give an object with these fields")
+    size = 2 if isinstance(item, tuple) else 1
+    names_a_task = predictor.task is not None or not predictor.classifies
+    if kind is not None and names_a_task and kind.num_texts not in (0, size):
+        shape = "two texts, [first, second]" if kind.num_texts == 2 else "one text"
+        name = kind.task.name or "this model"
+        raise Refusal(422, f"{name} is about {shape}", where, f"give {shape}")
+    if kind is None or predictor.classifies:
+        return _checked(item, where)
     try:
-        return examples.checked(item, where)
+        return kind.plain((item,) if isinstance(item, str) else tuple(item), where)
+    except UserError as error:
+        what = str(error).removeprefix(f"{where}: ")
+        raise Refusal(422, what, where, "correct this text") from None
+
+
+def _checked(item: Any, where: str) -> Any:
+    try:
+        return records.checked(item, where)
     except UserError as error:
         what = str(error).removeprefix(f"{where}: ")
         raise Refusal(422, what, where, "correct this text") from None
@@ -323,17 +360,17 @@ def _add_health(
     @app.get("/health/ready")
     async def ready() -> dict[str, Any]:
         """The model is loaded: its name, task, endpoints and limits."""
-        task = predictor.task
+        task, kind = predictor.task, predictor.kind
         return {
             "status": "ready",
             "model": predictor.directory.name,
             "task": task.name if task else None,
-            "kind": task.kind if task else None,
-            "fields": list(task.fields) if task and task.build else None,
+            "kind": kind.task.kind if kind and (task or not predictor.classifies) else None,
+            "fields": list(kind.task.fields) if kind and kind.num_texts == 0 else None,
             "labels": predictor.labels,
             "names": predictor.names,
             "can": [
-                *(["predict"] if predictor.classifier is not None else []),
+                *(["predict"] if predictor.kind is not None else []),
                 *(["fill-mask"] if predictor.can_fill_mask else []),
                 "embed",
             ],

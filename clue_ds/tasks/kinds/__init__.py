@@ -1,0 +1,26 @@
+"""The kinds of tasks: how a record becomes inputs, the head, the loss, the answer, the metric."""
+
+from __future__ import annotations
+
+from clue_ds.tasks.kinds.base import Answer, Example, Kind
+from clue_ds.tasks.kinds.classify import Classify
+from clue_ds.tasks.task import KindName, Task
+
+__all__ = ["KINDS", "Answer", "Example", "Kind", "of", "unnamed_task"]
+
+KINDS: dict[KindName, type[Kind]] = {"single": Classify, "pair": Classify}
+# What a YAML file calls a kind -> the kind. A classification task is of one text or of two.
+CUSTOM_KINDS: dict[str, KindName] = {"classify": "single"}
+# Class of transformers -> the kind of a model that doesn't say what it was fine-tuned for.
+BY_ARCHITECTURE: dict[str, KindName] = {Classify.architecture: "single"}
+
+
+def of(task: Task) -> Kind:
+    """What the task's kind does with it."""
+    return KINDS[task.kind](task)
+
+
+def unnamed_task(architecture: str, name: str) -> Task:
+    """A task for a model from elsewhere, or one that was fine-tuned for a user's own task."""
+    kind = BY_ARCHITECTURE.get(architecture, "single")
+    return Task(name, kind, KINDS[kind].usual_fields, ())
