@@ -63,7 +63,7 @@ VERBS: dict[str, Verb] = {
         "clue_ds.tasks.finetune.score:score", "compare fine-tuned runs with published scores"
     ),
     "report": Verb(
-        "clue_ds.tasks.finetune.score:report", "write a one-page report about a fine-tuning run"
+        "clue_ds.report.command:report", "write a page about pretraining or fine-tuning runs"
     ),
     "predict": Verb(
         "clue_ds.tasks.predict.command:predict", "classify, fill masks, embed or compare texts"

@@ -95,6 +95,7 @@ LAW: dict[str, set[str]] = {
         "clue_ds.ds_configs",
     },
     "clue_ds.tasks": {
+        "clue_ds.report.page",
         "clue_ds.config",
         "clue_ds.dist",
         "clue_ds.metrics",
@@ -120,6 +121,13 @@ LAW: dict[str, set[str]] = {
         "clue_ds.metrics",
         "clue_ds.pretrain",
     },
+    "clue_ds.report": {
+        "clue_ds.config",
+        "clue_ds.metrics",
+        "clue_ds.checkpoint",
+        "clue_ds.tasks",
+    },
+    "clue_ds.report.page": set(),
     "clue_ds.status": {"clue_ds.config", "clue_ds.metrics", "clue_ds.job", "clue_ds.checkpoint"},
     "clue_ds.doctor": {
         "clue_ds.config",

@@ -9,6 +9,7 @@ from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
 
 from clue_ds.errors import UserError
+from clue_ds.report.command import report
 from clue_ds.tasks.finetune import command, score
 
 
@@ -36,7 +37,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(output: Path) -> None:
 
 
 def test_the_report_needs_nothing_beside_it(output: Path) -> None:
-    score.report(output)
+    report((output,))
     page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4  # two pictures a seed
     assert "http" not in page and 'src="data:' in page

@@ -17,6 +17,12 @@ from clue_ds import doctor, status
 from clue_ds.config import CheckpointSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous, run_lock
+from clue_ds.report.command import report
+
+
+def report_on(*runs: Path) -> str:
+    report(runs)
+    return (runs[0] / "report.html").read_text(encoding="utf-8")
 
 
 def test_status_of_a_run_done_alive_and_dead(
@@ -27,11 +33,19 @@ def test_status_of_a_run_done_alive_and_dead(
     run = tmp_path / "run"
     with (run / "log.jsonl").open("ab") as file:
         file.write(b'[1]\n{"step": 9}\n\xff\x00 damaged')
-    status.status(run)
+    status.status((run,))
     text = capsys.readouterr().out
     assert "step 6 of 6 (100.0%)" in text
     assert "time left   none: done" in text
     assert "checkpoint  step-00000006" in text
+    status.status((run, run), watch=True)  # ends at once: the run is done
+    table = capsys.readouterr().out
+    assert table.count("6 (done)") == 2 and "alive" in table
+
+    page = report_on(run)
+    assert page.count("<svg ") >= 6 and "http" not in page
+    assert "Saved 2 times" in page and "after step 3, 6" in page
+    assert "1 rank on 1 host" in page and "torch 2." in page and "<td>start</td>" in page
 
     assert "no, it is done" in "\n".join(status.describe(run))
     sign = run / run_lock.FILE

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # `clue-ds status` reads log lines without it
     import torch
     from torch import Tensor
 
+# Files of a run directory: a line per log line, and one for each start, save and end.
+LOG, EVENTS = "log.jsonl", "events.jsonl"
+
 # Dense tensor-core FLOP/s in bf16 (V100: fp16) with fp32 sums, by a substring of the device's name.
 # The first match counts, so longer names come first. From NVIDIA's data sheets and white papers.
 PEAK_FLOPS = (

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import io
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,12 @@ def train(run: Run) -> int:
             counts = {"samples": samples, **by_corpus, "skipped_steps": skipped}
             run.writers.write({**line, "lr": lr, **counts})
         if saves:
+            began = time.perf_counter()
             with meter.paused(), run.watch.section("save"):
                 loss = line.get("held_out_loss")
                 directory = saving.save(engine, run.identity, done, loss)
             run.writers.note(f"saved {directory}")
+            run.writers.event("saved", done, seconds=time.perf_counter() - began)
         if stops or is_done:
             return done
     return run.start_step
@@ -178,6 +181,7 @@ def build(config: RunConfig) -> Run:
         )
     for note in notes:
         writers.note(note)
+    writers.event("start", start_step, machine=notes[0], versions=preflight.versions())
     torch.manual_seed(dropout_seed(config.seed, start_step))
     if choice is not None:
         saving.load(engine, choice)
@@ -298,6 +302,8 @@ def close(run: Run, stopped_at: int | None = None) -> None:
             f"stopped on request after step {stopped_at}; the same command continues the run"
         )
     run.writers.note(next_step)
+    event = "done" if stopped_at is None else "stopped on request"
+    run.writers.event(event, stopped_at or run.config.train.steps)
     run.writers.close()
     run.engine.close()
     run.watch.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_ds import dist, files
-from clue_ds.metrics import describe_seconds, format_line, parse_line
+from clue_ds.metrics import EVENTS, LOG, describe_seconds, format_line, parse_line
 from clue_ds.metrics.event_file import Appender, EventFile
 
 # The watch thread looks once per second, and then waits for a signal.
@@ -37,7 +37,7 @@ class Writers:
         if not self._open:
             return
         self._console = _console()
-        path = Path(run_dir) / "log.jsonl"
+        path = Path(run_dir) / LOG
         earlier: list[dict[str, Any]] = []
         try:
             earlier = truncate_log(path, start_step, self.note)
@@ -47,6 +47,7 @@ class Writers:
         self._elapsed_before = float(elapsed) if isinstance(elapsed, int | float) else 0.0
         self._began = time.perf_counter()
         self._jsonl = Appender(path, self.note)
+        self._history = Appender(Path(run_dir) / EVENTS, self.note)
         self._events = EventFile(run_dir, start_step, self.note) if tensorboard else None
 
     def note(self, text: str) -> None:
@@ -76,10 +77,18 @@ class Writers:
         if self._events is not None:
             self._events.write(line)
 
+    def event(self, event: str, step: int, **facts: Any) -> None:
+        """Add a start, save or end to events.jsonl, for `clue-ds report`."""
+        if self._open:
+            now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+            record = {"event": event, "step": step, "time": now, **facts}
+            self._history.append((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
     def close(self) -> None:
         """Close the files."""
         if self._open:
             self._jsonl.close()
+            self._history.close()
             if self._events is not None:
                 self._events.close()
 

@@ -1,4 +1,4 @@
-"""`clue-ds score` and `clue-ds report`: tables of finished runs beside the published scores.
+"""`clue-ds score`, and `clue-ds report` of fine-tuning: finished runs beside published scores.
 
 Guarantees: only finished runs count; runs that differ only in their seed make one row, with mean
 and standard deviation; a score from less than CLUE's whole split is marked, because it can't be
@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from clue_ds.errors import UserError
+from clue_ds.report.page import page, table
 from clue_ds.tasks import outputs, registry
 from clue_ds.tasks.finetune.directory import RESULT, baselines, read_result, shown_scores
 from clue_ds.tasks.task import Split
@@ -103,18 +104,6 @@ def score(
     if html is not None:
         outputs.write_text(html, as_html(groups))
         print(f"wrote {html}")
-
-
-def report(place: tyro.conf.Positional[Path], output: Path | None = None) -> None:
-    """Write one page about runs: curves, confusion matrix, F1 of every class, data and settings.
-
-    Args:
-        place: the directory of a run, or an output directory of `clue-ds finetune`.
-        output: the file to write, a self-contained page; default PLACE/report.html.
-    """
-    target = output if output is not None else place / "report.html"
-    outputs.write_text(target, as_html(collect((place,)), details=True))
-    print(f"wrote {target}")
 
 
 def collect(places: tuple[Path, ...]) -> list[Group]:
@@ -249,34 +238,12 @@ def as_markdown(groups: list[Group]) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
-color:#222}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-th{background:#f5f5f5}td{font-variant-numeric:tabular-nums}code{font-size:.8em}
-img{max-width:100%}h2{margin-top:2rem}"""
-
-
 def as_html(groups: list[Group], details: bool = False) -> str:
     """The tables as a page; `details` adds the plots and settings of every run."""
-    body = [f"<h2>{html.escape(title)}</h2>" + _table(c, r) for title, c, r in tables(groups)]
+    body = [f"<h2>{html.escape(title)}</h2>" + table(c, r) for title, c, r in tables(groups)]
     if details:
         body += [_details(result) for group in groups for result in group.results]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fine-tuning</title>'
-        f"<style>{STYLE}</style></head><body><h1>Fine-tuning</h1>{''.join(body)}</body></html>\n"
-    )
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _cell(text: str) -> str:
-    """A cell with hashes in small type and possible line breaks after the slashes of paths."""
-    escaped = html.escape(text)
-    return f"<code>{escaped}</code>" if len(text) == 64 else escaped.replace("/", "/<wbr>")
+    return page("Fine-tuning", "".join(body))
 
 
 def _details(result: dict[str, Any]) -> str:
@@ -288,7 +255,7 @@ def _details(result: dict[str, Any]) -> str:
         f"<h2>{html.escape(title)}</h2><p>Best in epoch {best['epoch']} of "
         f"{len(result['epochs'])}; {result['seconds']:,.0f} s on {result['num_ranks']} "
         f"rank(s).</p>{_pictures(result)}"
-        f"{_classes(result)}{_table(['setting', 'value'], settings)}"
+        f"{_classes(result)}{table(['setting', 'value'], settings)}"
     )
 
 
@@ -302,7 +269,7 @@ def _classes(result: dict[str, Any]) -> str:
         [label, names.get(label, ""), f"{count:,}", f"{100 * f1:.1f}"]
         for label, count, f1 in zip(result["labels"], truth, result["f1_of_classes"], strict=True)
     ]
-    return _table(["class", "meaning", "dev examples", "F1 (%)"], rows)
+    return table(["class", "meaning", "dev examples", "F1 (%)"], rows)
 
 
 def _pictures(result: dict[str, Any]) -> str:

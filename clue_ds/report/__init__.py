@@ -1,0 +1,1 @@
+"""`clue-ds report`: pages about runs, which need nothing beside them."""

@@ -1,0 +1,49 @@
+"""`clue-ds report`: one page about pretraining runs, or about fine-tuning runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from clue_ds import files
+from clue_ds.errors import UserError
+from clue_ds.report import page, pretraining
+
+CONFIG = "config.yaml"  # what only a pretraining run has
+FILE = "report.html"
+
+
+def report(
+    places: Annotated[tuple[Path, ...], tyro.conf.Positional], output: Path | None = None
+) -> None:
+    """Write one page about runs, which needs nothing beside it: no network, no other file.
+
+    About pretraining: loss, accuracy, held-out text, learning rate, speed, waiting for data,
+    memory, saves and restarts, settings and what differs from the defaults, corpus, versions and
+    machine. Several runs stand side by side. About fine-tuning: curves, confusion matrix, F1 of
+    every class, data and settings.
+
+    Args:
+        places: directories of pretraining runs; or a fine-tuning run, or an output directory of
+            `clue-ds finetune`.
+        output: the file to write; default PLACE/report.html, of the first place.
+    """
+    if not places:
+        raise UserError("give the directory of a run; several pretraining runs stand side by side")
+    target = output if output is not None else places[0] / FILE
+    are_runs = [(place / CONFIG).is_file() for place in places]
+    if any(are_runs):
+        runs = [pretraining.read(place) for place in places]
+        title = "Pretraining: " + ", ".join(place.absolute().name for place in places)
+        text = page.page(title, pretraining.body(runs))
+    else:
+        from clue_ds.tasks.finetune import score
+
+        text = score.as_html(score.collect(places), details=True)
+    if target.is_dir():
+        raise UserError(f"{target} is a directory; give the path of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(target, text)
+    print(f"wrote {target}")
