@@ -132,7 +132,7 @@ def _state(run: Path, is_done: bool) -> str:
         if sign.state() == "stopped":
             return f"yes, but stopped (to continue: kill -CONT {sign.peer.pid}); rank 0 is {where}"
         if sign.state() == "dead":
-            return f"no, its process was interrupted or killed, or has crashed; rank 0 was {where}"
+            return f"no, its process was killed or interrupted, or has crashed; rank 0 was {where}"
         return f"yes; rank 0 is {where}"
     # For a process elsewhere, only the clock says something at once. Nothing depends on it.
     age = time.time() - sign.change[0] / 1e9

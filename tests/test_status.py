@@ -54,7 +54,7 @@ def test_status_of_a_run_done_alive_and_dead(
     run_lock.withdraw(run)
     gone = rendezvous.myself()._replace(pid=2**22 + 1)  # above the kernel's limit
     sign.write_text(json.dumps(gone._asdict()))
-    said = "no, its process was interrupted or killed, or has crashed"
+    said = "no, its process was killed or interrupted, or has crashed"
     assert said in "\n".join(status.describe(run))
     sign.write_text(json.dumps(gone._replace(host="another")._asdict()))
     assert "alive       yes; rank 0 is process" in "\n".join(status.describe(run))

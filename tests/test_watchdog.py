@@ -147,7 +147,7 @@ def test_term_after_another_rank_has_died_ends_the_job(
     """As torchrun and DeepSpeed's launcher send it: waiting for the next step would be a hang."""
     (status, said), (died, _) = run_with(zygote, "dies", corpus, tmp_path)
     assert (status, died) == (71, -signal.SIGKILL)
-    assert f"rank 1 on {socket.gethostname()} was interrupted or killed, or has crashed" in said
+    assert f"rank 1 on {socket.gethostname()} was killed or interrupted, or has crashed" in said
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

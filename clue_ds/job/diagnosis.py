@@ -81,7 +81,7 @@ def silence(state: str | None, seconds: float) -> str:
     if state == "stopped":
         return f"is stopped (SIGSTOP) and has been silent for {seconds:.0f} s"
     if state == "dead":
-        return "was interrupted or killed, or has crashed (out of memory? see `dmesg` on that host)"
+        return "was killed or interrupted, or has crashed (out of memory? see `dmesg` on that host)"
     if state == "alive":
         return (
             f"has been silent for {seconds:.0f} s, although its process exists: it is in a C call "

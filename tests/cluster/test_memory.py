@@ -57,7 +57,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_ends_the_job(
     )
     assert job.returncode == 71, job.stderr
     # By the other rank, with its name, unless the kernel killed both.
-    died = r"killed,? or has crashed \((SIGKILL; )?out of memory\?"
+    died = r"killed( or interrupted,)? or has crashed \((SIGKILL; )?out of memory\?"
     assert re.search(died, job.stderr)
     # It was the kernel, and not something else that went wrong.
     counts = (cgroup / ("memory.oom_control", "memory.events")[is_v2(cgroup)]).read_text()
