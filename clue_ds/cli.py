@@ -49,7 +49,7 @@ VERBS: dict[str, Verb] = {
     ),
     "shard": Verb("clue_ds.data.build.command:shard", "turn raw text into a memory-mapped corpus"),
     "plan": Verb("clue_ds.plan:main", "calculate memory, batches, disk and time of a run", True),
-    "pretrain": Verb("clue_ds.pretrain.train:main", "train an encoder on a corpus", True),
+    "pretrain": Verb("clue_ds.pretrain:main", "train an encoder on a corpus", True),
     "export": Verb(
         "clue_ds.export.command:export", "convert a run to Hugging Face, TensorFlow or ONNX"
     ),

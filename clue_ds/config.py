@@ -274,6 +274,10 @@ class RunConfig(Section):
     deepspeed: PathText = Field(
         "zero1", description="zero0|zero1|zero2|zero3|zero1_offload, or a path to a DeepSpeed JSON"
     )
+    extend: bool = Field(
+        False,
+        description="let a run go on to a raised train.steps under linear or cosine, too",
+    )
     data: DataSection
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
@@ -340,6 +344,7 @@ def parse(argv: list[str], prog: str) -> RunConfig:
     arguments.refuse_repeated(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", type=paths.expand)
+    argv = ["--extend=True" if word == "--extend" else word for word in argv]  # a switch
     known, _ = only_config.parse_known_args(argv)
     default = tyro.MISSING if known.config is None else _tyro_default(known.config)
     given = tyro.cli(

@@ -22,9 +22,9 @@ class SignalPipe:
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for number in numbers:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        _pipes.append(self)
         self._poll = select.poll()
         with contextlib.suppress(OSError, ValueError):
             self._poll.register(sys.stdout.fileno(), 0)
@@ -45,6 +45,21 @@ class SignalPipe:
         """Signals that arrive from now on change nothing."""
         signal.set_wakeup_fd(-1)
         self._reader.close()
+
+    def restore(self) -> None:
+        """Give the signals back to those who handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+
+
+_pipes: list[SignalPipe] = []
+
+
+def restore() -> None:
+    """Give all signals back, when a run has ended in a process that goes on."""
+    while _pipes:
+        _pipes.pop().restore()
 
 
 def is_ignored(number: signal.Signals) -> bool:

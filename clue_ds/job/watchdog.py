@@ -373,7 +373,7 @@ def start(
 ) -> Watchdog:
     """Start this process' watchdog, or begin another run with it; every rank must call it."""
     global _watchdog
-    if _watchdog is None:
+    if _watchdog is None or _watchdog._closing.is_set():
         # Asked first: rendezvous.meet sets the variables that a launcher left out.
         launcher = os.getppid() if dist.is_launched() else None
         meeting = rendezvous.meet(health.start_seconds)

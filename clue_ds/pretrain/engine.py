@@ -259,10 +259,15 @@ class Engine:
         ):  # stage 3: shard them as in a fresh engine; the first forward pass gathers them
             kept_whole[0].partition(kept_whole)
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, leaves: bool = True) -> None:
+        """Release what DeepSpeed holds, and leave the process group.
+
+        DeepSpeed keeps groups of its own in globals, so a process that will train again must stay
+        in the group: `leaves` False.
+        """
         self._deepspeed.destroy()
-        _leave()
+        if leaves:
+            _leave()
 
 
 @contextlib.contextmanager

@@ -5,13 +5,16 @@ others could have changed, or that a newer clue_ds made, ends the start and stay
 settings that would make it a different run are refused in one error that lists every difference,
 before any rank has unpickled anything; other versions or threads, which change bits, are one note.
 
-train.steps may not change with the schedules linear and cosine, because the learning rate of every
-earlier step depends on it. With wsd it may, as long as neither the old nor the new decay has begun.
+With the schedules linear and cosine the learning rate of every earlier step depends on train.steps,
+so it may be raised only with `extend`: the run then goes on with the learning rates of the longer
+schedule, which are higher, and is another run than one of that length from the beginning. With wsd
+it may change without that, as long as neither the old nor the new decay has begun.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -29,11 +32,13 @@ from clue_ds.errors import UserError
 from clue_ds.job import preflight
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import ds_json
+from clue_ds.pretrain.schedule import learning_rate
 
 # What may differ between the run that saved and the run that resumes: paths, how often something is
 # written, and how the same arithmetic is carried out.
 MAY_CHANGE = {
     "run_dir",
+    "extend",
     "deepspeed",  # compared as stage and offload
     "data.corpus",  # compared by its fingerprint
     "data.mixture",  # part of that fingerprint, with its shares
@@ -57,6 +62,10 @@ MAY_CHANGE = {
     "log.tensorboard",
     *(f"health.{name}" for name in run_config.HealthSection.model_fields),
 }
+
+
+# How long a run is; the learning rates of its schedule follow from these.
+LENGTH = ("train.steps ", "train.decay_steps ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +151,25 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     if saved.train.schedule == now.train.schedule == "wsd":
         began = [c.train.steps - c.train.decay_steps for c in (saved, now)]
         if step <= min(began):
-            free = ("train.steps ", "train.decay_steps ")
-            changed = [line for line in changed if not line.startswith(free)]
+            changed = [line for line in changed if not line.startswith(LENGTH)]
+    if now.extend and now.train.steps > saved.train.steps:
+        changed = [line for line in changed if not line.startswith(LENGTH)]
     return changed
+
+
+def extension(choice: Choice, now: RunConfig) -> list[str]:
+    """A note on what happens to the learning rate when train.steps is another than before."""
+    step, saved = choice.manifest.step, run_config.validate(choice.manifest.config, "checkpoint")
+    if saved.train.steps == now.train.steps or step >= now.train.steps:
+        return []
+    rate = learning_rate(now.train, step)
+    before = learning_rate(saved.train, min(step, saved.train.steps - 1))
+    same = math.isclose(rate, before, rel_tol=1e-9)
+    return [
+        f"train.steps was {saved.train.steps:,}, is now {now.train.steps:,}: the learning rate "
+        + (f"goes on at {rate:.3g}" if same else f"goes from {before:.3g} to {rate:.3g}")
+        + f" and follows the schedule {now.train.schedule} of the new length"
+    ]
 
 
 def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
@@ -171,9 +196,16 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
     saved_config = run_config.validate(saved.config, f"config of {where}")
     changed = differences(saved_config, identity.config, saved.step)
     if changed:
+        longer = identity.config.train.steps > saved_config.train.steps
+        hint = (
+            ". With --extend the run goes on to the new train.steps, with the learning rates of "
+            "the longer schedule from this step on"
+            if longer and any(line.startswith(LENGTH) for line in changed)
+            else ""
+        )
         raise UserError(
             f"{where} was saved by a run with other settings: {'; '.join(changed)}. Set them back "
-            f"to continue it, {elsewhere}"
+            f"to continue it, {elsewhere}{hint}"
         )
     _check_same_shards(choice, ds_json.read(identity.config.deepspeed))
 

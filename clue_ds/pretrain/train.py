@@ -175,7 +175,7 @@ def build(config: RunConfig) -> Run:
     notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     if choice is not None:
-        notes += resume.describe(choice)
+        notes += resume.describe(choice) + resume.extension(choice, config)
         notes += resume.environment(
             choice.manifest, uses_cpu=device.type == "cpu" or engine.offload
         )
@@ -291,19 +291,23 @@ def _describe_step(config: RunConfig) -> str:
     )
 
 
+def report_end(run: Run, step: int) -> None:
+    """Say what comes next, and note the end in the run's history."""
+    is_done = step >= run.config.train.steps
+    if is_done:
+        export = program.command("export", run.config.run_dir, "--to", "hf")
+        run.writers.note(f"done: {run.config.run_dir}; next: {export}")
+    else:
+        run.writers.note(
+            f"stopped on request after step {step}; the same command continues the run"
+        )
+    run.writers.event("done" if is_done else "stopped on request", step)
+
+
 def close(run: Run, stopped_at: int | None = None) -> None:
     """End threads, files and process group, and report the end of the run to the launcher."""
     run.loader.close()
-    if stopped_at is None:
-        export = program.command("export", run.config.run_dir, "--to", "hf")
-        next_step = f"done: {run.config.run_dir}; next: {export}"
-    else:
-        next_step = (
-            f"stopped on request after step {stopped_at}; the same command continues the run"
-        )
-    run.writers.note(next_step)
-    event = "done" if stopped_at is None else "stopped on request"
-    run.writers.event(event, stopped_at or run.config.train.steps)
+    report_end(run, run.config.train.steps if stopped_at is None else stopped_at)
     run.writers.close()
     run.engine.close()
     run.watch.close()

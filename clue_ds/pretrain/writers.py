@@ -25,6 +25,7 @@ SECONDS_FOR_THE_WATCHDOG = 3.0
 class Writers:
     """Console, log.jsonl and TensorBoard on rank 0; other ranks write nothing.
 
+    `on_line`: called with every log line, once it is written.
     `start_step` is the number of updates made before this start; later lines are removed from
     log.jsonl. What can't be written is one warning for each file, and the run goes on.
     """
@@ -33,6 +34,7 @@ class Writers:
         self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
     ) -> None:
         self.total_steps, self._first_step = total_steps, start_step + 1
+        self.on_line: Callable[[dict[str, Any]], None] | None = None
         self._open = dist.rank() == 0
         if not self._open:
             return
@@ -67,6 +69,8 @@ class Writers:
         line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
         self._jsonl.append((json.dumps(line) + "\n").encode())
         self._print(format_line(line, self.total_steps))
+        if self.on_line is not None:
+            self.on_line(line)
         left = self.total_steps - line["step"]
         if line["step"] == self._first_step and left:
             seconds = line["seconds_per_step"]

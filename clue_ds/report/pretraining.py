@@ -151,8 +151,7 @@ def _names(runs: list[Run]) -> list[str]:
 def _curves(runs: list[Run], names: list[str], key: str) -> list[Curve]:
     curves = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        values = ((line["step"], line.get(key)) for line in run.lines)
-        points = [(step, value) for step, value in values if _is_number(value)]
+        points = [(line["step"], line[key]) for line in run.lines if _is_number(line.get(key))]
         if key == "skipped_steps" and not any(value for _, value in points):
             points = []
         # The figure of a first step says nothing about the speed of the others.
@@ -186,7 +185,8 @@ def _summary(runs: list[Run]) -> list[list[str]]:
         add("best loss on held-out text", _shown(best.get("held_out_loss"), ".4f") + where)
         add("samples seen", _shown(last.get("samples"), ",.0f"))
         elapsed = last.get("elapsed_s")
-        add("time in training", describe_seconds(elapsed) if _is_number(elapsed) else "-")
+        spoken = describe_seconds(elapsed) if isinstance(elapsed, int | float) else "-"
+        add("time in training", spoken)
         add("tokens per second", _shown(last.get("tokens_per_second"), ",.0f"))
         add("model", f"{run.config.model.preset}, {run.config.train.precision}")
         machines = dict.fromkeys(str(e["machine"]) for e in run.events if "machine" in e)

@@ -1,0 +1,73 @@
+"""clue_ds.pretrain in Python: twice in one process, a longer run, an error, and a stop.
+
+One child process does it all, because starting torch and DeepSpeed takes most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ranks import HERE, make_corpus, tiny_config
+
+from clue_ds.config import RunConfig
+
+CODE = """
+import json, os, signal, sys
+import clue_ds
+from clue_ds.errors import UserError
+values, folder = json.loads(sys.argv[1]), sys.argv[2]
+handler = signal.getsignal(signal.SIGINT)
+seen = []
+
+def run(name, on_log=None, **train):
+    config = {**values, "run_dir": f"{folder}/{name}", "train": {**values["train"], **train}}
+    return clue_ds.pretrain(config, on_log=on_log)
+
+one = run("one", on_log=lambda line: seen.append(line["step"]))
+two = run("two")
+first = {"steps": [one.step, two.step], "loss": [one.loss, two.loss], "seen": list(seen)}
+first["held_out"], first["lines"] = two.held_out_loss, [line["step"] for line in two.lines]
+try:
+    run("one", steps=12)
+except UserError as error:
+    first["refused"] = str(error)
+values["extend"] = True
+longer = run("one", steps=12)
+first["longer"] = [longer.step, longer.checkpoint.name, [line["step"] for line in longer.lines]]
+def interrupt(line):
+    os.kill(os.getpid(), signal.SIGINT)
+stopped = run("three", on_log=interrupt, steps=100000)
+last = stopped.lines[-1]["step"]
+first["stopped"] = [stopped.stopped, stopped.step < 100000, stopped.step == last]
+def fail(line):
+    raise KeyError("mine")
+try:
+    run("four", on_log=fail)
+except KeyError:
+    first["failed"] = True
+first["again"] = run("four").step
+first["same handler"] = signal.getsignal(signal.SIGINT) is handler
+print("RESULT" + json.dumps(first))
+"""
+
+
+def test_several_runs_in_one_process(tmp_path: Path, sample_text: str) -> None:
+    config: RunConfig = tiny_config(make_corpus(tmp_path, sample_text), tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(config.model_dump()), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+    )
+    assert "RESULT" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("RESULT")[2])
+    assert found["steps"] == [6, 6] and found["loss"][0] == found["loss"][1]
+    assert found["seen"] == found["lines"] and found["seen"][0] == 1 and found["seen"][-1] == 6
+    assert "train.steps was 6, is now 12" in found["refused"] and "--extend" in found["refused"]
+    assert found["longer"][:2] == [12, "step-00000012"] and found["longer"][2][-1] == 12
+    assert "train.steps was 6, is now 12: the learning rate goes from" in done.stdout
+    assert found["stopped"] == [True] * 3
+    assert found["failed"] and found["again"] == 6 and found["same handler"]
