@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
@@ -121,6 +120,8 @@ def demo(directory: Path = Path("runs/demo"), steps: int = NUM_STEPS) -> None:
 
 def num_ranks() -> int:
     """One rank per GPU, at most MAX_RANKS; MAX_RANKS without a GPU."""
+    import torch
+
     return min(torch.cuda.device_count(), MAX_RANKS) or MAX_RANKS
 
 
@@ -176,6 +177,7 @@ def write_texts(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 def fill_masks(console: Console, model: Path) -> None:
     """Print the exported model's predictions for SENTENCES, computed by transformers alone."""
+    import torch
     from transformers import BertForPreTraining, BertTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from clue_ds import config as run_config
 from clue_ds import dist, files, plan
 from clue_ds.checkpoint import manifest
@@ -30,8 +28,7 @@ from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches, ds_json, saving, train
-from clue_ds.pretrain.engine import start
+from clue_ds.pretrain import ds_json
 from clue_ds.settings.arguments import refuse_repeated
 
 MIN_TORCH = (2, 10)
@@ -66,6 +63,8 @@ def _versions() -> Check:
 
 
 def _devices() -> Check:
+    import torch
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         return Check("ok", f"{len(names)} GPUs: {', '.join(dict.fromkeys(names))}")
@@ -79,6 +78,8 @@ def _devices() -> Check:
 
 
 def _shared_memory() -> Check:
+    import torch
+
     free = shutil.disk_usage(preflight.SHM).free if preflight.SHM.is_dir() else 0
     text = f"/dev/shm has {free >> 20} MiB free"
     needed = preflight.SHM_BYTES_PER_RANK * max(1, torch.cuda.device_count())
@@ -126,6 +127,8 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
 
     `settings`: as on the command line of `clue-ds pretrain`.
     """
+    from clue_ds.pretrain import batches, train
+
     try:
         config = train.parse(settings, "clue-ds doctor")
     except UserError as error:
@@ -146,6 +149,8 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
 
 def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
     """Whether the disk has space for the checkpoints that don't exist yet."""
+    from clue_ds.pretrain import saving
+
     stage = ds_json.zero_stage(ds_json.read(config.deepspeed))
     num_parameters = plan.count_parameters(model)
     size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
@@ -174,6 +179,8 @@ def _between_ranks(
 
     `of_rank` are the checks that this rank made on its own.
     """
+    from clue_ds.pretrain.engine import start
+
     health = run_config.DEFAULT_HEALTH if config is None else config.health
     try:
         watch = watchdog.start(health, "clue-ds doctor", can_stop=False)

@@ -18,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clue_ds import config as run_config
 from clue_ds import files, presets
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus
 from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
-from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json, optim, saving
+from clue_ds.pretrain import ds_json
 from clue_ds.settings.arguments import refuse_repeated
 
 GIB = 2**30
@@ -72,6 +69,10 @@ class Machine:
 @functools.cache
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of the network in training, heads and vocabulary padding included."""
+    import torch
+
+    from clue_ds.model.bert import BertForPreTraining, pad_vocab
+
     with torch.device("meta"):
         network = BertForPreTraining(model, padded_vocab_size=pad_vocab(model).vocab_size)
     return sum(p.numel() for p in network.parameters())
@@ -80,6 +81,11 @@ def count_parameters(model: ModelConfig) -> int:
 @functools.cache
 def count_muon_parameters(model: ModelConfig) -> int:
     """Parameters of the matrices that `train.optimizer: muon` updates with Muon."""
+    import torch
+
+    from clue_ds.model.bert import BertForPreTraining
+    from clue_ds.pretrain import optim
+
     with torch.device("meta"):
         network = BertForPreTraining(model)
     return sum(p.numel() for name, p in network.named_parameters() if optim.is_muon(name, p))
@@ -112,6 +118,8 @@ def state_bytes(
 
 def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
     """Estimated memory for activations that the backward pass of one micro-batch needs."""
+    from clue_ds.model.bert import pad_vocab
+
     tokens = config.train.micro_batch_size * config.data.seq_length
     wide = BYTES_OF[config.train.precision] / 2
     per_token = 18 * model.hidden_size + 4 * model.intermediate_size
@@ -318,6 +326,8 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
 def _disk_lines(
     run: RunConfig, model: ModelConfig, stage: int, corpus: Corpus | None, directory: Path
 ) -> list[str]:
+    from clue_ds.pretrain import saving
+
     moments = moment_bytes(run, model)
     size = checkpoint_bytes(count_parameters(model), run.train.precision, stage, moments)
     number = saving.most_on_disk(run)

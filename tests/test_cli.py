@@ -52,7 +52,13 @@ def test_help_of_every_verb(verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["bench", "--help"], ["shard", "--help"], ["vocab", "--help"]]
+    "argv",
+    [
+        ["--help"],
+        *([verb, "--help"] for verb in ("vocab", "shard", "plan", "pretrain", "report", "status")),
+        *([verb, "--help"] for verb in ("launch", "doctor", "bench", "demo")),
+        ["status", "nowhere"],
+    ],
 )
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     """Nor does the process of `clue-ds shard` that reads the input, which has the same imports."""

@@ -16,14 +16,15 @@ import shutil
 import socket
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from clue_ds import dist
 from clue_ds.config import RunConfig, flatten
 from clue_ds.errors import UserError
 from clue_ds.job.watchdog import Watchdog
+
+if TYPE_CHECKING:  # which takes a second to import, also for `clue-ds doctor --help`
+    import torch
 
 ALL_REDUCE_SECONDS = 60.0
 # Packages whose versions decide what a run computes; a checkpoint and a result record them.
@@ -44,6 +45,8 @@ def report(
     config: RunConfig | None, corpus_fingerprint: str, device: torch.device
 ) -> dict[str, Any]:
     """What this rank is: host, device, versions, and hashes of its config and corpus."""
+    import torch
+
     values = "" if config is None else json.dumps(config.model_dump(), sort_keys=True)
     cuda = device.type == "cuda"
     return {
