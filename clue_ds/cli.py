@@ -62,9 +62,7 @@ VERBS: dict[str, Verb] = {
     "score": Verb(
         "clue_ds.tasks.finetune.score:score", "compare fine-tuned runs with published scores"
     ),
-    "report": Verb(
-        "clue_ds.report.command:report", "write a page about pretraining or fine-tuning runs"
-    ),
+    "report": Verb("clue_ds.report.command:report", "write a page about a corpus or about runs"),
     "predict": Verb(
         "clue_ds.tasks.predict.command:predict", "classify, fill masks, embed or compare texts"
     ),

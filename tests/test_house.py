@@ -123,6 +123,7 @@ LAW: dict[str, set[str]] = {
     },
     "clue_ds.report": {
         "clue_ds.config",
+        "clue_ds.data",
         "clue_ds.metrics",
         "clue_ds.checkpoint",
         "clue_ds.tasks",

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import make_corpus
 
 from clue_ds import config as run_config
+from clue_ds.data import Corpus
+from clue_ds.data.build.report import ranges
 from clue_ds.errors import UserError
 from clue_ds.report import charts
 from clue_ds.report.charts import Curve
@@ -86,3 +89,18 @@ def test_axes_show_every_value_with_few_round_marks() -> None:
     drawn = charts.chart("t", [Curve("r", 0, many)], charts.short, 10_000)
     assert drawn.count("L") == charts.MOST_POINTS - 1
     assert charts.chart("t", [Curve("r", 0, [])], charts.short, 1) == ""
+
+
+def test_a_corpus(tmp_path: Path, sample_text: str) -> None:
+    corpus = make_corpus(tmp_path, sample_text)
+    report((corpus,))
+    page = (corpus / "report.html").read_text(encoding="utf-8")
+    assert "http" not in page and page.count("<figure>") == 2
+    assert Corpus(corpus).fingerprint in page and "<td>accepted</td>" in page
+    assert re.search(r'<div class="bar"><span>\d+-\d+</span><i style="width:100.0%">', page)
+    with pytest.raises(UserError, match="about one corpus"):
+        report((corpus, corpus))
+
+
+def test_ranges_say_both_ends() -> None:
+    assert ranges({"1": 3, "2": 4, "4": 5, "128": 6}) == {"1": 3, "2": 4, "3-4": 5, "65-128": 6}

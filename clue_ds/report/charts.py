@@ -62,6 +62,19 @@ def chart(title: str, curves: Sequence[Curve], show: Callable[[float], str], las
     )
 
 
+def bars(title: str, counts: dict[str, int]) -> str:
+    """A figure with a bar and its number for each key; "" without any."""
+    if not counts:
+        return ""
+    most = max(1, *counts.values())
+    rows = [
+        f'<div class="bar"><span>{html.escape(name)}</span>'
+        f'<i style="width:{100 * number / most:.1f}%"></i><b>{number:,}</b></div>'
+        for name, number in counts.items()
+    ]
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(rows)}</figure>"
+
+
 def _drawn(
     curve: Curve,
     at: Callable[[float, float], tuple[float, float]],

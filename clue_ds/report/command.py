@@ -1,4 +1,4 @@
-"""`clue-ds report`: one page about pretraining runs, or about fine-tuning runs."""
+"""`clue-ds report`: one page about a corpus, about pretraining runs, or about fine-tuning runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from clue_ds import files
+from clue_ds.data.corpus import MANIFEST
 from clue_ds.errors import UserError
 from clue_ds.report import page, pretraining
 
@@ -23,11 +24,12 @@ def report(
     About pretraining: loss, accuracy, held-out text, learning rate, speed, waiting for data,
     memory, saves and restarts, settings and what differs from the defaults, corpus, versions and
     machine. Several runs stand side by side. About fine-tuning: curves, confusion matrix, F1 of
-    every class, data and settings.
+    every class, data and settings. About a corpus: what was read, kept and dropped, lengths, and
+    what the vocabulary lacks.
 
     Args:
-        places: directories of pretraining runs; or a fine-tuning run, or an output directory of
-            `clue-ds finetune`.
+        places: directories of pretraining runs; or a corpus; or a fine-tuning run, or an output
+            directory of `clue-ds finetune`.
         output: the file to write; default PLACE/report.html, of the first place.
     """
     if not places:
@@ -38,6 +40,12 @@ def report(
         runs = [pretraining.read(place) for place in places]
         title = "Pretraining: " + ", ".join(place.absolute().name for place in places)
         text = page.page(title, pretraining.body(runs))
+    elif (places[0] / MANIFEST).is_file():
+        from clue_ds.report import corpus
+
+        if len(places) > 1:
+            raise UserError("a page is about one corpus; give one directory")
+        text = page.page(f"Corpus: {places[0].absolute().name}", corpus.body(places[0]))
     else:
         from clue_ds.tasks.finetune import score
 

@@ -30,6 +30,10 @@ figcaption{font-weight:600;font-size:.95rem}svg{display:block;width:100%;height:
 svg text{fill:var(--soft);font-size:12px}svg .grid{stroke:var(--line);stroke-width:1}
 svg .restart{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 3}
 svg .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.bar{display:grid;grid-template-columns:6.5rem 1fr auto;align-items:center;gap:.5rem;
+font-size:.85rem;margin:.15rem 0;font-variant-numeric:tabular-nums}.bar b{font-weight:400}
+.bar span{color:var(--soft);text-align:right}.bar i{height:.8rem;background:var(--c0);
+min-width:1px;border-radius:2px}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:.75rem 0}
 .legend i{display:inline-block;width:1.4rem;height:.25rem;border-radius:2px;margin-right:.4rem;
 vertical-align:middle}

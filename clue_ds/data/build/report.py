@@ -117,6 +117,15 @@ def _code(text: str) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
+def ranges(counts: dict[str, int]) -> dict[str, int]:
+    """`counts` with keys such as 5-8 instead of 8, the most of the range."""
+    named = {}
+    for most, number in counts.items():
+        least = int(most) // 2 + 1
+        named[most if least >= int(most) else f"{least}-{most}"] = number
+    return named
+
+
 def _draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
@@ -138,9 +147,11 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         for axis, key, unit in zip(
             axes[1:], ("sentence_tokens", "document_tokens"), ("sentence", "document"), strict=True
         ):
-            axis.bar(list(report[key]), list(report[key].values()), color="#4477aa")
+            lengths = ranges(report[key])
+            axis.bar(list(lengths), list(lengths.values()), color="#4477aa")
             axis.set_title(f"tokens per {unit}")
-            axis.set_xlabel("at most this, more than half of it")
+            axis.set_xlabel("tokens")
+            axis.set_ylabel(f"number of {unit}s")
             axis.tick_params(axis="x", rotation=60)
             axis.spines["right"].set_visible(False)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
