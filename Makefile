@@ -75,6 +75,8 @@ bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/res
 	$(BIN)/clue-ds bench cold --directory build --output benchmarks/results/cold.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
 		--output benchmarks/results/finetune.json
+	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
+		--task cmrc2018 --num-examples 60 --output benchmarks/results/finetune_span.json
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .

@@ -19,6 +19,14 @@ ROWS = [
     {"sentence1": "丙", "sentence2": "丁", "label": -1, "idx": 1},
     {"sentence1": "戊", "sentence2": "己", "label": 0, "idx": 2},
 ]
+QUESTIONS = [
+    {
+        "id": "TRAIN_186_QUERY_0",
+        "question": "谁?",
+        "context": "光荣在东京",
+        "answers": {"text": ["光荣"], "answer_start": [0]},
+    }
+]
 CARD = """---
 configs:
 - config_name: cmnli
@@ -27,6 +35,10 @@ configs:
     path: cmnli/train-*
   - split: validation
     path: cmnli/validation-*
+- config_name: cmrc2018
+  data_files:
+  - split: train
+    path: cmrc2018/train-*
 ---
 """
 
@@ -46,6 +58,9 @@ def server(tmp_path: Path) -> Iterator[Hub]:
     rows = datasets.Dataset.from_list(ROWS, features=features)
     for split in ("train", "validation"):
         rows.to_parquet(str(directory / "cmnli" / f"{split}-00000-of-00001.parquet"))
+    (directory / "cmrc2018").mkdir()
+    questions = datasets.Dataset.from_list(QUESTIONS)
+    questions.to_parquet(str(directory / "cmrc2018" / "train-00000-of-00001.parquet"))
     (directory / "README.md").write_text(CARD, encoding="utf-8")
     with serving({"datasets/clue/clue": directory}) as hub:
         yield hub
@@ -69,6 +84,13 @@ def test_a_task_is_read_with_its_labels_by_name(server: Hub, tmp_path: Path) -> 
     found, num_skipped, digest = json.loads(done.stdout)
     assert found == [[0, ["甲", "乙"], "entailment"], [2, ["戊", "己"], "neutral"]]
     assert num_skipped == 1 and len(digest) == 64
+
+
+def test_a_question_is_read_with_its_answers(server: Hub, tmp_path: Path) -> None:
+    done = read(server, tmp_path, "cmrc2018")
+    assert done.returncode == 0, done.stderr
+    found, _, _ = json.loads(done.stdout)
+    assert found == [["TRAIN_186_QUERY_0", ["谁?", "光荣在东京"], [["光荣"], 0, 2]]]
 
 
 def test_a_task_that_the_hub_lacks_is_one_message(server: Hub, tmp_path: Path) -> None:

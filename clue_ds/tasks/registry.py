@@ -17,6 +17,7 @@ from clue_ds.errors import UserError
 from clue_ds.tasks import kinds
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.kinds.classify import CustomTask as CustomTask
+from clue_ds.tasks.kinds.span import kind as span_kind
 from clue_ds.tasks.task import SMALL_MODEL_LR as SMALL_MODEL_LR
 from clue_ds.tasks.task import Record as Record
 from clue_ds.tasks.task import Settings as Settings
@@ -70,6 +71,7 @@ def _two_tests(answers: str, num_new: int, num_old: int) -> dict[str, TestVersio
 
 
 GUIDE = "CLUE's submission guide of 2021-09-04"
+NOT_ON_BOARD = "clue_ds, because CLUE's leaderboard has no such task"
 NLI_LABELS = ("contradiction", "entailment", "neutral")
 TNEWS_LABELS = tuple(str(n) for n in range(100, 117) if n not in (105, 111))
 NO_LABEL = frozenset({"-"})
@@ -154,6 +156,33 @@ TASKS: dict[str, Task] = {
             stems={"train": ("train", "train.50k"), "dev": ("dev",)},
             test_versions=_one_test("ocnli_50k_predict.json"),
             old_answers={"ocnli_predict.json": "some scripts; it scored 0 (issue 104 of CLUE)"},
+        ),
+        Task(
+            "cmrc2018",
+            "span",
+            span_kind.FIELDS,
+            (),
+            span_kind.SETTINGS,
+            span_kind.SMALL_SETTINGS,
+            label_field=span_kind.ANSWERS,
+            format="squad",
+            evaluations_per_epoch=span_kind.EVALUATIONS_PER_EPOCH,
+            test_versions=_one_test("cmrc2018_predict.json", 2_000),
+            num_published={"train": 10_142, "dev": 3_219},
+        ),
+        Task(
+            "drcd",
+            "span",
+            span_kind.FIELDS,
+            (),
+            span_kind.SETTINGS,
+            span_kind.SMALL_SETTINGS,
+            label_field=span_kind.ANSWERS,
+            format="squad",
+            options={"convert": "t2s"},
+            evaluations_per_epoch=span_kind.EVALUATIONS_PER_EPOCH,
+            test_versions={"1.1": TestVersion(source=NOT_ON_BOARD, num_lines=3_493)},
+            num_published={"train": 26_936, "dev": 3_524},
         ),
     )
 }

@@ -17,7 +17,10 @@ import torch
 from models import random_model, write_vocab
 
 from clue_ds import export
+from clue_ds.export import huggingface
 from clue_ds.presets import ModelConfig
+from clue_ds.tasks import Predictor, kinds, registry
+from clue_ds.tasks.kinds import Example
 
 CONFIG = ModelConfig(
     vocab_size=120,
@@ -47,15 +50,25 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], device="cpu")
 print(json.dumps(model.encode([sys.argv[2]]).tolist()))
 """
+QUESTIONS = """
+import json, sys
+from transformers import pipeline
+ask = pipeline("question-answering", model=sys.argv[1])
+found = [
+    ask(question=question, context=context, align_to_words=False, max_answer_len=50)
+    for question, context in json.loads(sys.argv[2])
+]
+print(json.dumps([{name: one[name] for name in ("answer", "start", "end")} for one in found]))
+"""
 
 
-def run(variable: str, code: str, directory: Path) -> str:
+def run(variable: str, code: str, directory: Path, text: str = TEXT) -> str:
     """The last line that the reader printed."""
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"{variable} is not set: `make test-clients` had no Python for it")
     # Not resolved: an environment's python is a link.
-    command = [str(Path(python).absolute()), "-c", code, str(directory), TEXT]
+    command = [str(Path(python).absolute()), "-c", code, str(directory), text]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip().splitlines()[-1]
@@ -91,3 +104,25 @@ def test_sentence_transformers_takes_the_directory(directory: Path) -> None:
     with torch.no_grad():
         hidden = random_model(CONFIG, 0).bert(torch.tensor([expected_ids()]))
     torch.testing.assert_close(found, hidden.mean(1), atol=TOLERANCE, rtol=0)
+
+
+def test_the_question_answering_pipeline_answers_the_same(tmp_path: Path) -> None:
+    """Of transformers 4; transformers 5 has no such pipeline. The texts fit into one window."""
+    config = CONFIG.replace(max_position_embeddings=64)
+    vocab_file = write_vocab(tmp_path / "vocab.txt", config.vocab_size)
+    kind = kinds.of(registry.get("cmrc2018"))
+    state = kind.network(config, 3).state_dict()
+    state["qa_outputs.weight"] *= 50  # else all spans have nearly the same score
+    huggingface.write(
+        config, state, vocab_file, tmp_path / "hf", task="cmrc2018", architecture=kind.architecture
+    )
+    asked = [
+        ("一丁？", "丂七丄丅 丆万丈三"),
+        ("七?", "  上下\u3000丌不与AB丏\u200b丐丑 "),
+        ("丈三", "丒专且丕世丗丘丙业丛东丝" * 3),
+    ]
+    found = json.loads(run("TRANSFORMERS4_PYTHON", QUESTIONS, tmp_path / "hf", json.dumps(asked)))
+    examples = [Example(0, kind.plain(one, ""), None) for one in asked]
+    answers = Predictor(tmp_path / "hf").answers(examples)
+    ours = [{n: one.details[n] for n in ("answer", "start", "end")} for one in answers]
+    assert found == ours

@@ -28,16 +28,16 @@ from clue_ds.tasks.task import Split
 PUBLISHED: dict[str, dict[str, float]] = {
     "BERT-base": {
         "afqmc": 73.70, "tnews": 56.58, "iflytek": 60.29, "cmnli": 79.69, "chid": 82.04,
-        "c3": 64.50,
+        "c3": 64.50, "cmrc2018": 71.60, "drcd": 85.49,
     },
     "ALBERT-tiny": {
         "afqmc": 69.92, "tnews": 53.35, "iflytek": 48.71, "cmnli": 70.61, "chid": 43.53,
-        "c3": 50.26,
+        "c3": 50.26, "cmrc2018": 53.35, "drcd": 70.08,
     },
     "RoBERTa-tiny-clue": {"afqmc": 69.52, "tnews": 54.57, "iflytek": 57.31, "cmnli": 73.10},
     "RoBERTa-wwm-large": {
         "afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20, "chid": 85.37,
-        "c3": 73.82,
+        "c3": 73.82, "cmrc2018": 77.95, "drcd": 90.70,
     },
     "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
 }  # fmt: skip

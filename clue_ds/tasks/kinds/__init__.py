@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from clue_ds.tasks.kinds.base import Answer, Example, Kind
 from clue_ds.tasks.kinds.classify import Classify
+from clue_ds.tasks.kinds.span.kind import Span
 from clue_ds.tasks.task import KindName, Task
 
 __all__ = ["KINDS", "Answer", "Example", "Kind", "of", "unnamed_task"]
 
-KINDS: dict[KindName, type[Kind]] = {"single": Classify, "pair": Classify}
+KINDS: dict[KindName, type[Kind]] = {"single": Classify, "pair": Classify, "span": Span}
 # What a YAML file calls a kind -> the kind. A classification task is of one text or of two.
-CUSTOM_KINDS: dict[str, KindName] = {"classify": "single"}
+CUSTOM_KINDS: dict[str, KindName] = {"classify": "single", "span": "span"}
 # Class of transformers -> the kind of a model that doesn't say what it was fine-tuned for.
-BY_ARCHITECTURE: dict[str, KindName] = {Classify.architecture: "single"}
+BY_ARCHITECTURE: dict[str, KindName] = {
+    Classify.architecture: "single",
+    Span.architecture: "span",
+}
 
 
 def of(task: Task) -> Kind:
