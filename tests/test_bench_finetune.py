@@ -55,6 +55,24 @@ def test_finetune_benchmark_compares_losses_before_it_times(tmp_path: Path) -> N
     assert figures["examples_per_second"]["clue_ds"] == pytest.approx(64 / ours)
 
 
+def test_finetune_benchmark_trains_the_trainers_model_of_span_reading(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    (tmp_path / "cmrc2018_public").mkdir()
+    answers = [{"text": "天气", "answer_start": 2}]
+    asked = [{"id": str(i), "question": "今天?", "answers": answers} for i in range(6)]
+    content = {"data": [{"paragraphs": [{"context": SENTENCES[0] * 30, "qas": asked}]}]}
+    path = tmp_path / "cmrc2018_public" / "train.json"
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    vocab = tmp_path / "vocab.txt"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*"".join(SENTENCES)})]
+    vocab.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    output = tmp_path / "span.json"
+    finetune(tmp_path, vocab, output, "cmrc2018", num_examples=2, turns=1)
+    figures = json.loads(output.read_text())
+    assert figures["task"] == "cmrc2018" and figures["num_sequences"] == 2
+    assert figures["largest_loss_difference"] < 1e-5
+
+
 def test_evidence_pretrains_on_training_texts_without_labels(tmp_path: Path) -> None:
     paths = evidence._write_texts(tmp_path / "text", write_tasks(tmp_path / "clue"))
     assert [path.name for path in paths] == [f"{task}.txt" for task in evidence.TASKS]

@@ -72,8 +72,8 @@ def finetune(
     clue-ds launch --local 2 -- finetune ...
 
     Args:
-        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 ocnli), all for the first six,
-            or YAML files that describe your own tasks (docs/finetuning.md).
+        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 ocnli cmrc2018 drcd), all for
+            the first six, or YAML files that describe your own tasks (docs/finetuning.md).
         model: a run directory, one of its checkpoints, a model directory or zip, or a name on the
             Hugging Face hub.
         data: the directory that holds the tasks' files, or hub to read CLUE's from the Hugging
