@@ -17,6 +17,7 @@ from clue_ds.tasks.kinds.classify import MAJORITY
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 MAX_TICKS = 30  # more class labels than this would overlap
 
@@ -61,7 +62,7 @@ def curves(result: dict[str, Any], target: Path | BinaryIO) -> None:
         right.plot(epochs, [line[key] for line in result["epochs"]], marker="o", label=name)
     for (name, scores), line in zip(baselines(result).items(), (":", "--", "-."), strict=False):
         right.axhline(scores[shown[0][0]], color="grey", linestyle=line, label=name)
-    right.set_xticks([epoch for epoch in epochs if epoch == int(epoch)])
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))  # 40 marks would overlap
     right.set_xlabel("epoch")
     right.set_ylabel("dev")
     right.legend()
