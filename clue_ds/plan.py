@@ -236,7 +236,6 @@ def main(argv: list[str]) -> None:
         epilog="every setting of the run can be given as well: --train.micro-batch-size 16 "
         "(`clue-ds pretrain --help` lists them)",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
     for name, kind, default, text in MACHINE_OPTIONS:
