@@ -27,7 +27,9 @@ def test_cmnli_reads_label() -> None:
 
 def test_number_of_labels() -> None:
     counts = {name: len(registry.get(name).labels) for name in registry.ALL}
-    assert counts == dict(afqmc=2, tnews=15, iflytek=119, cmnli=3, csl=2, cluewsc2020=2)
+    assert {name: count for name, count in counts.items() if count} == dict(
+        afqmc=2, tnews=15, iflytek=119, cmnli=3, csl=2, cluewsc2020=2
+    )
     assert not {"105", "111"} & set(registry.get("tnews").labels)
 
 

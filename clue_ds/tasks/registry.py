@@ -1,12 +1,15 @@
-"""The table of tasks: CLUE's classification tasks, one entry each, and custom ones from YAML.
+"""The table of tasks: CLUE's tasks, one entry each, and custom ones from YAML.
 
 To add a task, add an entry to TASKS. The order of a task's labels is the order of their ids in a
 fine-tuned model. Fields, labels and settings come from CLUE's own files and scripts, except the
 settings of OCNLI, which are ours.
+
+Which kind a task is decides how it is read, trained, answered and scored (kinds/).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,18 +57,38 @@ def tnews_version(records: Iterable[Record]) -> str:
 
 def wsc_version(records: Iterable[Record]) -> str | None:
     """The two test sets have no text in common; the number of lines tells them apart."""
-    num_lines = sum(1 for _ in records)
-    versions = TASKS["cluewsc2020"].test_versions
-    return next((name for name, v in versions.items() if v.num_lines == num_lines), None)
+    return _by_number("cluewsc2020", records)
+
+
+def c3_version(records: Iterable[Record]) -> str | None:
+    """The number of questions tells the test sets apart."""
+    return _by_number("c3", records)
+
+
+def chid_version(records: Iterable[Record]) -> str | None:
+    """Blanks are numbered through the archive, and those of test set 1.1 are its last."""
+    passages = next(iter(records), {}).get("content")
+    found = re.search(r"#idiom(\d+)#", str(passages))
+    if found is None:
+        return None
+    return "1.1" if int(found[1]) >= CHID_FIRST_OF_TEST_11 else "1.0"
+
+
+def _by_number(task: str, records: Iterable[Record]) -> str | None:
+    number = sum(1 for _ in records)
+    versions = TASKS[task].test_versions
+    return next((name for name, v in versions.items() if v.num_lines == number), None)
 
 
 def _one_test(answers: str, num_lines: int | None = None) -> dict[str, TestVersion]:
     return {"1.1": TestVersion("test", answers, GUIDE, num_lines)}
 
 
-def _two_tests(answers: str, num_new: int, num_old: int) -> dict[str, TestVersion]:
+def _two_tests(
+    answers: str, num_new: int | None, num_old: int, stem: str = "test"
+) -> dict[str, TestVersion]:
     return {
-        "1.1": TestVersion("test", f"{answers}11_predict.json", GUIDE, num_new),
+        "1.1": TestVersion(stem, f"{answers}11_predict.json", GUIDE, num_new),
         "1.0": TestVersion("test1.0", f"{answers}10_predict.json", GUIDE, num_old),
     }
 
@@ -76,6 +99,7 @@ NLI_LABELS = ("contradiction", "entailment", "neutral")
 TNEWS_LABELS = tuple(str(n) for n in range(100, 117) if n not in (105, 111))
 NO_LABEL = frozenset({"-"})
 PAIR = ("sentence1", "sentence2")
+CHID_FIRST_OF_TEST_11 = 623_377
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -184,10 +208,55 @@ TASKS: dict[str, Task] = {
             test_versions={"1.1": TestVersion(source=NOT_ON_BOARD, num_lines=3_493)},
             num_published={"train": 26_936, "dev": 3_524},
         ),
+        Task(
+            "c3",
+            "choice",
+            ("text", "question", "choice"),
+            (),
+            Settings(512, 24, 2e-5, 8),
+            small_settings=Settings(512, 32, 5e-5, 8),  # CLUE's for ALBERT-tiny
+            label_field="answer",
+            # m: mixed genres, d: dialogues.
+            stems={"train": ("m-train", "train"), "dev": ("m-dev", "dev")},
+            continued={"m-train": ("d-train",), "m-dev": ("d-dev",)},
+            test_versions=_two_tests("c3", 1_625, 3_892, "test1.1"),
+            older_stems=("test",),
+            recognize=c3_version,
+            old_answers={"c3_predict.json": "CLUE's scripts, when there was one test set"},
+            num_published={"train": 11_869, "dev": 3_816},
+        ),
+        Task(
+            "chid",
+            "cloze",
+            ("content", "candidates"),
+            (),
+            Settings(64, 24, 2e-5, 3, 0.06),
+            small_settings=Settings(64, 24, 2e-5, 3, 0.06),  # CLUE's for ALBERT-tiny
+            label_field="answers",
+            test_versions=_two_tests("chid", None, 3_231, "test1.1"),
+            older_stems=("test",),
+            recognize=chid_version,
+            old_answers={"chid_predict.json": "CLUE's scripts, when there was one test set"},
+            num_published={"train": 84_709, "dev": 3_218},
+        ),
+        # No training data and no labels: models of CMNLI (CLUE 1.0) or OCNLI (1.1) answer it.
+        Task(
+            "clue_diagnostics",
+            "pair",
+            ("premise", "hypothesis"),
+            NLI_LABELS,
+            test_versions={
+                "1.1": TestVersion(
+                    "diagnostics_test", "diagnostics_predict.json", "PyCLUE's scripts", 514
+                )
+            },
+            answered_by=("cmnli", "ocnli"),
+            id_field="index",
+        ),
     )
 }
-# The tasks of `--task all`: the classification tasks of CLUE 1.0 and 1.1.
-ALL = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020")
+# The tasks of `--task all`.
+ALL = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "cmrc2018", "c3", "chid")
 
 
 def get(name: str | Path) -> Task:

@@ -77,6 +77,10 @@ class Task:
     # Stem of a file -> stems of the files that continue it, in the same directory.
     continued: dict[str, tuple[str, ...]] = field(default_factory=dict)
     evaluations_per_epoch: int = 1  # on dev; the best one is kept
+    older_stems: tuple[str, ...] = ()  # of a test file in older archives, of whichever version
+    # Of a test set without training data: the tasks whose models answer it.
+    answered_by: tuple[str, ...] = ()
+    id_field: str | None = None  # the field with an example's id, which its answers must have
 
     @property
     def folder(self) -> str:
@@ -85,7 +89,8 @@ class Task:
 
     def old_stems(self, version: str) -> tuple[str, ...]:
         """Names of other versions' files, which older archives give to this one."""
-        return tuple(v.stem for name, v in self.test_versions.items() if name != version)
+        others = [v.stem for name, v in self.test_versions.items() if name != version]
+        return (*others, *self.older_stems)
 
     def answers_name(self, version: str) -> str:
         """The name in a submission of the answers to a version of the test set."""

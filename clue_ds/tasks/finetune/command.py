@@ -36,6 +36,7 @@ from clue_ds.tasks.finetune import checks, run
 from clue_ds.tasks.finetune.directory import RESULT, baselines, locked, read_result, shown_scores
 from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
 from clue_ds.tasks.finetune.run import RunSpec
+from clue_ds.tasks.task import Task
 
 BEST = "best"
 GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay")
@@ -72,8 +73,9 @@ def finetune(
     clue-ds launch --local 2 -- finetune ...
 
     Args:
-        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 ocnli cmrc2018 drcd), all for
-            the first six, or YAML files that describe your own tasks (docs/finetuning.md).
+        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 cmrc2018 c3 chid ocnli drcd),
+            all for all of them but ocnli and drcd, or YAML files that describe your own tasks
+            (docs/finetuning.md).
         model: a run directory, one of its checkpoints, a model directory or zip, or a name on the
             Hugging Face hub.
         data: the directory that holds the tasks' files, or hub to read CLUE's from the Hugging
@@ -118,7 +120,7 @@ def finetune(
         for number in range(seeds)
     ]
     names = [n for name in task for n in (registry.ALL if name == "all" else (name,))]
-    tasks = {name: registry.get(name) for name in names}
+    tasks = {name: _trainable(name) for name in names}
     varied = {word.partition("=")[0] for word in grid}
     specs = [
         RunSpec(
@@ -142,6 +144,16 @@ def finetune(
             _keep_best(directory, [spec for spec in specs if spec.directory.parent == directory])
         dist.barrier()
     dist.report_end(stopped)
+
+
+def _trainable(name: str) -> Task:
+    task = registry.get(name)
+    if task.answered_by:
+        raise UserError(
+            f"{name} has no training data; fine-tune {' or '.join(task.answered_by)}, whose models "
+            f"answer it: clue-ds predict --task {name}, clue-ds submit --models"
+        )
+    return task
 
 
 def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from clue_ds.tasks.kinds.base import Answer, Example, Kind
+from clue_ds.tasks.kinds.choice import Choice
 from clue_ds.tasks.kinds.classify import Classify
+from clue_ds.tasks.kinds.cloze import Cloze
 from clue_ds.tasks.kinds.span.kind import Span
 from clue_ds.tasks.task import KindName, Task
 
 __all__ = ["KINDS", "Answer", "Example", "Kind", "of", "unnamed_task"]
 
-KINDS: dict[KindName, type[Kind]] = {"single": Classify, "pair": Classify, "span": Span}
+KINDS: dict[KindName, type[Kind]] = {
+    "single": Classify,
+    "pair": Classify,
+    "span": Span,
+    "choice": Choice,
+    "cloze": Cloze,
+}
 # What a YAML file calls a kind -> the kind. A classification task is of one text or of two.
-CUSTOM_KINDS: dict[str, KindName] = {"classify": "single", "span": "span"}
+CUSTOM_KINDS: dict[str, KindName] = {
+    "classify": "single",
+    "span": "span",
+    "choice": "choice",
+    "cloze": "cloze",
+}
 # Class of transformers -> the kind of a model that doesn't say what it was fine-tuned for.
 BY_ARCHITECTURE: dict[str, KindName] = {
     Classify.architecture: "single",
     Span.architecture: "span",
+    Choice.architecture: "choice",
 }
 
 

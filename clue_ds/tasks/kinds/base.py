@@ -99,7 +99,7 @@ class Kind(ABC):
         label = self.label(record, text, where, notes) if labelled else None
         if labelled and label is None:
             return None
-        return Example(records.id_of(record, number, where), text, label)
+        return Example(self.id_of(record, number, where), text, label)
 
     @property
     def num_texts(self) -> int:
@@ -109,6 +109,12 @@ class Kind(ABC):
     def plain(self, texts: Sequence[str], where: str) -> Any:
         """What the model reads of `num_texts` plain texts."""
         raise NotImplementedError
+
+    def id_of(self, record: Record, number: int, where: str) -> int | str:
+        """The id of the record, else its number from 0."""
+        name = self.task.id_field
+        given = record if name is None else {"id": record.get(name)}
+        return records.id_of(given, number, where)
 
     def require(self, record: Record, where: str) -> None:
         """UserError unless the record has all fields of the task."""

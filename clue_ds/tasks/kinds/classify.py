@@ -123,7 +123,7 @@ class Classify(Kind):
         if labelled and label is None:
             return None
         text = self.text(record, where)
-        return Example(records.id_of(record, number, where), text, label)
+        return Example(self.id_of(record, number, where), text, label)
 
     def hub_record(self, record: Record, features: Any) -> Record:
         """The record with its label by name: the hub's class numbers have another order than ours.
@@ -189,9 +189,10 @@ class Classify(Kind):
     def submission(self, examples: Sequence[Example], values: Sequence[str]) -> str:
         # In CLUE's samples only TNEWS has label_desc, and it may be empty.
         extra = {"label_desc": ""} if self.task.name == "tnews" else {}
+        ids = [e.id for e in examples] if self.task.id_field else range(len(values))
         return "".join(
-            json.dumps({"id": number, "label": label, **extra}) + "\n"
-            for number, label in enumerate(values)
+            json.dumps({"id": one, "label": label, **extra}) + "\n"
+            for one, label in zip(ids, values, strict=True)
         )
 
     def check(

@@ -158,7 +158,8 @@ def read_unlabelled(predictor: Predictor, path: Path, embed: bool = False) -> It
     number = -1
     for number, (where, record) in enumerate(_located(predictor, path, embed)):
         text = text_of_record(predictor, record, where, embed)
-        yield Example(records.id_of(record, number, where), text, None)
+        id_of = records.id_of if predictor.kind is None else predictor.kind.id_of
+        yield Example(id_of(record, number, where), text, None)
     if number < 0:
         raise UserError(f"{path} has no examples: it is empty; give one JSON object per line")
 

@@ -166,7 +166,7 @@ class Predictor:
             self.task = registry.TASKS[trained_for]
         if self.task is None:
             return
-        if trained_for not in (None, self.task.name):
+        if trained_for not in (None, self.task.name, *self.task.answered_by):
             raise UserError(
                 f"{self.directory} is fine-tuned for {trained_for!r}, not {self.task.name!r}"
             )

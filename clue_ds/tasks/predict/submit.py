@@ -85,6 +85,7 @@ def submit(
         found = read_predictions(predictions, names)
     else:
         found = [pair for model in models for pair in answer(model, names)]
+    found = _first_of_shared(found)
     written = [test.name for test, _ in found]
     twice = sorted({one for one in written if written.count(one) > 1})
     if twice:
@@ -96,6 +97,19 @@ def submit(
             archive.writestr(info, kinds.of(test.task).submission(test.examples, values))
         archive.comment = json.dumps(_record([test for test, _ in found])).encode()
     print(_report(output, check_zip(output, names), names))
+
+
+def _first_of_shared(
+    found: list[tuple[TestSet, list[Any]]],
+) -> list[tuple[TestSet, list[Any]]]:
+    """The answers; of a test set that models of several tasks answer, those of the first model."""
+    kept: list[tuple[TestSet, list[Any]]] = []
+    for test, values in found:
+        if test.task.answered_by and test.name in [other.name for other, _ in kept]:
+            print(f"{test.name} has the answers of the first model that gives any")
+            continue
+        kept.append((test, values))
+    return kept
 
 
 def open_test(task: Task, version: str, names: Names) -> TestSet:
@@ -118,9 +132,13 @@ def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[Any]]]:
     task = predictor.task
     if task is None:
         raise UserError(f"{model} is not fine-tuned for a task of CLUE; give a model that is")
-    versions = list(examples.test_files(task, names.data))
-    for version in versions or list(task.test_versions)[:1]:
-        test = open_test(task, version, names)
+    versions = list(examples.test_files(task, names.data)) or list(task.test_versions)[:1]
+    wanted = [(task, version) for version in versions]
+    for other in registry.TASKS.values():
+        if task.name in other.answered_by:
+            wanted += [(other, version) for version in examples.test_files(other, names.data)]
+    for wanted_task, version in wanted:
+        test = open_test(wanted_task, version, names)
         answers = predictor.answers(test.examples, str(test.examples.path))
         yield test, [answer.value for answer in answers]
 
