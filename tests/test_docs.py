@@ -17,7 +17,11 @@ from clue_ds.cli import VERBS, Verb
 from clue_ds.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README*.md")])
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "docs/tasks/*.md", "*/README*.md")
+    for page in ROOT.glob(pattern)
+)
 README = (ROOT / "README.md").read_text("utf-8")
 # The commands of README's "On your own corpus", made small enough for a test.
 SMALLER = (

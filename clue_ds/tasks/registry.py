@@ -222,7 +222,6 @@ TASKS: dict[str, Task] = {
             test_versions=_two_tests("c3", 1_625, 3_892, "test1.1"),
             older_stems=("test",),
             recognize=c3_version,
-            old_answers={"c3_predict.json": "CLUE's scripts, when there was one test set"},
             num_published={"train": 11_869, "dev": 3_816},
         ),
         Task(
@@ -236,7 +235,6 @@ TASKS: dict[str, Task] = {
             test_versions=_two_tests("chid", None, 3_231, "test1.1"),
             older_stems=("test",),
             recognize=chid_version,
-            old_answers={"chid_predict.json": "CLUE's scripts, when there was one test set"},
             num_published={"train": 84_709, "dev": 3_218},
         ),
         # No training data and no labels: models of CMNLI (CLUE 1.0) or OCNLI (1.1) answer it.
