@@ -27,7 +27,7 @@ from clue_ds import presets
 from clue_ds.data import sampling
 from clue_ds.errors import UserError
 from clue_ds.presets import Attention, HiddenAct, Kernels, ModelConfig
-from clue_ds.settings import paths, yaml_file
+from clue_ds.settings import batch_sizes, paths, yaml_file
 from clue_ds.settings.mistakes import explain
 
 
@@ -193,13 +193,11 @@ class TrainSection(Section):
         """Micro-batches per step on each rank; a UserError if the batch sizes don't divide."""
         per_pass = self.micro_batch_size * world_size
         if self.global_batch_size % per_pass:
-            below = self.global_batch_size // per_pass * per_pass
-            nearest = " or ".join(str(n) for n in (below, below + per_pass) if n)
             raise UserError(
                 f"train.global_batch_size {self.global_batch_size} is not divisible by "
                 f"train.micro_batch_size {self.micro_batch_size} x {world_size} ranks = "
-                f"{per_pass}; set train.global_batch_size to {nearest}, "
-                "or change train.micro_batch_size"
+                f"{per_pass}; "
+                + batch_sizes.ways(self.global_batch_size, self.micro_batch_size, world_size)
             )
         return self.global_batch_size // per_pass
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clue_ds.errors import UserError
 from clue_ds.launcher.contract import (
@@ -33,6 +33,8 @@ WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 # srun. The first one exists only in tasks of a job step; a batch script has a SLURM_PROCID, too.
 SLURM_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+T = TypeVar("T")
 
 # Ranks of one job start at most this far apart; rank 0 prints an error within this time.
 SECONDS_FOR_RANK_0_TO_REPORT = 10.0
@@ -123,6 +125,21 @@ def agree(error: str | None) -> None:
     for number, message in enumerate(all_gather(error)):
         if message is not None:
             raise UserError(message if number == 0 else f"rank {number}: {message}")
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """The result of `work` on this rank; a UserError that it raises on any rank ends all of them.
+
+    `work` must not wait for other ranks.
+    """
+    results: list[T] = []
+    error = None
+    try:
+        results.append(work())
+    except UserError as refusal:
+        error = str(refusal)
+    agree(error)
+    return results[0]
 
 
 @contextmanager

@@ -4,28 +4,25 @@ Guarantees: no process group and no engine is needed; DeepSpeed's pickles are op
 their hashes were compared (manifest.py), and so that they can't run code (pickles.py).
 
 Rejected: DeepSpeed's module weights at stage 0 in bf16, which differ from the masters by 2.6e-3;
-own code for the masters of stages 1 to 3 where deepspeed.utils.zero_to_fp32 works, which is exact.
+deepspeed.utils.zero_to_fp32, which knows stages 1 to 3 only and refuses bf16 at stage 1. shards.py
+reads every layout, because a run that continues in another one needs that for its moments too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from clue_ds.checkpoint import manifest as manifests
 from clue_ds.checkpoint import pickles
-from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
+from clue_ds.checkpoint.shards import MASTER, SavedState
 from clue_ds.errors import UserError
 from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
 from clue_ds.settings import program
 
-MODEL_STATES = "mp_rank_00_model_states.pt"
 # At stages 1 to 3 each rank writes one such file.
 OPTIMIZER_SHARDS = "*_optim_states.pt"
 
@@ -75,54 +72,5 @@ def choose(directory: Path) -> Choice:
 
 def _masters(choice: Choice) -> dict[str, Tensor]:
     """fp32 masters of all trained parameters, by name."""
-    import_deepspeed()
-    saved = choice.manifest
-    if saved.zero_stage == 0:
-        return _masters_of_stage_0(choice)
-    if (saved.zero_stage, saved.offload, saved.precision) == (1, False, "bf16"):
-        return _masters_of_bf16_stage_1(choice.directory / TAG, saved.world_size)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    silence = io.StringIO()
-    with (
-        contextlib.redirect_stdout(silence),
-        contextlib.redirect_stderr(silence),
-        pickles.guarded(),
-    ):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(choice.directory), tag=TAG)
-    return {name: tensor.float() for name, tensor in state.items()}
-
-
-def _masters_of_stage_0(choice: Choice) -> dict[str, Tensor]:
-    """zero_to_fp32 fails here: the masters are lists without names, in the order of our groups."""
-    content = pickles.load(choice.directory / TAG / MODEL_STATES)
-    state = {name: tensor.float() for name, tensor in content["module"].items()}
-    if choice.manifest.precision == "fp32":
-        return state
-    groups = content["optimizer"]["fp32_groups"]
-    for names, group in zip(choice.manifest.group_names, groups, strict=True):
-        state |= {name: p.detach() for name, p in zip(names, group, strict=True)}
-    # The second name of a tied tensor still has the rounded weights.
-    return state | {alias: state[original] for alias, original in weights.TIED.items()}
-
-
-def _bf16_shard(rank: int) -> str:
-    return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-def _masters_of_bf16_stage_1(folder: Path, world_size: int) -> dict[str, Tensor]:
-    """The masters that DeepSpeed's BF16_Optimizer saves in a form which zero_to_fp32 refuses.
-
-    Each group is one flat vector, split evenly over the ranks and padded at its end.
-    """
-    shards = [
-        pickles.load(folder / _bf16_shard(r))["optimizer_state_dict"] for r in range(world_size)
-    ]
-    state = {}
-    for number, shapes in enumerate(pickles.load(folder / MODEL_STATES)["param_shapes"]):
-        flat = torch.cat([s["single_partition_of_fp32_groups"][number].detach() for s in shards])
-        begin = 0
-        for name, shape in shapes.items():
-            state[name] = flat[begin : begin + shape.numel()].view(shape).clone()
-            begin += shape.numel()
-    return state
+    saved = SavedState(choice.directory / TAG, choice.manifest)
+    return {name: saved.read(MASTER, name).view(saved.shape(name)) for name in saved.sizes}

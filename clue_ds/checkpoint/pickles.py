@@ -39,10 +39,13 @@ ALLOWED = (
 _FORBIDDEN = re.compile(r"(?:GLOBAL|global|function|class) ([A-Za-z_][\w.]*\.[\w.]+)")
 
 
-def load(path: Path) -> Any:
-    """The content of a pickle of DeepSpeed's, on the CPU; UserError when it holds anything else."""
+def load(path: Path, mmap: bool = False) -> Any:
+    """The content of a pickle of DeepSpeed's, on the CPU; UserError when it holds anything else.
+
+    `mmap`: tensors are read from the file when they are used.
+    """
     with guarded():
-        return torch.load(path, map_location="cpu")
+        return torch.load(path, map_location="cpu", mmap=mmap)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

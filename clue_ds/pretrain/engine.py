@@ -33,13 +33,15 @@ import torch
 from torch import Tensor, nn
 
 from clue_ds import dist
-from clue_ds.checkpoint import pickles
+from clue_ds.checkpoint import layout, pickles, regroup
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
+from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
+from clue_ds.checkpoint.shards import COUNTERS, SavedState
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
 from clue_ds.model.bert import without_full_lengths
-from clue_ds.pretrain import ds_json, optim
+from clue_ds.pretrain import ds_json, muon, optim
 
 # DeepSpeed's own variable, in minutes, with DeepSpeed's default.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
@@ -243,21 +245,56 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
-    def load(self, directory: Path, tag: str) -> None:
-        """Read DeepSpeed's checkpoint `directory`/`tag`; only once, before the first step.
+    def load(self, choice: Choice) -> int | None:
+        """Load a verified checkpoint; only once, before the first step; every rank must call it.
 
+        One of another layout (ranks, ZeRO stage, offload, order of parameters) is regrouped; then
+        the result is the number of bytes that this rank read, and otherwise None.
         UserError for a file that holds anything but tensors and the classes of pickles.ALLOWED.
         """
+        self.frozen = pickles.load_tensors(choice.directory / FROZEN)
+        # At stage 0 every rank has the whole state.
+        if self.stage or choice.manifest.zero_stage:
+            saved = dist.on_all_ranks(lambda: SavedState(choice.directory / TAG, choice.manifest))
+            if not all(dist.all_gather(self._has_layout_of(choice, saved))):
+                return self._regroup(saved)
         with pickles.guarded():
             path, _ = self._deepspeed.load_checkpoint(
-                str(directory), tag=tag, load_lr_scheduler_states=False
+                str(choice.directory), tag=TAG, load_lr_scheduler_states=False
             )
-        assert path is not None, directory
+        assert path is not None, choice.directory
         kept_whole = getattr(self._deepspeed.optimizer, "persistent_parameters", [])
         if (
             kept_whole
         ):  # stage 3: shard them as in a fresh engine; the first forward pass gathers them
             kept_whole[0].partition(kept_whole)
+        return None
+
+    def _has_layout_of(self, choice: Choice, saved: SavedState) -> bool:
+        """Whether DeepSpeed itself can load this rank's shard."""
+        was = choice.manifest
+        now = (self.stage, self.offload, dist.world_size())
+        if (was.zero_stage, was.offload, was.world_size) != now:
+            return False
+        return saved.layout(dist.rank()) == self._living().layout
+
+    def _living(self) -> layout.Living:
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        ranks = dist.rank(), dist.world_size()
+        return layout.of_optimizer(self.optimizer, self.stage, names, self.group_names, *ranks)
+
+    def _regroup(self, saved: SavedState) -> int:
+        """Take over the state of a checkpoint of another layout."""
+        living, optimizer = self._living(), self.optimizer
+        if self.stage and any("shapes" in group for group in optimizer.param_groups):
+            sizes = {name: saved.sizes[name] for name in self.group_names[0]}
+            muon.check_layout(living, sizes, self.stage)
+        dist.on_all_ranks(lambda: regroup.fill(optimizer, self.stage, living, saved))
+        regroup.refresh(optimizer, self.stage)
+        regroup.set_frozen(self.module, self.frozen, dist.rank())
+        for name in COUNTERS:
+            setattr(self._deepspeed, name, saved.counters[name])
+        return saved.num_bytes
 
     def close(self, leaves: bool = True) -> None:
         """Release what DeepSpeed holds, and leave the process group.

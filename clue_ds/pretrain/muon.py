@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from clue_ds import dist
+from clue_ds.checkpoint import layout
+from clue_ds.checkpoint.layout import Living, Sizes
 from clue_ds.errors import UserError
 
 MOMENTUM = 0.95
@@ -157,9 +159,28 @@ class MuonAdamW(torch.optim.Optimizer):
             if whole.numel()
         )
         if not intact:
-            raise UserError(
-                f"train.optimizer muon can't find its weight matrices in DeepSpeed's ZeRO stage "
-                f"{self._stage} shards; remove round_robin_gradients, parameter_alignment and "
-                "sub_group_size from zero_optimization in the DeepSpeed JSON, or set deepspeed "
-                "zero0, or train.optimizer adamw"
-            )
+            raise _unknown_layout(self._stage)
+
+
+def check_layout(living: Living, sizes: Sizes, stage: int) -> None:
+    """UserError unless the matrices lie in the first tensor as MuonAdamW expects it at that stage.
+
+    `sizes`: the number of elements of each matrix.
+    """
+    rank, world_size = dist.rank(), dist.world_size()
+    if stage == 3:
+        expected = layout.cut_pieces(sizes, rank, world_size)
+    else:
+        no_padding = [0] * len(sizes)
+        expected = layout.flat_pieces(sizes, no_padding, rank, living.tensors[0].numel())
+    if living.layout[0] != expected:
+        raise _unknown_layout(stage)
+
+
+def _unknown_layout(stage: int) -> UserError:
+    return UserError(
+        f"train.optimizer muon can't find its weight matrices in DeepSpeed's ZeRO stage "
+        f"{stage} shards; remove round_robin_gradients, parameter_alignment and "
+        "sub_group_size from zero_optimization in the DeepSpeed JSON, or set deepspeed "
+        "zero0, or train.optimizer adamw"
+    )

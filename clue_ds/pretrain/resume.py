@@ -3,7 +3,8 @@
 Guarantees: the newest intact checkpoint is chosen; damaged ones are named and moved aside; one that
 others could have changed, or that a newer clue_ds made, ends the start and stays as it is; changed
 settings that would make it a different run are refused in one error that lists every difference,
-before any rank has unpickled anything; other versions or threads, which change bits, are one note.
+before any rank has unpickled anything; other versions or threads, which change bits, are one note,
+and so is another number of ranks or another ZeRO stage, whose state is regrouped.
 
 With the schedules linear and cosine the learning rate of every earlier step depends on train.steps,
 so it may be raised only with `extend`: the run then goes on with the learning rates of the longer
@@ -18,7 +19,6 @@ import math
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
 from clue_ds.job import preflight
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json
 from clue_ds.pretrain.schedule import learning_rate
 
 # What may differ between the run that saved and the run that resumes: paths, how often something is
@@ -39,7 +38,7 @@ from clue_ds.pretrain.schedule import learning_rate
 MAY_CHANGE = {
     "run_dir",
     "extend",
-    "deepspeed",  # compared as stage and offload
+    "deepspeed",  # another stage or offload is regrouped by Engine.load
     "data.corpus",  # compared by its fingerprint
     "data.mixture",  # part of that fingerprint, with its shares
     "train.micro_batch_size",
@@ -132,6 +131,31 @@ def environment(saved: Manifest, uses_cpu: bool) -> list[str]:
     ]
 
 
+def regrouped(saved: Manifest, stage: int, offload: bool, num_bytes: int | None) -> list[str]:
+    """A note when other ranks, or another stage, carry the run on than those that saved it.
+
+    `num_bytes`: what this rank read into another layout; None when the layout is the same.
+    """
+    world_size = dist.world_size()
+    before = (saved.world_size, _stage_name(saved.zero_stage, saved.offload))
+    now = (world_size, _stage_name(stage, offload))
+    if num_bytes is None and before == now:
+        return []
+    was, will_be = (f"{_ranks(number)} under ZeRO {name}" for number, name in (before, now))
+    read = "" if num_bytes is None else f" ({num_bytes / 2**20:,.1f} MiB on rank 0)"
+    note = (
+        f"the checkpoint was saved by {was}, and {will_be} continue it: weights, moments{read}, "
+        "samples and masks are the same"
+    )
+    if saved.world_size != world_size:
+        note += "; dropout draws other masks from here on"
+    return [note]
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
+
+
 def _set_aside(choice: Choice) -> None:
     for directory in choice.skipped:
         aside = directory.with_name(directory.name + ".damaged")
@@ -206,24 +230,6 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
         raise UserError(
             f"{where} was saved by a run with other settings: {'; '.join(changed)}. Set them back "
             f"to continue it, {elsewhere}{hint}"
-        )
-    _check_same_shards(choice, ds_json.read(identity.config.deepspeed))
-
-
-def _check_same_shards(choice: Choice, values: dict[str, Any]) -> None:
-    """DeepSpeed's shards can be read only at the stage and number of ranks that wrote them."""
-    saved, where = choice.manifest, choice.directory
-    stage, offload = ds_json.zero_stage(values), ds_json.offloads(values)
-    new_run = f"or start a new run_dir from its weights: --model.init {shlex.quote(str(where))}"
-    if (saved.zero_stage, saved.offload) != (stage, offload):
-        raise UserError(
-            f"{where} was saved under ZeRO {_stage_name(saved.zero_stage, saved.offload)}, this "
-            f"run has {_stage_name(stage, offload)}; set deepspeed back, {new_run}"
-        )
-    if stage and saved.world_size != dist.world_size():
-        raise UserError(
-            f"{where} was saved by {saved.world_size} ranks under ZeRO stage {stage}, this run has "
-            f"{dist.world_size()}; start it with {saved.world_size} ranks, {new_run}"
         )
 
 

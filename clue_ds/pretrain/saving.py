@@ -2,7 +2,8 @@
 
 Guarantees: a published checkpoint is complete (checkpoint/manifest.py); saving either publishes a
 new one or leaves the earlier ones unchanged; resuming with the same number of ranks, versions and
-threads continues bit for bit, including dropout. Our own files are JSON, YAML and safetensors. A
+threads continues bit for bit, including dropout, and any other number of ranks or ZeRO stage
+continues with the same weights and moments (checkpoint/regroup.py). Our own files are JSON, YAML and safetensors. A
 full disk is one message on every rank, with the room that is there and the room that is needed.
 
 Rejected: DeepSpeed's `latest`, which is written before the last barrier, and not atomically.
@@ -31,6 +32,7 @@ from clue_ds.config import CheckpointSection, RunConfig
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError, first_line
 from clue_ds.job import preflight, run_lock
+from clue_ds.pretrain import resume
 from clue_ds.pretrain.engine import Engine, dropout_seed
 from clue_ds.pretrain.resume import RunIdentity
 
@@ -293,15 +295,19 @@ def _random_state() -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------- resuming
 
 
-def load(engine: Engine, choice: Choice) -> None:
-    """Load a checkpoint's weights, moments and generator states into a fresh engine."""
-    engine.load(choice.directory, TAG)
-    engine.frozen = pickles.load_tensors(choice.directory / FROZEN)
-    if choice.manifest.world_size != dist.world_size():
-        # Stage 0 with another number of ranks: other dropout masks, but reproducible.
-        torch.manual_seed(dropout_seed(int(choice.manifest.config["seed"]), choice.manifest.step))
-        return
-    states = pickles.load_tensors(choice.directory / _random_file(dist.rank()))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def load(engine: Engine, choice: Choice) -> list[str]:
+    """Load a checkpoint's weights, moments and generator states into a fresh engine.
+
+    Returns a note for the user when the state was regrouped.
+    """
+    saved = choice.manifest
+    num_bytes = engine.load(choice)
+    if saved.world_size != dist.world_size():
+        # Other ranks draw other dropout masks, but reproducible ones.
+        torch.manual_seed(dropout_seed(int(saved.config["seed"]), saved.step))
+    else:
+        states = pickles.load_tensors(choice.directory / _random_file(dist.rank()))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    return resume.regrouped(saved, engine.stage, engine.offload, num_bytes)

@@ -184,7 +184,8 @@ def build(config: RunConfig) -> Run:
     writers.event("start", start_step, machine=notes[0], versions=preflight.versions())
     torch.manual_seed(dropout_seed(config.seed, start_step))
     if choice is not None:
-        saving.load(engine, choice)
+        for note in saving.load(engine, choice):
+            writers.note(note)
     loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
     meter = Meter(model_config, device)
     return Run(

@@ -82,6 +82,27 @@ def test_signalled_it_saves_requeues_and_ends_with_the_same_weights(
     assert_same_weights(tmp_path / "run", undisturbed)
 
 
+def test_requeued_onto_fewer_nodes_it_continues(
+    corpus: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    config = write_config(corpus, tmp_path)
+    words = ["--nodes=1-2", "--ntasks-per-node=1", SBATCH / "pretrain.sbatch", "--config", config]
+    job = submit(slurm, tmp_path, *words)
+    wait_for_steps(tmp_path / "run", 50)
+    node = ["scontrol", "update", "NodeName=n2"]
+    subprocess.run([*node, "State=DRAIN", "Reason=broken"], env=slurm, check=True)
+    try:
+        subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)
+        wait_for_state(slurm, job, tmp_path, "COMPLETED")
+    finally:
+        subprocess.run([*node, "State=RESUME"], env=slurm, check=True)
+    text = log_of(tmp_path, job)
+    assert "resuming after step" in text and "done:" in text
+    assert "saved by 2 ranks under ZeRO stage 1, and 1 rank under ZeRO stage 1 continue" in text
+    lines = read_log(tmp_path / "run")
+    assert lines[-1]["step"] == 400 and lines[-1]["samples"] == 8 * 400
+
+
 def test_an_array_continues_one_run_and_finds_it_done(
     corpus: Path, slurm: dict[str, str], undisturbed: Path, tmp_path: Path
 ) -> None:
