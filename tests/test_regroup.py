@@ -7,6 +7,7 @@ DeepSpeed's own on four, two and four ranks.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -279,8 +280,6 @@ def on_ranks(
     zygote: Zygote, number: int, function: Callable[..., None], values: list[Any], folder: Path
 ) -> None:
     """Call a function of this file on so many ranks."""
-    import json
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -334,7 +333,7 @@ class Chain:
 
     def config(self, name: str, deepspeed: str, **sections: Any) -> dict[str, Any]:
         _, precision, optimizer = name.split("-")
-        train = {"precision": precision, "optimizer": optimizer, "micro_batch_size": 1}
+        train = {"precision": precision, "optimizer": optimizer}
         sections["train"] = {**train, **sections.get("train", {})}
         run_dir = self.folder / name
         return tiny_config(self.corpus, run_dir, deepspeed=deepspeed, **sections).model_dump()
@@ -342,7 +341,7 @@ class Chain:
     def long(self, deepspeed: str, **train: Any) -> dict[str, Any]:
         sections: dict[str, Any] = {"train": {"steps": STEPS, **train}}
         sections["model"] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        sections["checkpoint"] = {"every": 10, "keep": 9}
+        sections["checkpoint"] = {"every": 20}
         return self.config("long-fp32-adamw", deepspeed, **sections)
 
     def cut_after(self, step: int) -> None:
