@@ -173,6 +173,18 @@ class TrainSection(Section):
         "stop", description="what follows a step whose gradient is inf or nan; it updates nothing"
     )
     max_skipped_steps: int = Field(3, ge=1, description="on_nan skip: this many in a row at most")
+    on_spike: Literal["warn", "stop", "rollback"] = Field(
+        "warn",
+        description="what follows a loss far above those before it; rollback: a checkpoint from "
+        "before it is loaded, and the batches around it are skipped",
+    )
+    spike_window: int = Field(100, ge=10, description="number of steps that a loss is compared to")
+    spike_zscore: float = Field(
+        6.0, gt=0, description="a spike is this many standard deviations above their mean"
+    )
+    rollback_steps: int = Field(100, ge=0, description="batches to skip before that of a spike")
+    rollback_batches: int = Field(200, ge=1, description="batches to skip from that of a spike on")
+    max_rollbacks: int = Field(3, ge=1, description="on_spike rollback: this many in a run at most")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainSection:

@@ -12,6 +12,7 @@ import torch
 from clue_ds.benchmarks.loader import loader as bench_loader
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.build.command import shard
+from clue_ds.data.stream.loader import Skip
 from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
 
@@ -38,6 +39,15 @@ def test_batches_come_in_order(stream: SampleStream, start_step: int) -> None:
             assert_equal(next(loader), stream.batch(step, 1, 2))
         assert loader.next_step == start_step + 10
         assert loader.samples_consumed == (start_step + 10) * 8
+
+
+def test_skipped_batches_are_never_made(stream: SampleStream) -> None:
+    skips = [Skip(3, 5), Skip(6, 100)]
+    numbers = [0, 1, 2, 8, 9, 10, 111, 112]
+    for start_step in (0, 4):
+        with Loader(stream, start_step=start_step, skips=skips) as loader:
+            for number in numbers[start_step:]:
+                assert_equal(next(loader), stream.batch(number))
 
 
 def test_batches_for_a_gpu_are_pinned_by_a_thread_that_uses_that_gpu(

@@ -11,10 +11,12 @@ import torch
 
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.build.command import shard
+from clue_ds.data.stream.loader import Skip
 from clue_ds.data.stream.mixture import Mixture, open_corpus
 from clue_ds.data.stream.readahead import ReadAhead
 from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
+from clue_ds.pretrain.train import mixture_samples
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +171,18 @@ def test_fingerprint_is_of_corpora_and_shares(directories: list[Path]) -> None:
     assert len(prints) == 4
     assert mixture(directories).fingerprint in prints
     assert np.array_equal(mixture(directories).shares, [700, 300])
+
+
+def test_samples_that_a_run_skipped_are_not_counted_for_any_corpus(directories: list[Path]) -> None:
+    """Also read ahead: the batches behind a skip come from other windows of the lanes."""
+    stream = SampleStream(mixture(directories), 16, 64, seed=3, order="lanes")
+    skips = [Skip(4, 7), Skip(4, 2), Skip(6, 30)]
+    numbers = [0, 1, 2, 3, 13, 14, 45, 46]
+    expected = [0, 0]
+    with Loader(stream, skips=skips) as loader:
+        for step, number in enumerate(numbers):
+            assert same(next(loader), stream.batch(number))
+            before, after = stream.samples_by_part(number), stream.samples_by_part(number + 1)
+            expected = [e + a - b for e, a, b in zip(expected, after, before, strict=True)]
+            assert list(mixture_samples(stream, step + 1, skips).values()) == expected
+    assert sum(expected) == len(numbers) * 64

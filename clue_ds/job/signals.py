@@ -74,3 +74,14 @@ def discard_output() -> None:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def say_that_it_stops(command: str, number: int) -> None:
+    """Tell the user what the first INT or TERM does."""
+    with contextlib.suppress(OSError, ValueError):
+        print(
+            f"{command}: {signal.Signals(number).name} received: the run saves after this step and "
+            "stops; a second signal ends it at once, without saving",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -59,7 +59,7 @@ SECONDS_FOR_A_SIGNAL = 0.5
 
 
 class Watchdog(Activity):
-    """The watchdog of one rank. `stop`: whether this run was asked to save and stop.
+    """The watchdog of one rank. `stop`: whether it is to save and stop; `hosts`: of all ranks.
 
     `can_stop`: whether the run can save and stop on request; otherwise INT and TERM simply end it.
     `launcher`: when this process ends, the rank ends too; None for a run that a shell started,
@@ -81,6 +81,7 @@ class Watchdog(Activity):
         self._meeting = meeting
         self._rank, self._world_size = dist.rank(), dist.world_size()
         self._me = meeting.peers[self._rank]
+        self.hosts = [peer.host for peer in meeting.peers]
         self._number = 0
         self._suspicion: str | None = None
         self._last_exchange = time.monotonic()
@@ -315,18 +316,11 @@ class Watchdog(Activity):
         if not self._can_stop or not self.stop.ask_by_signal():
             os._exit(128 + number)
         if self._rank == 0 and not was_asked:
-            with contextlib.suppress(OSError, ValueError):
-                print(
-                    f"{self._command}: {signal.Signals(number).name} received: the run saves after "
-                    "this step and stops; a second signal ends it at once, without saving",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            signals.say_that_it_stops(self._command, number)
 
     def _end(self, found: Diagnosis, at_the_end: bool = False) -> None:
         """Report the diagnosis (once per job) and end this process."""
-        is_late = self._closing.is_set() and not at_the_end
-        if not self._ending.acquire(blocking=False) or is_late:
+        if not self._ending.acquire(blocking=False) or (self._closing.is_set() and not at_the_end):
             return
         # A disk that hangs must not keep this process.
         writer = threading.Thread(target=diagnosis.report, args=(found, self._command), daemon=True)

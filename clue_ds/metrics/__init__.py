@@ -91,18 +91,27 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Meter:
-    """Sums over the steps since the last log line, kept on the device until a line is written."""
+    """Sums over the steps since the last log line, kept on the device until a line is written.
+
+    `step_losses`: step and loss of each step of the last line whose update was made.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.peak = peak_flops(device)
         self._loss = math.nan  # of the last line; a line without any update repeats it
+        self.step_losses: list[tuple[int, float]] = []
+        self._start_window()
+
+    def restart(self) -> None:
+        """Forget the steps since the last line: they are given up."""
         self._start_window()
 
     def _start_window(self) -> None:
         self._losses: list[Tensor] = []
         self._counts: list[Tensor] = []
-        self._num_steps = self._num_left_out = 0
+        self._num_steps = 0
+        self._left_out: set[int] = set()
         self._pair_sums: list[Tensor] = []
         self._num_tokens = self._sum_squares = self._num_predicted = 0.0
         self._wait = self._excluded = self._excluded_cpu = 0.0
@@ -152,7 +161,7 @@ class Meter:
         number = len(self._losses) // self._num_steps
         for sums in (self._losses, self._pair_sums):
             sums[-number:] = [torch.zeros_like(each) for each in sums[-number:]]
-        self._num_left_out += 1
+        self._left_out.add(self._num_steps - 1)
 
     def flush(
         self, step: int, grad_norm: float | Tensor, is_regular: bool = True
@@ -182,8 +191,10 @@ class Meter:
         if self.peak is not None:
             flops = flops_per_token(self.config, squares / tokens, mask_share)
             mfu = rate * flops / (self.peak * dist.world_size())
-        if num_steps > self._num_left_out:
-            self._loss = sum(losses) / (num_steps - self._num_left_out)
+        first, left_out = step - num_steps + 1, self._left_out
+        self.step_losses = [(first + i, x) for i, x in enumerate(losses) if i not in left_out]
+        if self.step_losses:
+            self._loss = sum(losses) / len(self.step_losses)
         if is_regular:
             self._start_window()
         return {

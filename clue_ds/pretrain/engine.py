@@ -125,8 +125,7 @@ class Engine:
         """
         deepspeed = import_deepspeed()
         self.precision = train.precision
-        if self.precision == "fp16" and device.type == "cpu":
-            raise UserError("train.precision fp16 needs a GPU; on a CPU set fp32 or bf16")
+        _check_precision(self.precision, device)
         self.device = device
         self.stage = ds_json.zero_stage(ds_values)
         self.offload = ds_json.offloads(ds_values)
@@ -305,6 +304,11 @@ class Engine:
         self._deepspeed.destroy()
         if leaves:
             _leave()
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("train.precision fp16 needs a GPU; on a CPU set fp32 or bf16")
 
 
 @contextlib.contextmanager

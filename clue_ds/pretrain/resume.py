@@ -44,6 +44,12 @@ MAY_CHANGE = {
     "train.micro_batch_size",
     "train.on_nan",
     "train.max_skipped_steps",
+    "train.on_spike",
+    "train.spike_window",
+    "train.spike_zscore",
+    "train.rollback_steps",
+    "train.rollback_batches",
+    "train.max_rollbacks",
     "data.held_out",
     "data.pairs",  # compared by the fingerprint of their content
     "evaluate.every",

@@ -3,8 +3,9 @@
 Guarantees: a published checkpoint is complete (checkpoint/manifest.py); saving either publishes a
 new one or leaves the earlier ones unchanged; resuming with the same number of ranks, versions and
 threads continues bit for bit, including dropout, and any other number of ranks or ZeRO stage
-continues with the same weights and moments (checkpoint/regroup.py). Our own files are JSON, YAML and safetensors. A
-full disk is one message on every rank, with the room that is there and the room that is needed.
+continues with the same weights and moments (checkpoint/regroup.py). Our own files are JSON, YAML
+and safetensors. A full disk is one message on every rank, with the room that is there and the room
+that is needed.
 
 Rejected: DeepSpeed's `latest`, which is written before the last barrier, and not atomically.
 """
@@ -44,9 +45,16 @@ CHECKPOINTS_AT_START = 2.2
 
 
 def save(
-    engine: Engine, identity: RunIdentity, step: int, held_out_loss: float | None = None
+    engine: Engine,
+    identity: RunIdentity,
+    step: int,
+    held_out_loss: float | None = None,
+    texts: dict[str, str] | None = None,
 ) -> Path:
-    """Publish the state after `step` updates and delete old ones; every rank must call it."""
+    """Publish the state after `step` updates and delete old ones; every rank must call it.
+
+    `texts`: further small files of the checkpoint, name -> content.
+    """
     folder = Path(identity.config.run_dir) / manifests.FOLDER
     final = folder / manifests.name(step)
     staging = final.with_name(final.name + ".tmp")
@@ -70,7 +78,7 @@ def save(
     # DeepSpeed's ranks wait for each other in here, so a rank that fails must not wait for them.
     with _clear_write_errors(staging, num_bytes):
         engine.save(staging, TAG)
-    attempt(lambda: _write_own_files(staging, engine, identity))
+    attempt(lambda: _write_own_files(staging, engine, identity, texts or {}))
     check_lock()
     if dist.rank() == 0:
         described = _describe(engine, identity, step, held_out_loss)
@@ -92,7 +100,9 @@ def _prepare(staging: Path, num_bytes: int) -> None:
         raise UserError(message)
 
 
-def _write_own_files(staging: Path, engine: Engine, identity: RunIdentity) -> None:
+def _write_own_files(
+    staging: Path, engine: Engine, identity: RunIdentity, texts: dict[str, str]
+) -> None:
     safetensors.torch.save_file(_random_state(), staging / _random_file(dist.rank()))
     if dist.rank() == 0:
         run_config.save(identity.config, staging / "config.yaml")
@@ -100,6 +110,8 @@ def _write_own_files(staging: Path, engine: Engine, identity: RunIdentity) -> No
         tokenizer = json.dumps({"do_lower_case": identity.lower_case})
         (staging / "tokenizer_config.json").write_text(tokenizer + "\n", encoding="utf-8")
         safetensors.torch.save_file(engine.frozen, staging / FROZEN)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
 
 
 def _publish(staging: Path, final: Path, manifest: Manifest, engine: Engine) -> None:

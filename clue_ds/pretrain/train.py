@@ -17,6 +17,7 @@ import contextlib
 import io
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,22 @@ from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
+from clue_ds.data.stream.loader import Skip, batch_number
 from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
+from clue_ds.job.slow_rank import SlowRanks
 from clue_ds.metrics import Meter, Pulse
 from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, start_weights
+from clue_ds.pretrain.anomalies import spikes
+from clue_ds.pretrain.anomalies.nonfinite import NonFiniteSteps
+from clue_ds.pretrain.anomalies.spikes import Spikes
 from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, start
 from clue_ds.pretrain.evaluate import Evaluator
-from clue_ds.pretrain.nonfinite import NonFiniteSteps
 from clue_ds.pretrain.writers import Writers
 from clue_ds.settings import program
 
@@ -59,6 +64,12 @@ class Run:
     start_step: int
     watch: watchdog.Watchdog
     non_finite: NonFiniteSteps
+    spikes: Spikes
+    slow_ranks: SlowRanks
+
+    def batch_number(self, step: int) -> int:
+        """The batch of the sample stream that step `step` (from 0) is trained on."""
+        return batch_number(step, self.spikes.skips)
 
 
 def main(argv: list[str]) -> None:
@@ -78,14 +89,16 @@ def train(run: Run) -> int:
     config, engine, meter = run.config, run.engine, run.meter
     pulse = Pulse(config.log.seconds, lambda: run.watch.stop.seconds)
     engine.module.train()
-    for step in range(run.start_step, config.train.steps):
-        with meter.waiting():
+    step = run.start_step
+    while step < config.train.steps:
+        with meter.waiting(), run.slow_ranks.waiting():
             batch = next(run.loader)
         meter.add_batch(batch)
 
         micro_batches = engine.micro_batches(batch)
         for micro_batch in micro_batches:
-            output = engine.forward(**micro_batch)
+            with run.slow_ranks.forward():
+                output = engine.forward(**micro_batch)
             engine.backward(output.loss)
             share = 1 / engine.gradient_accumulation_steps
             meter.add_micro_batch(output.loss, output.num_correct, share, output.pair_sums)
@@ -96,9 +109,12 @@ def train(run: Run) -> int:
         try:
             grad_norm = engine.step(lr)
         except LossScaleExhausted:
-            raise run.non_finite.exhausted(done, micro_batches) from None
-        if (note := run.non_finite.note(done, micro_batches)) is not None:
+            raise run.non_finite.exhausted(done, run.batch_number(step), micro_batches) from None
+        note = run.non_finite.note(done, run.batch_number(step), micro_batches)
+        if note is not None:
             meter.leave_out_step()
+            run.writers.note(note)
+        if (note := run.slow_ranks.step(done)) is not None:
             run.writers.note(note)
 
         stops, is_done = run.watch.step(done), done == config.train.steps
@@ -109,24 +125,65 @@ def train(run: Run) -> int:
         is_regular = saves or evaluates or done % config.log.every == 0
         if pulse.is_due(is_regular):
             line = meter.flush(done, grad_norm, is_regular)
+            # Other lines come when time has passed, which must not change what is trained.
+            if is_regular and (back := look_for_spike(run)) is not None:
+                step = roll_back(run, back)
+                continue
             samples = done * config.train.global_batch_size
             skipped = engine.skipped_steps
             if evaluates and run.evaluator is not None:
                 with meter.paused(), run.watch.section("evaluate"):
                     line |= run.evaluator(engine)
-            by_corpus = mixture_samples(run.stream, done)
+            by_corpus = mixture_samples(run.stream, done, run.spikes.skips)
             counts = {"samples": samples, **by_corpus, "skipped_steps": skipped}
-            run.writers.write({**line, "lr": lr, **counts})
+            counts |= {"skipped_batches": run.spikes.num_skipped}
+            run.writers.write({**line, "lr": lr, **counts, **run.slow_ranks.figures()})
         if saves:
             began = time.perf_counter()
             with meter.paused(), run.watch.section("save"):
                 loss = line.get("held_out_loss")
-                directory = saving.save(engine, run.identity, done, loss)
+                texts = {spikes.FILE: run.spikes.state()}
+                directory = saving.save(engine, run.identity, done, loss, texts)
             run.writers.note(f"saved {directory}")
             run.writers.event("saved", done, seconds=time.perf_counter() - began)
         if stops or is_done:
             return done
-    return run.start_step
+        step = done
+    return step
+
+
+def look_for_spike(run: Run) -> Skip | None:
+    """What a rollback is to skip, if the losses of the last log line ask for one."""
+    spike = run.spikes.look(run.meter.step_losses)
+    if spike is None:
+        return None
+    skip = run.spikes.decide(spike)
+    note = run.spikes.warning(spike) if skip is None else run.spikes.past(spike, skip)
+    if note is not None:
+        run.writers.note(note)
+    return skip
+
+
+def roll_back(run: Run, skip: Skip) -> int:
+    """Load a checkpoint from before `skip`, and go on from there without its batches.
+
+    Returns the number of updates that were made up to that checkpoint.
+    """
+    config, engine = run.config, run.engine
+    run.watch.begin(config.health)
+    choice = spikes.go_back(config.run_dir, skip)
+    step = choice.manifest.step
+    saving.load(engine, choice)
+    run.spikes = Spikes(config, spikes.read(choice), (*run.spikes.skips, skip))
+    run.loader.close()
+    skips, device = run.spikes.skips, engine.device
+    run.loader = Loader(run.stream, dist.rank(), dist.world_size(), step, device, skips)
+    run.meter.restart()
+    # The lines of the steps that are trained again are removed, as when a run resumes.
+    run.writers.close()
+    run.writers = Writers(config.run_dir, config.train.steps, step, config.log.tensorboard)
+    run.writers.note(f"resuming after step {step} from {choice.directory}")
+    return step
 
 
 def parse(argv: list[str], prog: str = "clue-ds pretrain") -> RunConfig:
@@ -151,6 +208,7 @@ def build(config: RunConfig) -> Run:
     stream = batches.make_stream(config, corpus)
     evaluator = batches.make_evaluator(config, corpus)
     saving.check_retention(config, has_held_out=evaluator is not None)
+    spikes.check_retention(config)
     identity = resume.RunIdentity(
         config=config,
         model=model_config,
@@ -186,7 +244,9 @@ def build(config: RunConfig) -> Run:
     if choice is not None:
         for note in saving.load(engine, choice):
             writers.note(note)
-    loader = Loader(stream, dist.rank(), dist.world_size(), start_step, device)
+    seen = Spikes(config, spikes.read(choice))
+    skips, world_size = seen.skips, dist.world_size()
+    loader = Loader(stream, dist.rank(), world_size, start_step, device, skips)
     meter = Meter(model_config, device)
     return Run(
         config,
@@ -200,6 +260,8 @@ def build(config: RunConfig) -> Run:
         start_step,
         watch,
         NonFiniteSteps(config.train, engine),
+        seen,
+        SlowRanks(watch.hosts, device, waits_in_forward=engine.stage == 3),
     )
 
 
@@ -261,12 +323,20 @@ def prepare_run_dir(config: RunConfig, engine: Engine) -> list[str]:
     return notes
 
 
-def mixture_samples(stream: SampleStream, step: int) -> dict[str, int]:
-    """Log entries: samples of each corpus of a mixture up to `step`; none without a mixture."""
+def mixture_samples(stream: SampleStream, step: int, skips: Sequence[Skip]) -> dict[str, int]:
+    """Log entries: samples of each corpus of a mixture that were trained on in `step` steps; none
+    without a mixture."""
     if not isinstance(stream.corpus, Mixture):
         return {}
     names = [f"samples_of/{name}" for name in stream.corpus.names()]
-    return dict(zip(names, stream.samples_by_part(step), strict=True))
+    counts, begin = [0] * len(names), 0
+    for end in sorted({skip.step for skip in skips if skip.step < step} | {step}):
+        first = batch_number(begin, skips)
+        before = stream.samples_by_part(first)
+        after = stream.samples_by_part(first + end - begin)
+        counts = [n + a - b for n, a, b in zip(counts, after, before, strict=True)]
+        begin = end
+    return dict(zip(names, counts, strict=True))
 
 
 def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream) -> str:

@@ -39,8 +39,10 @@ class NonFiniteSteps:
         self._train, self._engine = train, engine
         self._in_a_row = 0
 
-    def note(self, step: int, micro_batches: list[dict[str, Tensor]]) -> str | None:
+    def note(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> str | None:
         """After every step: None if its update was made, else the line for the user.
+
+        `batch`: the number of its batch in the sample stream, from 0.
 
         Every rank must call it. UserError, the same on all ranks, when the run must not go on.
         """
@@ -51,7 +53,7 @@ class NonFiniteSteps:
         if engine.precision == "fp16":
             return None
         self._in_a_row += 1
-        what = f"the gradient is not finite at step {step} ({self._samples(step)})"
+        what = f"the gradient is not finite at step {step} ({self._samples(batch)})"
         if self._train.on_nan == "skip" and self._in_a_row <= self._train.max_skipped_steps:
             return (
                 f"{what}: its update was skipped, {self._in_a_row} in a row, "
@@ -59,18 +61,18 @@ class NonFiniteSteps:
             )
         raise UserError(f"{what}: {self._culprits(micro_batches)}. {self._advice()}")
 
-    def exhausted(self, step: int, micro_batches: list[dict[str, Tensor]]) -> UserError:
+    def exhausted(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> UserError:
         """The error for a loss scale that can't be lowered any more; on all ranks."""
         return UserError(
-            f"fp16 training diverged at step {step} ({self._samples(step)}): the gradient "
+            f"fp16 training diverged at step {step} ({self._samples(batch)}): the gradient "
             f"overflows even at the smallest loss scale: {self._culprits(micro_batches)}. Use "
             "train.precision bf16 if the GPU supports it, or a smaller train.lr, or more "
             "train.warmup_steps, and start again from the newest checkpoint"
         )
 
-    def _samples(self, step: int) -> str:
+    def _samples(self, batch: int) -> str:
         size = self._train.global_batch_size
-        return f"samples {(step - 1) * size:,} to {step * size - 1:,} of the run"
+        return f"samples {batch * size:,} to {(batch + 1) * size - 1:,} of the run"
 
     def _culprits(self, micro_batches: list[dict[str, Tensor]]) -> str:
         """What each rank that is to blame finds when it repeats the step."""
