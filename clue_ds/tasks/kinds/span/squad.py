@@ -81,7 +81,7 @@ def _value(parent: Any, name: str, where: str) -> Any:
         has = f" (has {', '.join(parent)})" if isinstance(parent, dict) else ""
         raise UserError(
             f"{where}: no {name!r}{has}; SQuAD's format is data > paragraphs > context and qas > "
-            "question and answers (docs/reading.md)"
+            "question and answers (docs/tasks/span.md)"
         )
     return parent[name]
 
