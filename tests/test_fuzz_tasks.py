@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clue_ds.errors import UserError
-from clue_ds.tasks import examples, registry
+from clue_ds.tasks import examples, kinds, registry
+from clue_ds.tasks.kinds import Example
 from clue_ds.tasks.predict import submit
 
 FUZZ = settings(
@@ -45,7 +46,8 @@ VALUES = st.recursive(
 )
 FIELDS = (
     "id", "idx", "label", "label_desc", "sentence", "sentence1", "sentence2", "keyword", "abst",
-    "text", "target", "keywords",
+    "text", "target", "keywords", "question", "choice", "answer", "content", "candidates",
+    "answers",
 )  # fmt: skip
 SPAN = {"span1_text": "甲", "span1_index": 0, "span2_text": "乙", "span2_index": 1}
 GOOD: dict[str, dict[str, Any]] = {
@@ -59,6 +61,13 @@ GOOD: dict[str, dict[str, Any]] = {
 def dumped(value: Any) -> str:
     """JSON as Python's json writes it, with NaN, lone surrogates, and numbers of any size."""
     return json.dumps(value, ensure_ascii=False).replace(str(HUGE), "9" * 5000)
+
+
+# Kinds whose answer is one of several choices.
+RATED: dict[str, dict[str, Any]] = {
+    "c3": {"text": ["甲"], "question": "乙", "choice": ["丙", "丁"], "answer": "丁"},
+    "chid": {"content": ["甲#idiom000001#乙"], "candidates": ["丙", "丁"], "answers": [1]},
+}
 
 
 @st.composite
@@ -157,6 +166,52 @@ def test_label_files(place: Path, data: st.DataObject, name: str, suffix: str) -
             assert all(isinstance(text, str) for text in texts) and any(map(str.strip, texts))
             assert example.label in (task.labels if labelled else (None,))
             assert isinstance(example.id, int | str) and not isinstance(example.id, bool)
+
+
+def c3s_array(row: dict[str, Any]) -> Any:
+    """A question in the form of CLUE's own files."""
+    return [[row.get("text"), [{k: v for k, v in row.items() if k != "text"}], "1"]]
+
+
+@FUZZ
+@given(st.data(), st.sampled_from(sorted(RATED)))
+def test_files_of_choices(place: Path, data: st.DataObject, name: str) -> None:
+    path = place / "choices.json"
+    good = RATED[name]
+    if name == "c3" and data.draw(st.booleans()):
+        row = data.draw(rows(good))
+        path.write_bytes(data.draw(damaged(encoded(dumped(c3s_array(row))))))
+    else:
+        path.write_bytes(data.draw(json_lines(good)))
+    task = registry.get(name)
+    for example in outcome(lambda: examples.read(task, path), path) or []:
+        text = example.text
+        right = [example.label] if name == "c3" else list(example.label.values())
+        choices = text.choices if name == "c3" else text.candidates
+        assert right and all(0 <= i < len(choices) and isinstance(i, int) for i in right)
+    for example in outcome(lambda: examples.read(task, path, labelled=False), path) or []:
+        assert example.label is None
+
+
+@FUZZ
+@given(st.data(), st.sampled_from(sorted(RATED)), st.booleans())
+def test_files_of_answers_of_choices(
+    place: Path, data: st.DataObject, name: str, is_scored: bool
+) -> None:
+    """A file of answers gives valid answers or mistakes, whatever is in it."""
+    kind = kinds.of(registry.get(name))
+    text = kind.text(RATED[name], "")
+    asked = [Example(0, text, None)]
+    value = 1 if name == "c3" else {"#idiom000001#": 1}
+    good: Any = {"id": 0, "label": value} if name == "c3" or not is_scored else value
+    changed = {**good, data.draw(st.sampled_from(["label", "#idiom000001#"])): data.draw(VALUES)}
+    content = encoded(dumped(data.draw(st.sampled_from([good, changed]))))
+    values, mistakes = kind.check(data.draw(damaged(content)), asked, "answers", is_scored)
+    assert mistakes or kind.submission(asked, values) in (
+        kind.submission(asked, [one]) for one in ([0, 1] if name == "c3" else
+                                                  [{"#idiom000001#": i} for i in (0, 1)])
+    )  # fmt: skip
+    "".join(mistakes).encode("utf-8", "surrogatepass")
 
 
 @FUZZ

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,7 +32,6 @@ from clue_ds.tasks.features import Features
 from clue_ds.tasks.heads import BertForMultipleChoice
 from clue_ds.tasks.kinds import answer_lines, answer_object, rating
 from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
-from clue_ds.tasks.kinds.rating import Rivals
 from clue_ds.tasks.task import Record, Settings, Task
 
 IDIOM = r"#idiom\d+#"
@@ -57,6 +56,45 @@ class Passages(NamedTuple):
     candidates: tuple[str, ...]
     passages: tuple[str, ...]
     blanks: tuple[Blank, ...]
+
+
+class CandidateRows(Sequence[Features]):
+    """The sequences of a blank, put together when a batch needs them.
+
+    ChID has half a million blanks with ten sequences each; kept apart they would take gigabytes.
+    """
+
+    def __init__(self, candidates: Sequence[np.ndarray], passage: np.ndarray, cut: bool) -> None:
+        self.candidates = candidates  # of the line, each with [CLS] and [SEP] around it
+        self.passage = passage  # with [SEP]
+        self.cut = cut
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    @overload
+    def __getitem__(self, index: int) -> Features: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Features]: ...
+    def __getitem__(self, index: int | slice) -> Features | Sequence[Features]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        ids = np.concatenate([self.candidates[index], self.passage]).astype(np.int64)
+        return Features(ids, len(ids), self.cut)
+
+
+class BlankUnit(NamedTuple):
+    """A blank with all its candidates."""
+
+    rows: CandidateRows
+
+    @property
+    def size(self) -> int:
+        return len(self.rows.passage) + max(map(len, self.rows.candidates))
+
+    @property
+    def truncated(self) -> bool:
+        return self.rows.cut
 
 
 class CustomCloze(BaseModel):
@@ -216,7 +254,7 @@ class Cloze(Kind):
 
     # -------------------------------------------------------------------------------- inputs
 
-    def encode(self, tokenizer: Tokenizer, text: Passages, max_length: int) -> list[Rivals]:
+    def encode(self, tokenizer: Tokenizer, text: Passages, max_length: int) -> list[BlankUnit]:
         candidates = [tokenizer.encode(one) for one in text.candidates]
         room = max_length - 4 - max(map(len, candidates))
         if room < FEWEST_TOKENS:
@@ -226,10 +264,18 @@ class Cloze(Kind):
             )
         tokens = tokenizer.tokens
         blank_id = tokens.index(BLANK_TOKEN) if BLANK_TOKEN in tokens else tokenizer.mask_id
-        return [
-            self._rivals(tokenizer, candidates, self._sides(tokenizer, text, blank), room, blank_id)
-            for blank in text.blanks
-        ]
+        cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
+        framed = [np.concatenate([cls, one, sep]).astype(np.int32) for one in candidates]
+        units = []
+        for blank in text.blanks:
+            left, right = self._sides(tokenizer, text, blank)
+            num_left = min(len(left), max(room // 2, room - len(right)))
+            num_right = min(len(right), room - num_left)
+            cut = num_left + num_right < len(left) + len(right)
+            passage = [left[len(left) - num_left :], [blank_id], right[:num_right], sep]
+            joined = np.concatenate(passage).astype(np.int32)
+            units.append(BlankUnit(CandidateRows(framed, joined, cut)))
+        return units
 
     @staticmethod
     def _sides(tokenizer: Tokenizer, text: Passages, blank: Blank) -> tuple[np.ndarray, np.ndarray]:
@@ -247,38 +293,25 @@ class Cloze(Kind):
         sides[side].append(tokenizer.encode(passage[begin:]))
         return np.concatenate(sides[0]), np.concatenate(sides[1])
 
-    @staticmethod
-    def _rivals(
-        tokenizer: Tokenizer,
-        candidates: Sequence[np.ndarray],
-        sides: tuple[np.ndarray, np.ndarray],
-        room: int,
-        blank_id: int,
-    ) -> Rivals:
-        left, right = sides
-        num_left = min(len(left), max(room // 2, room - len(right)))
-        num_right = min(len(right), room - num_left)
-        truncated = num_left + num_right < len(left) + len(right)
-        cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
-        passage = [left[len(left) - num_left :], [blank_id], right[:num_right], sep]
-        ids = [np.concatenate([cls, one, sep, *passage]).astype(np.int64) for one in candidates]
-        return Rivals(tuple(Features(one, len(one), truncated) for one in ids))
-
-    def targets(self, text: Passages, label: dict[str, int], units: Sequence[Rivals]) -> list[int]:
+    def targets(
+        self, text: Passages, label: dict[str, int], units: Sequence[BlankUnit]
+    ) -> list[int]:
         return [label[blank.name] for blank in text.blanks]
 
     def network(self, config: ModelConfig, seed: int) -> BertForMultipleChoice:
         return BertForMultipleChoice(config, seed)
 
-    def loss(self, outputs: Tensor, units: Sequence[Rivals], targets: Sequence[int]) -> Tensor:
+    def loss(self, outputs: Tensor, units: Sequence[BlankUnit], targets: Sequence[int]) -> Tensor:
         return rating.loss(outputs, units, targets)
 
     # ------------------------------------------------------------------------------- answers
 
-    def raw(self, outputs: Tensor, units: Sequence[Rivals]) -> list[np.ndarray]:
+    def raw(self, outputs: Tensor, units: Sequence[BlankUnit]) -> list[np.ndarray]:
         return rating.ratings(outputs, units)
 
-    def answer(self, text: Passages, units: Sequence[Rivals], raws: Sequence[np.ndarray]) -> Answer:
+    def answer(
+        self, text: Passages, units: Sequence[BlankUnit], raws: Sequence[np.ndarray]
+    ) -> Answer:
         indices = assign(np.stack(raws), self._once)
         names = [blank.name for blank in text.blanks]
         value = dict(zip(names, indices, strict=True))

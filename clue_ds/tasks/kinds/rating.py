@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clue_ds.tasks.features import Features
+from clue_ds.tasks.features import Features, Unit
 
 
 class Rivals(NamedTuple):
@@ -27,7 +27,7 @@ class Rivals(NamedTuple):
         return any(row.truncated for row in self.rows)
 
 
-def loss(outputs: Tensor, units: Sequence[Rivals], targets: Sequence[int]) -> Tensor:
+def loss(outputs: Tensor, units: Sequence[Unit], targets: Sequence[int]) -> Tensor:
     """The mean cross entropy; `outputs` [rows of all units, 1] are the ratings."""
     counts = torch.tensor([len(unit.rows) for unit in units], device=outputs.device)
     places = torch.arange(int(counts.max()), device=outputs.device) < counts[:, None]
@@ -36,7 +36,7 @@ def loss(outputs: Tensor, units: Sequence[Rivals], targets: Sequence[int]) -> Te
     return F.cross_entropy(logits, torch.tensor(targets, device=outputs.device))
 
 
-def ratings(outputs: Tensor, units: Sequence[Rivals]) -> list[np.ndarray]:
+def ratings(outputs: Tensor, units: Sequence[Unit]) -> list[np.ndarray]:
     """The ratings of each unit's sequences, float32 [rows]."""
     ends = np.cumsum([len(unit.rows) for unit in units])
     return np.split(outputs.float().flatten().cpu().numpy(), ends[:-1])
