@@ -48,7 +48,11 @@ test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with th
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
-		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) $(BIN)/pytest tests/clients $(ARGS)
+		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) \
+		TRANSFORMERS3_PYTHON=$(wildcard $(CLIENTS)/3/bin/python) \
+		ONNXRUNTIME114_PYTHON=$(wildcard $(CLIENTS)/onnxruntime114/bin/python) \
+		ONNXRUNTIME116_PYTHON=$(wildcard $(CLIENTS)/onnxruntime116/bin/python) \
+		$(BIN)/pytest tests/clients $(ARGS)
 
 test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
 	$(BIN)/pytest tests/cluster --numprocesses 2 --dist loadfile $(ARGS)
@@ -131,10 +135,18 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)/4
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
 		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 sentence-transformers==5.7.0
+	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 \
+		sentence-transformers==5.7.0 "optimum-onnx[onnxruntime]==0.1.0"
+	$(PYTHON) -m venv $(CLIENTS)/onnxruntime116
+	@$(CLIENTS)/onnxruntime116/bin/python -m pip --disable-pip-version-check install --quiet onnxruntime==1.16.3 "numpy < 2" \
+		|| { echo "no onnxruntime 1.16.3 for this Python: it will not be checked"; rm -r $(CLIENTS)/onnxruntime116; }
 	@if $(PYTHON37) --version > /dev/null 2>&1; then \
-		echo "installing transformers 2.5.1 with $(PYTHON37)"; \
+		echo "installing transformers 2.5.1 and 3.5.1 and onnxruntime 1.14.1 with $(PYTHON37)"; \
 		$(PYTHON37) -m venv $(CLIENTS)/2 \
-		&& $(CLIENTS)/2/bin/python -m pip --disable-pip-version-check install --quiet torch==1.4.0 transformers==2.5.1 "protobuf < 4"; \
-	else echo "no $(PYTHON37): transformers 2.5.1 will not be checked"; fi
+		&& $(CLIENTS)/2/bin/python -m pip --disable-pip-version-check install --quiet torch==1.4.0 transformers==2.5.1 "protobuf < 4" \
+		&& $(PYTHON37) -m venv $(CLIENTS)/3 \
+		&& $(CLIENTS)/3/bin/python -m pip --disable-pip-version-check install --quiet torch==1.7.1 transformers==3.5.1 "protobuf < 4" \
+		&& $(PYTHON37) -m venv $(CLIENTS)/onnxruntime114 \
+		&& $(CLIENTS)/onnxruntime114/bin/python -m pip --disable-pip-version-check install --quiet onnxruntime==1.14.1; \
+	else echo "no $(PYTHON37): transformers 2.5.1 and 3.5.1 and onnxruntime 1.14.1 will not be checked"; fi
 	touch $@

@@ -25,12 +25,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError, existing_file
+
+if TYPE_CHECKING:
+    from clue_ds.tasks import Predictor
 
 CONTENDERS = {
     "clue_ds": "batcher",
@@ -85,7 +88,7 @@ class PipelineQueue:
 
     num_waiting = 0
 
-    def __init__(self, model: str, num_threads: int, max_length: int) -> None:
+    def __init__(self, model: str, num_threads: int, predictor: Predictor) -> None:
         import transformers
 
         from clue_ds.tasks.serve.batcher import Counters
@@ -96,7 +99,9 @@ class PipelineQueue:
         self._pipeline = transformers.pipeline(
             "text-classification", model=model, tokenizer=tokenizer, top_k=None
         )
-        self._options = {"truncation": True, "max_length": max_length}
+        self._options = {"truncation": True, "max_length": predictor.max_length}
+        # The pipeline answers with the names of classes, where they have some.
+        self._labels = {name: label for label, name in predictor.names.items()}
 
     def submit(self, kind: object, items: list[Any]) -> Future[list[Any]]:
         return self._pool.submit(self._run, items)
@@ -105,10 +110,8 @@ class PipelineQueue:
         from clue_ds.tasks.predict.predictor import Prediction
 
         found: Any = self._pipeline(items, **self._options)
-        return [
-            Prediction(row[0]["label"], {each["label"]: each["score"] for each in row})
-            for row in found
-        ]
+        named = [[(self._labels.get(e["label"], e["label"]), e["score"]) for e in r] for r in found]
+        return [Prediction(row[0][0], dict(row)) for row in named]
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -128,7 +131,7 @@ def serve_contender(model: str, kind: str) -> None:
     if kind == "batcher":
         waiting = Batcher(compute(predictor))
     else:
-        waiting = PipelineQueue(model, int(kind), predictor.max_length)
+        waiting = PipelineQueue(model, int(kind), predictor)
     with bind("127.0.0.1", 0) as listener:
         listener.listen(1024)
         print(f"port {listener.getsockname()[1]}", flush=True)

@@ -38,6 +38,7 @@ _SUBJECTS = {
     "finetune": "against transformers' Trainer",
     "evidence": "curves of pretraining and fine-tuning, with a plot",
     "serve": "answers per second against a transformers pipeline",
+    "onnx_latency": "an ONNX export against transformers' legacy export",
 }
 BENCHMARKS = {
     name: Verb(f"clue_ds.benchmarks.{name}:{name}", help) for name, help in _SUBJECTS.items()
@@ -56,6 +57,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         "clue_ds.export.command:import_model", "convert a BERT from elsewhere, to continue from it"
     ),
+    "push": Verb("clue_ds.export.push:push", "publish a model on the Hugging Face hub"),
     "finetune": Verb(
         "clue_ds.tasks.finetune.command:finetune", "fine-tune a model on CLUE's tasks or your own"
     ),

@@ -107,7 +107,9 @@ def _has_flag(name: str, verb: Verb, flag: str, arguments: list[str]) -> bool:
     if isinstance(target, dict):
         target = target[arguments[0]]
     names = {parameter.replace("_", "-") for parameter in inspect.signature(target).parameters}
-    return section in names or section.removeprefix("no-") in names
+    # A flag that is a keyword of Python (--from, --for) is the name of another parameter.
+    is_named = f'tyro.conf.arg(name="{section}")' in inspect.getsource(target)
+    return is_named or section in names or section.removeprefix("no-") in names
 
 
 def test_readme_says_the_path_of_every_file_it_points_at() -> None:

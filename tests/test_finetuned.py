@@ -203,6 +203,19 @@ def test_finetuning_writes_names_length_score_and_data(
         + ["--output", str(place), "--epochs", "1", "--max-length", "9"]
     ) == 0  # fmt: skip
     model = place / "tone" / "best" / "model"
+    # Every verb takes the same places for this one model.
+    packed = tmp_path / "packed.zip"
+    assert main(["export", str(place / "tone"), "--zip", "--output", str(packed)]) == 0
+    for where in (place / "tone", place / "tone" / "best", packed):
+        found = Predictor(where).predict(TEXTS[:1])
+        assert found == Predictor(model).predict(TEXTS[:1])
+        if where != packed:
+            capsys.readouterr()
+            assert main(["score", str(where)]) == 0
+            table = capsys.readouterr().out
+            assert main(["score", str(model)]) == 0
+            assert capsys.readouterr().out == table
+    assert main(["score", str(packed)]) == 2
     about = export.open_model(model).finetuned
     result = json.loads((place / "tone" / "best" / "result.json").read_text("utf-8"))
     assert about is not None

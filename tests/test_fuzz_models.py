@@ -103,7 +103,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     vocab_file = write_vocab(folder / "vocab.txt", TINY_CONFIG.vocab_size)
     state = random_model(TINY_CONFIG, 0).state_dict()
-    directory = export.save(TINY_CONFIG, state, vocab_file, folder / "model")
+    directory = export.save(TINY_CONFIG, state, vocab_file, folder / "model", legacy=True)
     packed = export.save(TINY_CONFIG, state, vocab_file, folder / "tf", to="tf")
     (packed / "bert_model.ckpt.meta").unlink()
     archives.pack(packed, directory / "model.zip")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback_hub import Hub, serving
+from loopback_hub import TOKEN, Hub, serving
 from models import TINY_CONFIG, random_model, same_bits, write_vocab
 
 from clue_ds import export
-from clue_ds.export import hub
+from clue_ds.export import card, hub
 from clue_ds.model.weights import StateDict
 from clue_ds.presets import NAMES
 
@@ -28,7 +28,7 @@ def state() -> StateDict:
 def server(tmp_path: Path, state: StateDict) -> Iterator[Hub]:
     """A hub with one model like CLUE's: its config says roberta."""
     vocab_file = write_vocab(tmp_path / "vocab.txt", TINY_CONFIG.vocab_size)
-    directory = export.save(TINY_CONFIG, state, vocab_file, tmp_path / "published")
+    directory = export.save(TINY_CONFIG, state, vocab_file, tmp_path / "published", legacy=True)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     (directory / "modeling_evil.py").write_text("raise SystemExit")
@@ -36,8 +36,62 @@ def server(tmp_path: Path, state: StateDict) -> Iterator[Hub]:
         yield hub_server
 
 
-def run(server: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return server.run(tmp_path, "-m", "clue_ds.cli", *arguments)
+@pytest.mark.parametrize(
+    ("name", "is_name"),
+    [
+        ("bert-base-chinese", True),
+        ("bert-base-multilingual-cased", True),
+        ("hfl/chinese-roberta-wwm-ext", True),
+        ("modle", False),
+        ("bert-mine", False),
+        ("a/b/c", False),
+    ],
+)
+def test_names_of_the_hub_with_and_without_owner(name: str, is_name: bool) -> None:
+    assert hub.is_name(name) == is_name
+
+
+def test_name_without_owner_is_downloaded(server: Hub, state: StateDict, tmp_path: Path) -> None:
+    server.repositories["models/bert-base-chinese"] = server.repositories[f"models/{TINY}"]
+    done = run(server, tmp_path, "import", "bert-base-chinese", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    found = export.load(tmp_path / "out")[1]
+    assert all(same_bits(found[key], tensor) for key, tensor in state.items())
+
+
+def test_model_is_published_under_its_name(server: Hub, state: StateDict, tmp_path: Path) -> None:
+    """Pushed, and loaded again by the name that its card gives."""
+    server.uploads = tmp_path
+    source = tmp_path / "vocab.txt"
+    model = export.save(TINY_CONFIG, state, source, tmp_path / "mine")
+    done = run(server, tmp_path, "push", str(model), "we/good", "--private", token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "published" in done.stdout and "we/good" in done.stdout
+    assert server.private == {"we/good": True}
+    there = server.repositories["models/we/good"]
+    assert {path.name for path in there.iterdir()} == {path.name for path in model.iterdir()}
+    card = (there / "README.md").read_text(encoding="utf-8")
+    assert "# we/good" in card and 'from_pretrained("we/good")' in card and '"mine"' not in card
+    assert run(server, tmp_path, "import", "we/good", "--output", "out").returncode == 0
+    found = export.load(tmp_path / "out")[1]
+    assert all(same_bits(found[key], tensor) for key, tensor in state.items())
+    done = run(server, tmp_path, "push", str(model), "we/good")
+    assert done.returncode == 2 and "log in with `hf auth login`" in done.stderr
+    done = run(server, tmp_path, "push", str(tmp_path), "we/good")
+    assert done.returncode == 2 and "holds no model" in done.stderr
+
+
+def test_card_of_a_published_model_has_its_name_and_licence() -> None:
+    text = card.renamed(
+        '---\nlanguage:\n- zh\n---\n\n# hf\n\nload("hf")\n', "we/good", "apache-2.0"
+    )
+    assert "license: apache-2.0" in text and '# we/good\n\nload("we/good")' in text
+
+
+def run(
+    server: Hub, tmp_path: Path, *arguments: str, token: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return server.run(tmp_path, "-m", "clue_ds.cli", *arguments, token=token)
 
 
 @pytest.mark.parametrize(

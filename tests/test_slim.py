@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -192,8 +193,7 @@ def test_zip_is_upstreams_download_and_comes_back(
     assert main(command) == 2, "an existing file needs --force"
     first = archive.read_bytes()
     assert main([*command, "--force"]) == 0
-    # torch's old format, in hf's pytorch_model.bin, has addresses of this process in it.
-    assert to == "hf" or archive.read_bytes() == first
+    assert archive.read_bytes() == first, "the same model gives the same bytes"
     assert main(["import", str(archive), "--output", str(tmp_path / "back")]) == 0
     state = export.load(tmp_path / "back")[1]
     assert all(same_bits(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -209,3 +209,49 @@ def test_all_layouts_at_once(wide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", str(wide), "--to", "all", "--trim-vocab", "--output", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == sorted(export.LAYOUTS)
+
+
+def test_two_exports_of_one_model_have_the_same_bytes(wide: Path, tmp_path: Path) -> None:
+    command = ["export", str(wide), "--trim-vocab"]
+    for to, options in (("hf", ["--legacy"]), ("tf", []), ("onnx", [])):
+        folders = [tmp_path / name / to for name in ("one", "two")]
+        for folder in folders:
+            assert main([*command, "--to", to, *options, "--output", str(folder)]) == 0
+        one, two = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+        assert one == two
+        assert ("pytorch_model.bin" in one) == (to == "hf")
+
+
+def test_weights_are_stored_once(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(wide), "--trim-vocab", "--output", str(out)]) == 0
+    assert not (out / "pytorch_model.bin").exists()
+    assert main(["export", str(wide), "--to", "tf", "--legacy", "--output", str(out)]) == 2
+
+
+@pytest.mark.parametrize("server", ["sentence-transformers", "tei", "vllm"])
+def test_directory_for_embedders_is_one_that_they_list(
+    server: str, wide: Path, model: BertForPreTraining, tmp_path: Path
+) -> None:
+    """The form of the published embedders: BertModel, its own names, the pooling written down."""
+    out = tmp_path / "out"
+    command = ["export", str(wide), "--trim-vocab", "--for", server, "--pooling", "cls"]
+    assert main([*command, "--output", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["BertModel"]
+    names = set(safetensors.torch.load_file(out / "model.safetensors"))
+    assert "embeddings.word_embeddings.weight" in names
+    assert not any(name.startswith(("bert.", "cls.")) for name in names)
+    pooling = json.loads((out / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    assert pooling["pooling_mode_cls_token"] and not pooling["pooling_mode_mean_tokens"]
+    peer, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        found, expected = peer.eval()(ids).last_hidden_state, model.bert(ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert main([*command, "--zip", "--output", str(tmp_path / "out.zip")]) == 0
+    with export.opened(tmp_path / "out.zip") as opened_model:
+        weights = opened_model.state_dict["bert.pooler.dense.weight"]
+        assert same_bits(weights, model.state_dict()["bert.pooler.dense.weight"])
+    assert main([*command, "--to", "tf", "--output", str(tmp_path / "tf")]) == 2

@@ -40,10 +40,10 @@ def is_archive(path: str | Path) -> bool:
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Write the files of `directory` into the top level of `archive`, sorted by name."""
+    """Write the files of `directory` into `archive`, sorted by name."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
-        for path in sorted(directory.iterdir()):
-            info = zipfile.ZipInfo(path.name, TIME)
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(directory).as_posix(), TIME)
             info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o100644 << 16
             with open(path, "rb") as source, target.open(info, "w", force_zip64=True) as file:

@@ -7,30 +7,25 @@ corpus.json and log.jsonl of a run are read if they are still at the paths that 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from clue_ds.errors import UserError
 from clue_ds.files import read_json
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import TIED, StateDict
 
 # (English label, Chinese label, value): each fact is one row of the table in both languages.
 Facts = list[tuple[str, str, str]]
 
 PAGE = """---
-language:
-- zh
-library_name: transformers
-pipeline_tag: {pipeline}
-tags:
-- bert
-- chinese
-- clue
+{front}
 ---
 
 # {name}
 
-A Chinese BERT encoder, written by clue_ds. [中文](#中文)
+{what_en}, written by clue_ds. [中文](#中文)
 
 {facts_en}
 {training_en}
@@ -46,7 +41,7 @@ the exact (erf) GELU, `gelu_new` the tanh form that TensorFlow's BERT calls `gel
 
 # 中文
 
-由 clue_ds 生成的中文 BERT 编码器。
+由 clue_ds 生成的{what_zh}。
 
 {facts_zh}
 {training_zh}
@@ -70,10 +65,37 @@ PIPELINES = {
 }
 
 
-def model_card(name: str, config: dict[str, Any], state: StateDict, made_in: Path) -> str:
+# Names of the tasks that are configurations of the data set clue/clue on the hub.
+CLUE_TASKS = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "ocnli")
+MOST_CLASSES = 20  # that are listed by name
+
+
+def name_of(directory: Path, finetuned: FineTuned | None) -> str:
+    """What to call a model that is written to `directory`, whose name may say nothing.
+
+    `clue-ds export RUN` writes RUN/export/hf, and fine-tuning writes TASK/SETTINGS/model.
+    """
+    place = directory.absolute()
+    if place.parent.name == "export":
+        return place.parent.parent.name
+    if place.name == "model" and finetuned is not None and finetuned.task is not None:
+        base = finetuned.base.rpartition("/")[2] if finetuned.base else "bert"
+        return f"{base}-{finetuned.task}"
+    return place.name
+
+
+def model_card(
+    name: str,
+    config: dict[str, Any],
+    state: StateDict,
+    made_in: Path,
+    finetuned: FineTuned | None = None,
+    licence: str | None = None,
+) -> str:
     """The card of the model called `name`; `made_in` is the directory that its vocabulary is in.
 
-    The training table is written when that directory is a checkpoint of a run.
+    The training table is written when that directory is a checkpoint of a run, or the model was
+    fine-tuned.
     """
     architecture = config["architectures"][0]
     code = (
@@ -81,16 +103,95 @@ def model_card(name: str, config: dict[str, Any], state: StateDict, made_in: Pat
         f'tokenizer = BertTokenizer.from_pretrained("{name}")\n'
         f'model = {architecture}.from_pretrained("{name}")'
     )
-    training = _training(made_in)
+    training = _of_finetuning(finetuned) if finetuned is not None else _training(made_in)
+    task = f" fine-tuned for {finetuned.task}" if finetuned and finetuned.task else ""
+    aim = f"，已在 {finetuned.task} 任务上微调" if finetuned and finetuned.task else ""
     return PAGE.format(
+        front=_front(name, architecture, finetuned, licence),
         name=name,
-        pipeline=PIPELINES.get(architecture, "fill-mask"),
+        what_en=f"A Chinese BERT{task or ' encoder'}",
+        what_zh=f"中文 BERT 模型{aim}" if aim else "中文 BERT 编码器",
         code=code,
         facts_en=_table(_shape(config, state), 0),
         facts_zh=_table(_shape(config, state), 1),
         training_en=f"\n## Training\n\n{_table(training, 0)}\n" if training else "",
         training_zh=f"\n## 训练\n\n{_table(training, 1)}\n" if training else "",
     )
+
+
+def renamed(card: str, name: str, licence: str | None) -> str:
+    """The card of a published model: its text and code call it `name`."""
+    from huggingface_hub import ModelCard
+
+    found = re.search(r"^# (.+)$", card, re.MULTILINE)
+    if found is not None:
+        old = found[1]
+        card = card.replace(f"\n# {old}\n", f"\n# {name}\n").replace(f'"{old}"', f'"{name}"')
+    parsed = ModelCard(card, ignore_metadata_errors=False)
+    if licence is not None:
+        parsed.data["license"] = licence
+    return str(parsed)
+
+
+def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: str | None) -> str:
+    """The metadata that the hub reads, as YAML."""
+    # Imported here because few commands write a card.
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = finetuned.base if finetuned is not None else None
+    task, dev = (finetuned.task, finetuned.dev) if finetuned is not None else (None, {})
+    pipeline = PIPELINES.get(architecture, "fill-mask")
+    of_clue = task in CLUE_TASKS
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type="clue/clue" if of_clue else str(task),
+            dataset_name=f"CLUE {task}" if of_clue else str(task),
+            dataset_config=task if of_clue else None,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(float(dev[key]), 4),
+        )
+        for metric, key in (("accuracy", "accuracy"), ("f1", "f1"))
+        if task is not None and isinstance(dev.get(key), int | float)
+    ]
+    data = ModelCardData(
+        language=["zh"],
+        license=licence,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["bert", "chinese", "clue"],
+        base_model=base if base is not None and "/" in base else None,
+        datasets=["clue/clue"] if of_clue else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _of_finetuning(about: FineTuned) -> Facts:
+    """Rows about a fine-tuning run, as far as the model carries them."""
+    shown = ", ".join(about.shown[:MOST_CLASSES])
+    more = ", ..." if len(about.shown) > MOST_CLASSES else ""
+    facts: Facts = [("classes", "类别", f"{len(about.labels)}: {shown}{more}")]
+    if about.base is not None:
+        facts.append(("started from", "初始模型", about.base))
+    if about.max_length is not None:
+        facts.append(("tokens of a text", "最大文本长度（词元）", str(about.max_length)))
+    seed = f" (seed {about.recipe['seed']})" if "seed" in about.recipe else ""
+    for key, english, chinese in (
+        ("accuracy", "accuracy on dev", "验证集准确率"),
+        ("f1", "macro F1 on dev", "验证集宏平均 F1"),
+    ):
+        if isinstance(about.dev.get(key), int | float):
+            facts.append((english, chinese, f"{about.dev[key]:.4f}{seed}"))
+    names = {"lr": "lr", "epochs": "epochs", "batch_size": "batch size", "precision": "precision"}
+    settings = [f"{name} {about.recipe[key]}" for key, name in names.items() if key in about.recipe]
+    if settings:
+        facts.append(("settings", "训练设置", ", ".join(settings)))
+    for split, digest in about.data.items():
+        facts.append((f"SHA-256 of {split}", f"{split} 文件的 SHA-256", f"`{digest}`"))
+    return facts
 
 
 def _table(facts: Facts, language: int) -> str:

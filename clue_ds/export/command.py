@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from clue_ds.errors import UserError
 from clue_ds.export import LAYOUTS, archives, check_layout, save, slim
+from clue_ds.export.embedder import Pooling
+from clue_ds.export.legacy import uer
+from clue_ds.export.onnx_model import layout as onnx_layout
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
 from clue_ds.model.weights import CLASSIFIER_WEIGHT, TIED, lacking
 from clue_ds.presets import HiddenAct
 from clue_ds.settings.arguments import PathOrName
+
+Server = Literal["transformers", "sentence-transformers", "tei", "vllm"]
+EMBEDDERS = ("sentence-transformers", "tei", "vllm")
 
 
 def export(
@@ -27,6 +33,12 @@ def export(
     vocab: Path | None = None,
     drop_heads: bool = False,
     fp16: bool = False,
+    legacy: bool = False,
+    opset: int = onnx_layout.DEFAULT_OPSET,
+    quantize: Literal["int8"] | None = None,
+    texts: Path | None = None,
+    server: Annotated[Server | None, tyro.conf.arg(name="for")] = None,
+    pooling: Pooling = "mean",
     zip: bool = False,
 ) -> None:
     """Write a run's newest checkpoint, or any model, in a layout that other programs load.
@@ -34,9 +46,9 @@ def export(
     Args:
         run: a run directory, one of its checkpoints, a model directory, a zip of one, or the name
             of a model on the Hugging Face hub.
-        to: hf (config.json, model.safetensors, pytorch_model.bin, vocab.txt, tokenizer, model
-            card), tf (Google's bert_model.ckpt.*, bert_config.json, vocab.txt), onnx (model.onnx;
-            needs the extra clue_ds[onnx]), or all.
+        to: hf (config.json, model.safetensors, vocab.txt, tokenizer, model card), tf (Google's
+            bert_model.ckpt.*, bert_config.json, vocab.txt), uer (UER's and TencentPretrain's
+            model.bin), onnx (model.onnx; needs the extra clue_ds[onnx]), or all.
         output: where to write; default RUN/export/TO. With all, the directory that will hold one
             directory per layout.
         force: replace the output if it exists.
@@ -44,11 +56,24 @@ def export(
         vocab: switch to this vocab.txt. Known tokens keep their rows; new tokens are listed.
         drop_heads: leave out the MLM and NSP heads; pretraining can't be continued from the result.
         fp16: store 2 bytes per weight instead of 4 (hf only).
+        legacy: also write pytorch_model.bin, which programs that do not know safetensors need, such
+            as transformers before 4.30 (hf only).
+        opset: version of ONNX's operations, 17 to 21 (onnx only); onnxruntime 1.13 and later reads
+            17.
+        quantize: also write model_quantized.onnx with int8 weights, a quarter of the size, and say
+            on the file of --texts what it changes (onnx only).
+        texts: JSON lines for --quantize, such as the dev.json of the model's task.
+        server: the program that will serve the directory (hf only). For one that embeds texts
+            (sentence-transformers, tei, vllm) a pretrained model becomes a BertModel with pooling.
+        pooling: with --for, how an embedder makes a vector of a text: mean over its tokens, or cls.
         zip: write OUTPUT.zip, the form in which CLUE publishes its models, instead of a directory.
     """
     targets = list(LAYOUTS) if to == "all" else [to]
     for target in targets:
-        check_layout(target, fp16)
+        check_layout(target, fp16, legacy)
+    check_quantization(quantize, texts, targets)
+    if server is not None and "hf" not in targets:
+        raise UserError("--for works with --to hf only; drop one of the two")
     output = _default_output(run, to) if output is None else output
     with opened(run) as model:
         before = slim.sizes(model)
@@ -57,9 +82,27 @@ def export(
         model = _slimmed(model, trim_vocab, vocab, drop_heads)
         for target in targets:
             place = output / target if to == "all" else output
-            _write(model, place, target, force, fp16, zip)
+            options: dict[str, Any] = {"half": fp16, "legacy": legacy}
+            options |= {"opset": opset, "quantized_on": texts}
+            options |= {"pooling": pooling if server in EMBEDDERS else None}
+            _write(model, place, target, force, zip, **options)
         if trim_vocab or vocab or drop_heads or fp16:
             print(slim.table(before, slim.sizes(model, fp16)))
+
+
+def check_quantization(kind: str | None, texts: Path | None, targets: list[str]) -> None:
+    """UserError unless --quantize and --texts make sense together, and with the layouts."""
+    if kind is None and texts is None:
+        return
+    if "onnx" not in targets:
+        raise UserError("--quantize and --texts work with --to onnx or all only; drop them")
+    if texts is None:
+        raise UserError(
+            "--quantize needs --texts FILE, on which the change of the answers is measured: JSON "
+            "lines such as the dev.json of the model's task"
+        )
+    if kind is None:
+        raise UserError("--texts is read for --quantize int8 only; drop it, or give both")
 
 
 def _default_output(run: Path, to: str) -> Path:
@@ -98,16 +141,21 @@ def _slimmed(
     return slim.drop_heads(model) if drop_heads else model
 
 
-def _write(model: OpenedModel, place: Path, to: str, force: bool, fp16: bool, is_zip: bool) -> None:
+def _write(
+    model: OpenedModel, place: Path, to: str, force: bool, is_zip: bool, **options: Any
+) -> None:
+    """Write a model and say where; `options` are those of `export.save` for this layout."""
     config, state, vocab_file, lower_case, _, about = model
     if is_zip:
         place = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
         with staged(place, force) as archive:
             folder = archive.with_suffix("")
-            save(config, state, vocab_file, folder, to, lower_case, half=fp16, finetuned=about)
+            save(config, state, vocab_file, folder, to, lower_case, finetuned=about, **options)
             archives.pack(folder, archive)
     else:
-        save(config, state, vocab_file, place, to, lower_case, force, fp16, about)
+        save(config, state, vocab_file, place, to, lower_case, force, finetuned=about, **options)
+    if to == "uer":
+        print(uer.NOTE)
     if to == "tf" and config.hidden_act == "gelu":
         print(
             "the model was trained with the erf GELU; results in programs that compute the tanh "
@@ -159,6 +207,6 @@ def import_model(
                 "vocabulary, every id after them now means another word; put the lines back as "
                 "[unused-a] and so on, and import it again"
             )
-        _write(trimmed._replace(config=config), output, "hf", force, fp16=False, is_zip=False)
+        _write(trimmed._replace(config=config), output, "hf", force, is_zip=False)
         quoted = shlex.quote(str(output))
         print(f"hidden_act is {config.hidden_act}; continue pretraining with --model.init {quoted}")

@@ -22,6 +22,9 @@ PUBLISHED = {
     "roberta_large_clue": "clue/roberta_chinese_clue_large",
     "roberta_large_pair": "clue/roberta_chinese_pair_large",
 }
+# OWNER/NAME, or one of the names without an owner that the hub had before it had owners.
+OWNED_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+NAME = OWNED_NAME + r"|bert-(base|large)-[\w-]+"
 FILES = ("*config*.json", "vocab.txt", "tokenizer.json", "bert_model.ckpt*")
 SAFE = ("model*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -30,7 +33,7 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 def is_name(where: str | Path) -> bool:
     """Whether `where` is not a path and looks like owner/name or is a preset in PUBLISHED."""
     name = str(where)
-    looks = name in PUBLISHED or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    looks = name in PUBLISHED or re.fullmatch(NAME, name) is not None
     # A path misspelled after its first part, which exists, must give the error about paths.
     return looks and not Path(name).exists() and Path(name).parts[0] not in _here()
 

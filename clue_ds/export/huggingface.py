@@ -1,12 +1,13 @@
 """A Hugging Face directory, written file by file.
 
-    config.json  model.safetensors  pytorch_model.bin  README.md
+    config.json  model.safetensors  README.md
     vocab.txt  tokenizer.json  tokenizer_config.json
+    pytorch_model.bin                                     with `legacy`
 
 Guarantees: the weights are fp32 unless fp16 was requested, and config.json names the GELU that the
-model was trained with. The weights are stored twice: model.safetensors, with tied entries once, for
-today's readers, and pytorch_model.bin in torch's old format, with the tied keys, for readers down
-to transformers 2.5.1 (torch 1.4).
+model was trained with. The weights are stored once, in model.safetensors, with tied entries once.
+`legacy` stores them a second time, in torch's old format with the tied keys, for readers down to
+transformers 2.5.1 (torch 1.4). The same model gives the same bytes.
 
 Rejected: transformers' save_pretrained (its tokenizer writes no vocab.txt, a bf16 model is exported
 as bf16, and it no longer writes a .bin).
@@ -25,7 +26,9 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
 from clue_ds.errors import UserError
-from clue_ds.export.card import model_card
+from clue_ds.export import embedder
+from clue_ds.export.card import model_card, name_of
+from clue_ds.export.legacy import torch_file
 from clue_ds.export.publish import (
     check_state,
     copy_vocab,
@@ -62,13 +65,16 @@ def write(
     force: bool = False,
     finetuned: FineTuned | None = None,
     half: bool = False,
+    legacy: bool = False,
+    pooling: embedder.Pooling | None = None,
 ) -> Path:
     """Write the directory and return its path.
 
     `state` has the names of model/weights.py, without padding rows; heads that it lacks are not
-    written. `finetuned` says what a classifier in it is for. `half` stores fp16. UserError when the
-    vocabulary has another size than the model, `directory` exists and `force` is false, a weight is
-    beyond fp16's range, or the disk is full.
+    written. `finetuned` says what a classifier in it is for. `half` stores fp16, `legacy` also
+    writes pytorch_model.bin, and `pooling` makes a directory for programs that embed texts
+    (embedder.py). UserError when the vocabulary has another size than the model,
+    `directory` exists and `force` is false, a weight is beyond fp16's range, or the disk is full.
     """
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
@@ -76,19 +82,25 @@ def write(
     dtype = torch.float16 if half else torch.float32
     with staged(directory, force) as place:
         place.mkdir()
-        _write_weights(state, dtype, place)
+        is_embedder = pooling is not None and CLASSIFIER_WEIGHT not in state
+        if is_embedder and pooling is not None:
+            embedder.write(config, pooling, lower_case, place)
+            state = {name: t for name, t in state.items() if name.startswith("bert.")}
+        written = embedder.encoder_alone(state) if is_embedder else state
+        _write_weights(written, dtype, place, legacy)
         fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
         write_model_json(place / TOKENIZER_CONFIG, tokenizer_config(config, lower_case, finetuned))
         values = config_json(config, state, finetuned) | {"torch_dtype": str(dtype)[6:]}
         write_model_json(place / "config.json", values)
         copy_vocab(vocab_file, place)
-        card = model_card(directory.name, values, state, Path(vocab_file).parent)
+        name, made_in = name_of(directory, finetuned), Path(vocab_file).parent
+        card = model_card(name, values, state, made_in, finetuned)
         (place / "README.md").write_text(card, encoding="utf-8")
     return directory
 
 
-def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
-    """Write model.safetensors and pytorch_model.bin; only the second holds tied copies."""
+def _write_weights(state: StateDict, dtype: torch.dtype, place: Path, legacy: bool) -> None:
+    """Write model.safetensors, and with `legacy` pytorch_model.bin, which holds tied copies too."""
     left_out = TIED if is_tied(state, DECODER_WEIGHT) else {}
     tensors = {n: t.detach().to(dtype).contiguous() for n, t in state.items() if n not in left_out}
     for name, tensor in tensors.items():
@@ -100,11 +112,8 @@ def _write_weights(state: StateDict, dtype: torch.dtype, place: Path) -> None:
     safetensors.torch.save_file(alone, path, {"format": "pt"})
     # safetensors creates the file with mode 0600; give it the directory's, which follows the umask.
     path.chmod(place.stat().st_mode & 0o666)
-    torch.save(
-        tie(dict(tensors), place),
-        place / "pytorch_model.bin",
-        _use_new_zipfile_serialization=False,
-    )
+    if legacy:
+        torch_file.save(tie(dict(tensors), place), place / "pytorch_model.bin")
 
 
 def architecture_of(state: StateDict) -> str:

@@ -150,7 +150,7 @@ def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | No
         )
 
 
-def write_model_json(path: Path, values: dict[str, Any]) -> None:
+def write_model_json(path: Path, values: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write a JSON file of a model as transformers does: sorted keys, two spaces."""
     files.write_json(path, values, indent=2, sort_keys=True)
 

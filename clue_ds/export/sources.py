@@ -3,7 +3,10 @@
     a run or one of its checkpoints       checkpoints/, manifest.json
     a Hugging Face directory              config.json, model.safetensors or pytorch_model.bin
     a directory in Google's layout        bert_config.json, bert_model.ckpt.*
-    a zip of one of the last two          the form of CLUE's downloads
+    a directory in UER's layout           a config with "heads_num", one .bin
+    a zip of one of the last three        the form of CLUE's downloads
+    one of several TF checkpoints         its prefix, or its .index
+    what `clue-ds finetune` wrote         a run, a task's directory, or the model in it
     a name on the Hugging Face hub        clue/roberta_chinese_clue_tiny
 
 Guarantees: the weights take precedence over the config. The vocabulary has as many words as the
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 from clue_ds import vocab_file as vocab_files
 from clue_ds.errors import UserError
 from clue_ds.export import archives, hub, tensorflow
+from clue_ds.export.legacy import uer
 from clue_ds.files import read_json
 from clue_ds.model import finetuned, weights
 from clue_ds.model.finetuned import FineTuned
@@ -49,21 +53,33 @@ class OpenedModel(NamedTuple):
 
 @contextmanager
 def opened(where: str | Path, layout: str | None = None) -> Iterator[OpenedModel]:
-    """`open_model` of a directory, a zip or a name on the hub; files may be gone after the block.
+    """`open_model` of a directory, a zip, a TensorFlow checkpoint or a name on the hub.
 
-    `layout`: "hf" or "tf", for a directory that holds both; by default the hf weights are read.
+    Files may be gone after the block. `layout`: "hf" or "tf", for a directory that holds both; by
+    default the hf weights are read.
     """
+    with _located(where, layout) as (directory, found):
+        yield open_model(directory, found, tensorflow.of_prefix(where))
+
+
+@contextmanager
+def _located(where: str | Path, layout: str | None = None) -> Iterator[tuple[Path, str]]:
+    """The directory that holds the files of a model, unpacked or downloaded, and its layout."""
+    prefix = tensorflow.of_prefix(where)
     if hub.is_name(where):
-        yield _open_download(hub.download(str(where)), layout, where)
+        yield _download(hub.download(str(where)), layout, where)
+    elif prefix is not None:
+        yield prefix.parent, "tf"
     elif archives.is_archive(where):
         with archives.unpacked(where) as directory:
-            yield _open_download(directory, layout, where)
+            yield _download(directory, layout, where)
     else:
-        yield open_model(where, layout)
+        directory = of_finetuning(existing(Path(where)))
+        yield directory, layout or _layout(directory)
 
 
-def _open_download(directory: Path, layout: str | None, where: str | Path) -> OpenedModel:
-    """Open a directory that others packed, which is never a run."""
+def _download(directory: Path, layout: str | None, where: str | Path) -> tuple[Path, str]:
+    """A directory that others packed, which is never a run, and its layout."""
     layout = layout or _layout(directory)
     if layout == "run":
         raise UserError(
@@ -71,25 +87,65 @@ def _open_download(directory: Path, layout: str | None, where: str | Path) -> Op
             "run or checkpoint is read only from a local directory, because its files could "
             "execute code: if you trust it, unpack it and give the directory"
         )
-    return open_model(directory, layout)
+    return directory, layout
 
 
-def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
-    """Open a run, a checkpoint, or a directory in Hugging Face's or Google's layout.
-
-    `directory` must be one that the user named: files of a run can execute code.
-    The vocabulary file may be missing, because the weights are usable without it; callers that need
-    it check. UserError: not a model directory, damaged weights, shapes that disagree.
-    """
-    directory = Path(directory)
+def existing(directory: Path) -> Path:
+    """`directory`; UserError when there is none."""
     if not directory.is_dir():
         raise UserError(
-            f"{directory} is not a directory; give a model directory or a run directory"
+            f"{directory} is not a directory; give a model directory, a run directory, a zip, or "
+            "the name of a model on the Hugging Face hub (OWNER/NAME, or bert-base-chinese)"
         )
+    return directory
+
+
+def of_finetuning(directory: Path) -> Path:
+    """The model of a directory that `clue-ds finetune` wrote: a run's, or a task's best one."""
+    for place in (directory, directory / "best"):
+        if (place / "run.json").is_file() and not (place / "config.json").is_file():
+            if (place / "model").is_dir():
+                return place / "model"
+            raise UserError(
+                f"{place} is a fine-tuning run without a model: it has not finished, or another "
+                f"run was better and only its model was kept; give {place.parent / 'best'}"
+            )
+    return directory
+
+
+def hidden_act(where: str | Path) -> str:
+    """The activation that a model was trained with; the weights are not read."""
+    with _located(where) as (directory, layout):
+        if layout == "tf":
+            values = tensorflow.read_config(directory)
+            path = directory / tensorflow.CONFIG_FILE
+            return weights.model_config({**values, "model_type": "bert"}, path).hidden_act
+        if layout == "uer":
+            return uer.read_config(directory)["hidden_act"]
+        if layout == "hf":
+            return weights.model_config(*_hf_config(directory)[:2]).hidden_act
+        from clue_ds.checkpoint import masters
+
+        return str(masters.choose(directory).manifest.model["hidden_act"])
+
+
+def open_model(
+    directory: str | Path, layout: str | None = None, prefix: Path | None = None
+) -> OpenedModel:
+    """Open a run, a checkpoint, or a directory in the layout of Hugging Face, Google or UER.
+
+    `directory` must be one that the user named: files of a run can execute code. `prefix`: which of
+    several TensorFlow checkpoints. The vocabulary file may be missing, because the weights are
+    usable without it; callers that need it check. UserError: not a model directory, damaged
+    weights, shapes that disagree.
+    """
+    directory = of_finetuning(existing(Path(directory)))
     if layout is None:
         layout = _layout(directory)
     if layout == "tf":
-        return _open_tf(directory)
+        return _open_tf(directory, prefix)
+    if layout == "uer":
+        return _open_uer(directory)
     if layout == "hf":
         return _open_hf(directory)
     for inside in (directory / "model", directory / "best" / "model"):
@@ -106,7 +162,9 @@ def open_model(directory: str | Path, layout: str | None = None) -> OpenedModel:
 
 
 def _layout(directory: Path) -> str:
-    """The layout of a directory: hf, tf, or run (which includes checkpoints)."""
+    """The layout of a directory: hf, tf, uer, or run (which includes checkpoints)."""
+    if uer.find_config(directory) is not None:
+        return "uer"
     names = [n + end for n in weights.WEIGHT_FILES for end in ("", ".index.json")]
     # A link that leads nowhere is named when it is opened.
     if any((directory / name).is_file() or (directory / name).is_symlink() for name in names):
@@ -116,8 +174,8 @@ def _layout(directory: Path) -> str:
     return "hf" if any((directory / name).is_file() for name in HF_CONFIGS) else "run"
 
 
-def _open_tf(directory: Path) -> OpenedModel:
-    config, state, left_out = tensorflow.read(directory)
+def _open_tf(directory: Path, prefix: Path | None = None) -> OpenedModel:
+    config, state, left_out = tensorflow.read(directory, prefix)
     values = tensorflow.read_config(directory)
     said = values["vocab_size"]
     weights.check_shapes(config, state, directory)
@@ -131,15 +189,30 @@ def _open_tf(directory: Path) -> OpenedModel:
     return OpenedModel(config, state, vocab_file, lower_case, notes, about)
 
 
-def _open_hf(directory: Path) -> OpenedModel:
+def _open_uer(directory: Path) -> OpenedModel:
+    config, state, left_out = uer.read(directory)
+    weights.check_shapes(config, state, directory)
+    vocab_file = vocab_files.find(directory)
+    lower_case = vocab_files.lower_case(vocab_file)
+    notes = (*_left_out(left_out, directory), uer.NOTE)
+    return OpenedModel(config, weights.tie(state, directory), vocab_file, lower_case, notes)
+
+
+def _hf_config(directory: Path) -> tuple[dict[str, Any], Path, tuple[str, ...]]:
+    """(content of the config, its path, notes); a "roberta" that is a BERT becomes one."""
     paths = [directory / name for name in HF_CONFIGS]
     path = next((path for path in paths if path.is_file()), paths[0])
     values = weights.read_config_json(directory) if path == paths[0] else read_json(path)
-    vocab_file = vocab_files.find(directory)
     notes: tuple[str, ...] = ()
-    if values.get("model_type") == "roberta" and _is_bert_vocab(vocab_file):
+    if values.get("model_type") == "roberta" and _is_bert_vocab(vocab_files.find(directory)):
         values["model_type"] = "bert"
         notes = (f'{path.name} says "roberta", but the weights and the vocabulary are BERT\'s',)
+    return values, path, notes
+
+
+def _open_hf(directory: Path) -> OpenedModel:
+    values, path, notes = _hf_config(directory)
+    vocab_file = vocab_files.find(directory)
     said = weights.model_config(values, path)
     state, notes_on_names = weights.read_weights(directory)
     config = said.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
@@ -175,6 +248,14 @@ def _left_out(names: list[str], directory: Path) -> tuple[str, ...]:
             f"{directory} holds {layers[0]} and {len(layers) - 1} more tensors of an encoder that "
             "its config does not describe; correct num_hidden_layers, or use the config that "
             "belongs to the weights"
+        )
+    averages = [name for name in names if name.endswith("/ExponentialMovingAverage")]
+    if averages:
+        rest = _left_out([name for name in names if name not in averages], directory)
+        return (
+            f"left out {len(averages)} moving averages (.../ExponentialMovingAverage), which the "
+            "trainer kept beside the weights; the weights themselves are read",
+            *rest,
         )
     if not names:
         return ()

@@ -15,6 +15,7 @@ another key, which Google's code ignores.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,17 +178,54 @@ def config_json(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
 
 
 def find_prefix(directory: Path) -> Path:
-    """Path of the checkpoint in `directory`, without its suffixes."""
+    """Path of the checkpoint in `directory`, without its suffixes.
+
+    Of several, it is the one called PREFIX, or else the newest by TensorFlow's own `checkpoint`.
+    """
     found = sorted(path.with_suffix("") for path in directory.glob("*.index"))
     if directory / PREFIX in found:
         return directory / PREFIX
-    if len(found) != 1:
-        what = f"several checkpoints ({', '.join(p.name for p in found)})" if found else "no .index"
+    if len(found) == 1:
+        return found[0]
+    newest = _newest(directory)
+    if newest in found:
+        return newest
+    names = ", ".join(path.name for path in found)
+    if found:
         raise UserError(
-            f"{directory} holds {what}; give a directory with one TensorFlow checkpoint, which is "
-            f"usually called {PREFIX}"
+            f"{directory} holds several checkpoints ({names}) and no file `checkpoint` that names "
+            f"the newest of them; give one of them, such as {found[-1]}"
         )
-    return found[0]
+    raise UserError(
+        f"{directory} holds no .index, which each TensorFlow V2 checkpoint has{_old(directory)}; "
+        f"give a directory with one, which is usually called {PREFIX}"
+    )
+
+
+def _newest(directory: Path) -> Path:
+    """The checkpoint that the file `checkpoint` of TensorFlow's Saver names, in `directory`."""
+    path = directory / "checkpoint"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    said = re.search(r'^model_checkpoint_path: "(.*)"$', text, re.MULTILINE)
+    # Often an absolute path of the machine that trained.
+    return directory / Path(said[1]).name if said else directory
+
+
+def _old(directory: Path) -> str:
+    """What to say of a directory whose checkpoint is of format V1: a file beside its .meta."""
+    for path in sorted(directory.glob("*.meta")):
+        if path.with_suffix("").is_file():
+            return (
+                f"; {path.with_suffix('').name} is of format V1, which only TensorFlow 1 reads: "
+                "restore it there, and save it with tf.train.Saver(write_version=2)"
+            )
+    return ""
+
+
+def of_prefix(where: str | Path) -> Path | None:
+    """The prefix that `where` is, if a checkpoint or the .index of one is given."""
+    prefix = Path(str(where).removesuffix(".index"))
+    return prefix if tf_bundle.index_file(prefix).is_file() else None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -200,15 +238,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-def read(directory: str | Path) -> tuple[ModelConfig, StateDict, list[str]]:
+def read(
+    directory: str | Path, prefix: Path | None = None
+) -> tuple[ModelConfig, StateDict, list[str]]:
     """(config, state dict, names of variables that were left out) of a directory in this layout.
 
-    vocab_size is the number of rows in the checkpoint, even if bert_config.json says otherwise.
+    `prefix`: which of its checkpoints. vocab_size is the number of rows in the checkpoint, even if
+    bert_config.json says otherwise.
     """
     directory = Path(directory)
     values = read_config(directory)
     config = model_config({**values, "model_type": "bert"}, directory / CONFIG_FILE)
-    reader = tf_bundle.Reader(find_prefix(directory))
+    reader = tf_bundle.Reader(prefix or find_prefix(directory))
     state: StateDict = {}
     known = set()
     for row in name_table(config.num_hidden_layers):
@@ -237,7 +278,8 @@ def _is_optimizer(name: str) -> bool:
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether `directory` holds a TensorFlow checkpoint."""
-    return any(directory.glob("*.index")) or any(directory.glob(f"{PREFIX}*"))
+    patterns = ("*.index", f"{PREFIX}*", "*.ckpt*.meta", "*.ckpt*.data-*")
+    return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
 def lower_case(directory: Path) -> bool | None:

@@ -6,7 +6,8 @@
     finetuning_task                  the task that it was fine-tuned for
     clue_ds                          labels: the classes as the task's files write them ("109"),
                                      where they differ; max_length: the most tokens of a text in
-                                     training; dev: the scores; data: SHA-256 of the data's files
+                                     training; base: the model it started from; recipe, dev: its
+                                     settings and scores; data: SHA-256 of the data's files
 
 Guarantees: every layout that is written carries all of it; a value of another type is one message
 that names the file and the key; labels are distinct, so that none hides another.
@@ -45,6 +46,8 @@ class FineTuned:
     max_length: int | None = None  # most tokens of a text in training, special ones included
     architecture: str = SEQUENCE
     problem_type: str | None = None  # transformers' name for what the logits mean
+    base: str | None = None  # the model that fine-tuning started from
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # the settings of the run
     dev: Mapping[str, Any] = field(default_factory=dict)  # the scores of the best epoch
     data: Mapping[str, Any] = field(default_factory=dict)  # split -> SHA-256 of its file
 
@@ -67,6 +70,8 @@ class FineTuned:
         own = {
             "labels": list(self.labels) if self.shown != self.labels else None,
             "max_length": self.max_length,
+            "base": self.base,
+            "recipe": dict(self.recipe),
             "dev": dict(self.dev),
             "data": dict(self.data),
         }
@@ -132,6 +137,8 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
         max_length=max_length,
         architecture=known[0] if known else SEQUENCE if num_classes else QUESTION_ANSWERING,
         problem_type=values.get("problem_type"),
+        base=None if own.get("base") is None else str(own["base"]),
+        recipe=_object(own, "recipe", path),
         dev=_object(own, "dev", path),
         data=_object(own, "data", path),
     )

@@ -26,6 +26,8 @@ StateDict = dict[str, Tensor]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or either name + .index.json
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# Under what training loops save a state dict, beside their optimizer's.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 # The parts of a name that BertModel's own file has no "bert." before.
 ENCODER_PARTS = ("embeddings", "encoder", "pooler")
 # What is put before the names of a wrapped model: DDP, torch.compile, Lightning, a model that is
@@ -99,7 +101,7 @@ def _read_files(directory: Path) -> StateDict:
     for name in WEIGHT_FILES:
         path, index = directory / name, directory / f"{name}.index.json"
         if path.is_file() or path.is_symlink():
-            return _read_file(path)
+            return read_file(path)
         if index.is_file() or index.is_symlink():
             return _read_shards(directory, index)
     raise UserError(
@@ -123,13 +125,14 @@ def _read_shards(directory: Path, index: Path) -> StateDict:
             )
         if not (directory / shard).is_file():
             raise UserError(f"{index} names {shard}, which is missing; copy it again")
-        state |= _read_file(directory / shard)
+        state |= read_file(directory / shard)
     return state
 
 
-def _read_file(path: Path) -> StateDict:
+def read_file(path: Path) -> StateDict:
+    """The tensors of one .safetensors or .bin file, under the names that it has."""
     refuse_placeholder(existing_file(path, "weights"))
-    state = _safe_tensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    state = _safe_tensors(path) if path.suffix == ".safetensors" else _inner(_unpickled(path))
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
@@ -139,6 +142,14 @@ def _read_file(path: Path) -> StateDict:
     for name, tensor in state.items():
         _check_dense(path, name, tensor)
     return state
+
+
+def _inner(content: object) -> object:
+    """The state dict in the content of a .bin, which may stand beside an optimizer's state."""
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            return content[key]
+    return content
 
 
 def _safe_tensors(path: Path) -> object:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clue_ds import config as run_config
+from clue_ds import presets
+from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
 from clue_ds.export import slim, sources
 from clue_ds.export.sources import OpenedModel
@@ -19,6 +22,42 @@ from clue_ds.vocab_file import difference, vocab_lines
 
 # Rows beyond the vocabulary: this many are padding, fewer may be lines that were removed from it.
 LEAST_PADDING = 8
+
+
+def adopt_activation(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The config with the activation of the model that it starts from, and a note if it is another.
+
+    An activation that the user set stays. A run that is continued keeps the one that it has, even
+    if the model that it started from is gone.
+    """
+    section = config.model
+    if section.init is None or section.hidden_act is not None:
+        return config, []
+    found = _activation_so_far(config)
+    if found is None:
+        found = sources.hidden_act(section.init)
+    if found == presets.get(section.preset).hidden_act:
+        return config, []
+    adopted = section.model_copy(update={"hidden_act": found})
+    note = (
+        f"hidden_act is {found}, which {section.init} was trained with; to train with another one, "
+        "set model.hidden_act"
+    )
+    return config.model_copy(update={"model": adopted}), [note]
+
+
+def _activation_so_far(config: RunConfig) -> str | None:
+    """The activation of the run in `run_dir` that started from the same model; None without one."""
+    path = Path(config.run_dir) / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        saved = run_config.load(path).model
+    except UserError:  # a config that was damaged or edited decides nothing
+        return None
+    if saved.init != config.model.init:
+        return None
+    return saved.hidden_act or presets.get(saved.preset).hidden_act
 
 
 def load(

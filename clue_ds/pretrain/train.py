@@ -202,6 +202,7 @@ def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start ranks, model and data."""
     # What one rank can check alone.
     corpus = batches.open_data(config)
+    config, notes_on_config = start_weights.adopt_activation(config)
     model_config = config.model.resolve(corpus.vocab_size)
     ds_values = ds_json.read(config.deepspeed)
     check(config, model_config, ds_values)
@@ -228,7 +229,8 @@ def build(config: RunConfig) -> Run:
     stop.check_progress(config.run_dir, start_step)
     model, notes_on_model = build_model(identity, choice, corpus)
     engine = Engine(model, config.train, ds_values, config.deepspeed, device)
-    notes += [_describe(engine, identity, stream), _describe_step(config), *notes_on_model]
+    notes += [_describe(engine, identity, stream), _describe_step(config)]
+    notes += [*notes_on_config, *notes_on_model]
     notes += preflight.slow_precision(config.train.precision, device)
     notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)

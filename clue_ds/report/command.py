@@ -28,8 +28,8 @@ def report(
     what the vocabulary lacks.
 
     Args:
-        places: directories of pretraining runs; or a corpus; or a fine-tuning run, or an output
-            directory of `clue-ds finetune`.
+        places: directories of pretraining runs; or a corpus; or a fine-tuning run, the model in it,
+            or an output directory of `clue-ds finetune`.
         output: the file to write; default PLACE/report.html, of the first place.
     """
     if not places:
@@ -49,6 +49,7 @@ def report(
     else:
         from clue_ds.tasks.finetune import score
 
+        target = output if output is not None else score.run_of(places[0]) / FILE
         text = score.as_html(score.collect(places), details=True)
     if target.is_dir():
         raise UserError(f"{target} is a directory; give the path of a file")

@@ -18,6 +18,7 @@ from models import random_model, write_vocab
 
 from clue_ds import export
 from clue_ds.export import huggingface
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.presets import ModelConfig
 from clue_ds.tasks import Predictor, kinds, registry
 from clue_ds.tasks.kinds import Example
@@ -78,7 +79,8 @@ def run(variable: str, code: str, directory: Path, text: str = TEXT) -> str:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readers")
     vocab_file = write_vocab(folder / "vocab.txt", CONFIG.vocab_size)
-    return export.save(CONFIG, random_model(CONFIG, 0).state_dict(), vocab_file, folder / "hf")
+    state = random_model(CONFIG, 0).state_dict()
+    return export.save(CONFIG, state, vocab_file, folder / "hf", legacy=True)
 
 
 def expected_ids() -> list[int]:
@@ -113,9 +115,8 @@ def test_the_question_answering_pipeline_answers_the_same(tmp_path: Path) -> Non
     kind = kinds.of(registry.get("cmrc2018"))
     state = kind.network(config, 3).state_dict()
     state["qa_outputs.weight"] *= 50  # else all spans have nearly the same score
-    huggingface.write(
-        config, state, vocab_file, tmp_path / "hf", task="cmrc2018", architecture=kind.architecture
-    )
+    about = FineTuned((), task="cmrc2018", architecture=kind.architecture)
+    huggingface.write(config, state, vocab_file, tmp_path / "hf", finetuned=about)
     asked = [
         ("一丁？", "丂七丄丅 丆万丈三"),
         ("七?", "  上下\u3000丌不与AB丏\u200b丐丑 "),
@@ -126,3 +127,16 @@ def test_the_question_answering_pipeline_answers_the_same(tmp_path: Path) -> Non
     answers = Predictor(tmp_path / "hf").answers(examples)
     ours = [{n: one.details[n] for n in ("answer", "start", "end")} for one in answers]
     assert found == ours
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_sentence_transformers_pools_as_the_directory_says(pooling: str, directory: Path) -> None:
+    there = directory.parent / pooling
+    vocab_file = directory / "vocab.txt"
+    state = random_model(CONFIG, 0).state_dict()
+    export.save(CONFIG, state, vocab_file, there, pooling=pooling)  # type: ignore[arg-type]
+    found = torch.tensor(json.loads(run("TRANSFORMERS4_PYTHON", SENTENCES, there)))
+    with torch.no_grad():
+        hidden = random_model(CONFIG, 0).bert(torch.tensor([expected_ids()]))
+    expected = hidden.mean(1) if pooling == "mean" else hidden[:, 0]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)

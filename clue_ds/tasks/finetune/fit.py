@@ -8,6 +8,7 @@ classifier out. loop.py has the training loop, and run.py the directory of a run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from clue_ds import dist
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
-from clue_ds.export import OpenedModel, huggingface
+from clue_ds.export import OpenedModel, hub, huggingface
 from clue_ds.export.sources import opened
 from clue_ds.job import watchdog
 from clue_ds.model import finetuned
@@ -138,6 +139,9 @@ def fit_source(
                 architecture=kind.architecture,
                 task=task,
                 max_length=max_length,
+                # A path of this machine is nobody else's business.
+                base=str(name) if hub.is_name(name) else Path(name).name,
+                recipe=dataclasses.asdict(recipe),
                 dev=outcome.best,
                 data=data or {},
             )

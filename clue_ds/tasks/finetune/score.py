@@ -83,7 +83,8 @@ def score(
     """Print a table of fine-tuning runs over tasks and seeds, beside the published scores.
 
     Args:
-        places: output directories of `clue-ds finetune`, or directories of single runs.
+        places: output directories of `clue-ds finetune`, directories of single runs, or the models
+            in them (runs/finetune/tnews/best/model).
         markdown: a file to write the tables to, as Markdown.
         html: a file to write the tables to, as one self-contained page.
     """
@@ -106,9 +107,21 @@ def score(
         print(f"wrote {html}")
 
 
+def run_of(place: Path) -> Path:
+    """The run that a model directory lies in; other places are returned as they are."""
+    if place.is_file():
+        raise UserError(
+            f"{place} is a file; a zip of a model holds its score in its model card, but not its "
+            "run: give the directory that clue-ds finetune wrote"
+        )
+    inside = (place / "config.json").is_file() and (place.resolve().parent / RESULT).is_file()
+    return place.resolve().parent if inside else place
+
+
 def collect(places: tuple[Path, ...]) -> list[Group]:
     """The finished runs in `places`, grouped over seeds, CLUE's tasks in CLUE's order."""
-    paths = {path.resolve() for place in places for path in place.glob(f"**/{RESULT}")}
+    found = [run_of(place) for place in places]
+    paths = {path.resolve() for place in found for path in place.glob(f"**/{RESULT}")}
     if not paths:
         where = f" in {', '.join(map(str, places))}" if places else ""
         raise UserError(
