@@ -1,14 +1,13 @@
-"""The config of a run: one typed object from a YAML file and overrides on the command line.
+"""The config of a run: one typed object from a YAML file.
 
 Guarantees: an unknown key, a wrong type and a number out of range are errors that name the key and,
 for a misspelled key, the one that was probably meant; `load` reads back exactly what `save` wrote.
-pydantic checks the values, and tyro makes the command line from the descriptions below. Numbers
-that follow from others (gradient accumulation steps, for example) are methods, not fields.
+pydantic checks the values, and command_line.py makes the options from the descriptions below.
+Numbers that follow from others (gradient accumulation steps, for example) are methods, not fields.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -332,65 +331,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def load(path: str | Path) -> RunConfig:
     """Read and check a run's YAML file."""
     return validate(read_yaml(path), str(path))
-
-
-class CommandLine(RunConfig):
-    """The settings of a run, as a command takes them."""
-
-    config: PathText | None = Field(
-        None, description="YAML file with these settings; options on the command line win over it"
-    )
-
-
-def parse(argv: list[str], prog: str) -> RunConfig:
-    """A RunConfig from `[--config FILE] [--section.key value ...]`; the command line wins.
-
-    tyro prints the help and errors in arguments itself and raises SystemExit.
-    """
-    import tyro
-
-    from clue_ds.settings import arguments
-
-    arguments.refuse_repeated(argv)
-    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config", type=paths.expand)
-    argv = ["--extend=True" if word == "--extend" else word for word in argv]  # a switch
-    known, _ = only_config.parse_known_args(argv)
-    default = tyro.MISSING if known.config is None else _tyro_default(known.config)
-    given = tyro.cli(
-        CommandLine,
-        prog=prog,
-        description=(
-            f"{RunConfig.__doc__} Write them in a YAML file (--config RUN.yaml), one level of "
-            "nesting for each dot, or on the command line, which wins. Words may be joined by "
-            "dashes or underscores."
-        ),
-        args=argv,
-        default=default,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
-    return RunConfig(**{name: getattr(given, name) for name in RunConfig.model_fields})
-
-
-def _tyro_default(path: str) -> Any:
-    """The values of the file, checked; a required key that it lacks stays required as an option."""
-    import tyro
-
-    values = read_yaml(path)
-    data = values.get("data")
-    no_corpus = data is None or (isinstance(data, dict) and "corpus" not in data)
-    no_run_dir = "run_dir" not in values
-    if no_corpus:
-        values["data"] = {**(data or {}), "corpus": "?"}
-    config = validate({"run_dir": "?", **values}, str(path))
-    if no_corpus:
-        section = config.data.model_copy(update={"corpus": tyro.MISSING})
-        config = config.model_copy(update={"data": section})
-    if no_run_dir:
-        config = config.model_copy(update={"run_dir": tyro.MISSING})
-    named = {name: getattr(config, name) for name in RunConfig.model_fields}
-    return CommandLine.model_construct(**named, config=path)
 
 
 def flatten(

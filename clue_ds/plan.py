@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clue_ds import command_line, files, presets
 from clue_ds import config as run_config
-from clue_ds import files, presets
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus
 from clue_ds.errors import UserError
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
     machine = vars(given)
     file = machine.pop("config")
     settings += [] if file is None else ["--config", file]
-    plan(run_config.parse(settings, "clue-ds plan"), **machine)
+    plan(command_line.parse(settings, "clue-ds plan"), **machine)
 
 
 def describe(run: RunConfig, machine: Machine) -> list[str]:

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from clue_ds import config, dist
+from clue_ds import command_line, config, dist
 from clue_ds.data.build import workers
 from clue_ds.errors import UserError
 from clue_ds.launcher import environment, hosts, launch
@@ -237,7 +237,7 @@ def test_command_lines_of_pretrain(words: list[str]) -> None:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            config.parse(words, "clue-ds pretrain")
+            command_line.parse(words, "clue-ds pretrain")
         except UserError as error:
             assert_fine(error, "")
         except SystemExit as end:

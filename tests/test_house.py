@@ -39,6 +39,7 @@ LAW: dict[str, set[str]] = {
     "clue_ds.launcher": set(),
     "clue_ds.ds_configs": set(),
     "clue_ds.config": set(),
+    "clue_ds.command_line": {"clue_ds.config"},
     "clue_ds.dist": {"clue_ds.launcher"},
     "clue_ds.metrics": {"clue_ds.dist"},
     # The corpus: its format, then text -> ids, text -> corpus, corpus -> batches.
@@ -85,6 +86,7 @@ LAW: dict[str, set[str]] = {
     "clue_ds.export": {"clue_ds.checkpoint", "clue_ds.model"},
     "clue_ds.pretrain": {
         "clue_ds.config",
+        "clue_ds.command_line",
         "clue_ds.dist",
         "clue_ds.metrics",
         "clue_ds.data",
@@ -116,6 +118,7 @@ LAW: dict[str, set[str]] = {
     },
     "clue_ds.plan": {
         "clue_ds.config",
+        "clue_ds.command_line",
         "clue_ds.data",
         "clue_ds.model",
         "clue_ds.metrics",

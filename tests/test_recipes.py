@@ -12,8 +12,8 @@ import pytest
 import yaml
 from ranks import TINY_MODEL, make_corpus, pretrain_runs, read_log, run_ranks
 
+from clue_ds import command_line, plan, presets
 from clue_ds import config as run_config
-from clue_ds import plan, presets
 from clue_ds.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,9 @@ def test_a_recipe_runs_as_it_is_and_says_where_its_numbers_come_from(name: str) 
 def test_the_settings_that_a_recipe_suggests_for_a_cpu_fit_it(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text("utf-8")
     flags = [word for line in re.findall(r"^#     (--.*)", text, re.M) for word in line.split()]
-    run = run_config.parse(["--config", str(RECIPES / f"{name}.yaml"), *flags], "clue-ds pretrain")
+    run = command_line.parse(
+        ["--config", str(RECIPES / f"{name}.yaml"), *flags], "clue-ds pretrain"
+    )
     assert run.train.gradient_accumulation_steps(1) >= 1
     assert bool(flags) == (run.train.precision == "fp32")
 
@@ -89,7 +91,7 @@ def test_the_settings_that_a_recipe_suggests_for_a_cpu_fit_it(name: str) -> None
 def test_the_pretraining_commands_of_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = re.findall(r"^clue-ds launch -- pretrain (.*)", PAGES[0].read_text("utf-8"), re.M)
-    runs = [run_config.parse(command.split(), "clue-ds pretrain") for command in commands]
+    runs = [command_line.parse(command.split(), "clue-ds pretrain") for command in commands]
     assert {run.model.preset for run in runs} >= {"roberta_tiny_clue", "roberta_tiny_pair"}
     for run in runs:
         run.train.gradient_accumulation_steps(8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clue_ds import config
+from clue_ds import command_line, config
 from clue_ds.errors import UserError
 from clue_ds.settings import arguments, paths, yaml_file
 from clue_ds.tasks import registry
@@ -143,7 +143,7 @@ def test_every_path_of_a_config_is_expanded(
     assert (read.data.corpus, read.data.held_out) == ("/h/c", "/h/o")
     assert read.data.mixture == {"/h/d": 0.5}
     given = ["--config", str(path), "--run_dir", "~/q", "--data.pairs", "~/p", "$HOME/p"]
-    parsed = config.parse([*given, "--train.objective", "pair"], "clue-ds pretrain")
+    parsed = command_line.parse([*given, "--train.objective", "pair"], "clue-ds pretrain")
     assert (parsed.run_dir, parsed.data.pairs) == ("/h/q", ["/h/p", "/h/p"])
 
 
@@ -167,7 +167,7 @@ def test_an_option_given_twice_is_refused(given: str) -> None:
         arguments.refuse_repeated(given.split())
     arguments.refuse_repeated(["--a", "1", "--local_rank=0", "--local_rank=0", "--", "--a", "2"])
     with pytest.raises(UserError, match=r"--train.lr is given twice"):
-        config.parse(["--train.lr", "1", "--train.lr=2"], "clue-ds pretrain")
+        command_line.parse(["--train.lr", "1", "--train.lr=2"], "clue-ds pretrain")
 
 
 def test_a_task_file_is_read_by_the_same_rules(tmp_path: Path) -> None:
@@ -198,6 +198,6 @@ def test_the_settings_of_a_run_take_dashes_and_underscores(tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     path.write_text("data: {corpus: c}\n")
     words = f"--config {path} --run-dir r --data.seq-length 64 --train.warmup_steps 7".split()
-    read = config.parse(words, "clue-ds pretrain")
+    read = command_line.parse(words, "clue-ds pretrain")
     assert (read.run_dir, read.data.seq_length, read.train.warmup_steps) == ("r", 64, 7)
     assert type(read) is config.RunConfig

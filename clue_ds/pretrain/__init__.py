@@ -137,9 +137,9 @@ sys.modules[__name__].__class__ = _Pretrain
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
     if {"-h", "--help"} & set(argv):
-        from clue_ds import config as run_config
+        from clue_ds import command_line
 
-        run_config.parse(argv, prog="clue-ds pretrain")  # prints the help without importing torch
+        command_line.parse(argv, prog="clue-ds pretrain")  # prints the help without importing torch
     from clue_ds.pretrain import train
 
     train.main(argv)

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from clue_ds import command_line, dist
 from clue_ds import config as run_config
-from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
@@ -192,10 +192,10 @@ def parse(argv: list[str], prog: str = "clue-ds pretrain") -> RunConfig:
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     _, ours = launcher.parse_known_args(argv)
     if dist.rank() == 0:
-        return run_config.parse(ours, prog)
+        return command_line.parse(ours, prog)
     # tyro prints help and errors itself; only rank 0 is to do so.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run_config.parse(ours, prog)
+        return command_line.parse(ours, prog)
 
 
 def build(config: RunConfig) -> Run:
