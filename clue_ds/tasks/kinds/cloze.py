@@ -264,7 +264,7 @@ class Cloze(Kind):
             )
         tokens = tokenizer.tokens
         blank_id = tokens.index(BLANK_TOKEN) if BLANK_TOKEN in tokens else tokenizer.mask_id
-        cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
+        cls, sep, gap = (np.array([i]) for i in (tokenizer.cls_id, tokenizer.sep_id, blank_id))
         framed = [np.concatenate([cls, one, sep]).astype(np.int32) for one in candidates]
         units = []
         for blank in text.blanks:
@@ -272,7 +272,7 @@ class Cloze(Kind):
             num_left = min(len(left), max(room // 2, room - len(right)))
             num_right = min(len(right), room - num_left)
             cut = num_left + num_right < len(left) + len(right)
-            passage = [left[len(left) - num_left :], [blank_id], right[:num_right], sep]
+            passage = [left[len(left) - num_left :], gap, right[:num_right], sep]
             joined = np.concatenate(passage).astype(np.int32)
             units.append(BlankUnit(CandidateRows(framed, joined, cut)))
         return units
