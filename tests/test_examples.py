@@ -182,8 +182,13 @@ def test_shared_files_are_read_whole(shared_data: Path) -> None:
     counts = {}
     for name in registry.ALL:
         task = registry.get(name)
+        # Of ChID's two test sets, the data has a part of the older one.
+        version = next(iter(examples.test_files(task, data)))
         splits = ("train", "dev", "test")
-        files = {s: examples.read(task, examples.find(task, data, s), s != "test") for s in splits}
+        files = {
+            s: examples.read(task, examples.find(task, data, s, version), s != "test")
+            for s in splits
+        }
         counts[name] = tuple(len(files[split]) for split in splits)
         if task.labels:
             assert {e.label for e in files["train"]} == set(task.labels)

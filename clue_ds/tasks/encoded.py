@@ -67,6 +67,12 @@ def grouped(encoded: Encoded, of_units: Sequence[Any]) -> Iterator[Sequence[Any]
         yield of_units[begin:end]
 
 
+def first(encoded: Encoded) -> Encoded:
+    """The first example alone."""
+    end = encoded.bounds[1]
+    return Encoded(encoded.examples[:1], encoded.units[:end], encoded.targets[:end], [0, end])
+
+
 def answers(kind: Kind, encoded: Encoded, raws: Sequence[np.ndarray]) -> list[Answer]:
     """The answer to every example, from what `Kind.raw` gave for every unit."""
     return [
