@@ -200,7 +200,7 @@ def test_predictions_become_a_submission_and_so_does_the_model(
 ) -> None:
     out = tmp_path / "found" / "cmrc2018_predict.json"
     test = data / "cmrc2018_public" / "test.json"
-    predict_command.predict(finetuned / "model", file=test, out=out)
+    predict_command.predict(finetuned / "model", file=test, output=out)
     lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert [line["id"] for line in lines] == [f"Q_{i}" for i in range(12)]
     assert not any(line["truncated"] for line in lines)  # windows have the whole text
