@@ -214,6 +214,49 @@ def test_files_of_answers_of_choices(
     "".join(mistakes).encode("utf-8", "surrogatepass")
 
 
+QUESTION: dict[str, Any] = {
+    "id": "7", "question": "谁", "context": "甲乙", "answers": [{"text": "乙", "answer_start": 0}],
+}  # fmt: skip
+
+
+def squad(row: dict[str, Any]) -> Any:
+    """A question in SQuAD's form."""
+    inner = {name: value for name, value in row.items() if name != "context"}
+    outer = {name: value for name, value in row.items() if name == "context"}
+    return {"data": [{"paragraphs": [{**outer, "qas": [inner]}]}]}
+
+
+@FUZZ
+@given(st.data(), st.booleans())
+def test_files_of_questions(place: Path, data: st.DataObject, is_squad: bool) -> None:
+    path = place / "questions.json"
+    row = {**QUESTION, **data.draw(st.dictionaries(st.sampled_from(sorted(QUESTION)), VALUES))}
+    content = encoded(dumped(squad(row) if is_squad else row))
+    path.write_bytes(data.draw(damaged(content)))
+    task = registry.get("cmrc2018")
+    for example in outcome(lambda: examples.read(task, path), path) or []:
+        question, context = example.text
+        answers, begin, end = example.label
+        assert question.strip() and 0 <= begin < end <= len(context)
+        assert any(context[begin:end] in answer for answer in answers)
+    for example in outcome(lambda: examples.read(task, path, labelled=False), path) or []:
+        assert example.label is None
+
+
+@FUZZ
+@given(st.data(), st.booleans())
+def test_files_of_answers_to_questions(place: Path, data: st.DataObject, is_scored: bool) -> None:
+    """A file of answers gives valid answers or mistakes, whatever is in it."""
+    kind = kinds.of(registry.get("cmrc2018"))
+    asked = [Example("7", kind.text(QUESTION, ""), None)]
+    good: Any = {"7": "乙"} if is_scored else {"id": "7", "answer": "乙"}
+    changed = {**good, data.draw(st.sampled_from(["7", "id", "answer"])): data.draw(VALUES)}
+    content = encoded(dumped(data.draw(st.sampled_from([good, changed]))))
+    values, mistakes = kind.check(data.draw(damaged(content)), asked, "answers", is_scored)
+    assert mistakes or (len(values) == 1 and isinstance(values[0], str))
+    "".join(mistakes).encode("utf-8", "surrogatepass")
+
+
 @FUZZ
 @given(st.data())
 def test_mistakes_in_a_line_name_the_line(place: Path, data: st.DataObject) -> None:

@@ -59,9 +59,12 @@ def squad_records(path: Path) -> Iterator[tuple[str, Record]]:
                 _value(question, "question", question_where)
                 key = len(ids) if question.get("id") is None else question["id"]
                 if str(key) in ids:
-                    raise UserError(f"{path}: two questions have the id {key!r}; rename one")
+                    raise UserError(
+                        f"{path}: two questions have the id {shorten(key, limit=60)}; rename one"
+                    )
                 ids.add(str(key))
-                yield f"{path}: question {key}", {**question, "id": key, "context": context}
+                place = f"{path}: question {shorten(key, quoted=False, limit=60)}"
+                yield place, {**question, "id": key, "context": context}
 
 
 def _items(parent: Any, name: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
