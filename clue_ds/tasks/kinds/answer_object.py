@@ -21,7 +21,7 @@ def is_lines(content: bytes) -> bool:
     first = content.removeprefix(lines.BYTE_ORDER_MARK).lstrip().split(b"\n", 1)[0]
     try:
         value = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and "id" in value
 
