@@ -189,6 +189,9 @@ def test_a_shard_that_lacks_something_is_an_error_that_names_it(tmp_path: Path) 
     again = SavedState(tmp_path, dataclasses.replace(saved._saved))
     with pytest.raises(UserError, match="holds only 24 of 33 elements of master of long"):
         again.read(MASTER, "long")
+    torch.save({"optimizer_state_dict": {}}, path)
+    with pytest.raises(UserError, match="does not hold what DeepSpeed saves at ZeRO stage 3"):
+        SavedState(tmp_path, saved._saved).read(MASTER, "matrix")
     path.unlink()
     with pytest.raises(UserError, match="0 shards of rank 2 instead of 1"):
         again = SavedState(tmp_path, saved._saved)
@@ -381,7 +384,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote, sample_text:
         *(chain.config(MUON, stage) for stage in ("zero0", "zero1")),
         chain.config(BF16, "zero1"),
     ]
-    on_ranks(zygote, 4, pass_on, [third, chain.long("zero0")], folder)
+    on_ranks(zygote, 4, pass_on, [third, chain.long("zero3")], folder)
     return chain
 
 

@@ -11,7 +11,9 @@ does not exist for stage 0, and its converter unpickles whatever it finds.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from clue_ds.checkpoint import layout as layouts
 from clue_ds.checkpoint import pickles
 from clue_ds.checkpoint.layout import Layout, Piece, Sizes
 from clue_ds.checkpoint.manifest import Manifest
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, first_line
 
 # Rank 0's file with the model and DeepSpeed's counters, at stages 0 to 2 and at stage 3.
 MODEL_STATES = "mp_rank_00_model_states.pt"
@@ -47,6 +49,10 @@ class SavedState:
         self._contents: dict[int, dict[str, Any]] = {}
         self._opened: dict[int, tuple[list[Tensor], list[dict[str, Any]]]] = {}
         self.num_bytes = 0
+        with self._expected():
+            self._read_index(folder, saved)
+
+    def _read_index(self, folder: Path, saved: Manifest) -> None:
         name = MODEL_STATES if saved.zero_stage < 3 else MODEL_STATES_OF_STAGE_3
         self._model = pickles.load(folder / name, mmap=True)
         self.counters = {key: int(self._model[key]) for key in COUNTERS}
@@ -127,6 +133,20 @@ class SavedState:
             return self._model["module"][name].shape
         return next(group[name] for group in self._model["param_shapes"] if name in group)
 
+    @contextlib.contextmanager
+    def _expected(self) -> Iterator[None]:
+        """One message for files that were opened safely but hold something else."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{self._folder} does not hold what DeepSpeed saves at ZeRO stage "
+                f"{self._saved.zero_stage} ({type(error).__name__}: {first_line(error)}); restore "
+                "the checkpoint from a copy, or remove it to continue from the one before"
+            ) from error
+
     def _sizes_by_tensor(self) -> list[Sizes]:
         if self._saved.zero_stage == 0:
             module = self._model["module"]
@@ -147,7 +167,8 @@ class SavedState:
     def _shard(self, rank: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """The master tensors in a rank's shard, and the optimizer's state of each."""
         if rank not in self._opened:
-            self._opened[rank] = self._open(rank)
+            with self._expected():
+                self._opened[rank] = self._open(rank)
         return self._opened[rank]
 
     def _open(self, rank: int) -> tuple[list[Tensor], list[dict[str, Any]]]:

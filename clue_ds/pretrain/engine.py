@@ -255,7 +255,8 @@ class Engine:
         # At stage 0 every rank has the whole state.
         if self.stage or choice.manifest.zero_stage:
             saved = dist.on_all_ranks(lambda: SavedState(choice.directory / TAG, choice.manifest))
-            if not all(dist.all_gather(self._has_layout_of(choice, saved))):
+            fits = dist.on_all_ranks(lambda: self._has_layout_of(choice, saved))
+            if not all(dist.all_gather(fits)):
                 return self._regroup(saved)
         with pickles.guarded():
             path, _ = self._deepspeed.load_checkpoint(
