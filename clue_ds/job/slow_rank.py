@@ -8,8 +8,7 @@ each is compared with the median of the others.
 
 Guarantees: a rank that becomes twice as slow as the median of the others is named, with its host,
 within 50 steps; a pause of a few steps (garbage collection, another process) names nobody, because
-a rank must be slow in two rounds one after the other. In 2,000 steps of two healthy ranks that
-shared two busy cores with other jobs nobody was named.
+a rank must be slow in two rounds one after the other.
 
 At ZeRO stage 3 the ranks wait for each other inside the forward pass too, so only the time until
 the batch has arrived is compared there. Rejected: the time of the whole step (it is the same on all

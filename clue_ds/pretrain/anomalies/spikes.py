@@ -14,8 +14,9 @@ batch that is skipped are of the same trajectory, and later ones are deleted. Th
 a function of the step and the skips (data/stream/loader.py). What is skipped is never trained on
 again, and at most train.max_rollbacks times in a run.
 
-The threshold is measured: in 4,200 steps of four healthy runs (batches of 4, 8, 16 and 32 rows,
-warm-up included, learning rates up to 3e-3) the largest z-score was 3.7.
+The threshold is measured: in 4,900 steps of four healthy runs (batches of 4, 8, 16 and 32 rows,
+peak learning rates of 5e-4 to 3e-3, warm-up over 20 to 150 steps) the largest z-score was 3.7. The
+first window of a run is not looked at.
 
 Rejected: a file in the run directory that records rollbacks (it could disagree with a checkpoint,
 and without it a restart finds the same spike again); loading the newest checkpoint whatever its
