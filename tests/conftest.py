@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 # busy and leave the others without work.
 LONG_FILES = (
     "test_task_watchdog", "test_watchdog", "test_launcher", "test_task_ranks", "test_engine",
-    "test_resume", "test_demo", "test_bench_scale", "test_docs",
+    "test_resume", "test_demo", "test_bench_scale", "test_docs", "test_kills", "test_spikes",
 )  # fmt: skip
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

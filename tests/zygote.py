@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ def main() -> None:
     from clue_ds.tasks.predict import command as predict_command  # noqa: F401
 
     import_deepspeed()
+    # What the first optimizer and the first engine of a process import, for two seconds more.
+    import torch._dynamo  # noqa: F401
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+
+    assert threading.active_count() == 1
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
