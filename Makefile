@@ -25,7 +25,7 @@ BENCH_VOCAB ?= $(BENCH_DATA)/vocab/vocab_google_chinese.txt
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
-.PHONY: help demo sample test test-cluster test-clients test-gpu bench lint clean
+.PHONY: help demo sample test test-cluster test-clients test-gpu soak bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -65,6 +65,9 @@ test-gpu: $(if $(VENV),$(VENV)/.dev)  ## what needs CUDA
 	$(TEST_PYTHON) -m pytest --numprocesses 8 --dist worksteal $(KERNEL_TESTS) $(ARGS) || failed=1; \
 	$(TEST_PYTHON) -m pytest tests/gpu $(ARGS) || failed=1; \
 	exit $$failed
+
+soak: $(VENV)/.dev  ## an hour of kills and faults beside an undisturbed run; ARGS="--steps 1000" for less
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(ARGS)
 
 bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/results, made again on this machine
 	$(BIN)/clue-ds bench pretrain --output benchmarks/results/pretrain.json $(ARGS)
