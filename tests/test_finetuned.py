@@ -98,6 +98,14 @@ def test_onnx_has_the_labels_beside_it(classifier: Path, tmp_path: Path) -> None
     assert config.architectures == ["BertForSequenceClassification"]
 
 
+def test_all_layouts_of_a_classifier(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(classifier), "--to", "all", "--output", str(tmp_path / "a")]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["hf", "onnx", "tf"]
+    assert "uer is left out" in capsys.readouterr().out
+
+
 def test_transformers_pipeline_answers_the_same_with_names(classifier: Path) -> None:
     """The tokenizer says the length of training, so the pipeline truncates as training did."""
     values = json.loads((classifier / "config.json").read_text(encoding="utf-8"))

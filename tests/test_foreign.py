@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,40 @@ def test_uer_and_back(
     assert same(export.load(directory)[1], state)
     assert main(["import", str(directory), "--output", str(tmp_path / "hf")]) == 0
     assert same(export.load(tmp_path / "hf")[1], state)
+
+
+def test_uer_layers_and_config_must_agree(tmp_path: Path, vocab_file: Path) -> None:
+    state = dict(random_model(CONFIG, 0).state_dict())
+    directory = export.save(CONFIG, state, vocab_file, tmp_path / "uer", to="uer")
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps(values | {"layers_num": 1}))
+    with pytest.raises(UserError, match="has 2 layers, but its config says layers_num 1"):
+        export.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "said"),
+    [
+        ("tf", {"layer_norm_eps": 1e-5}, "Google's BERT always computes with 1e-12"),
+        ("tf", {"hidden_act": "gelu"}, "trained with the erf GELU"),
+        ("uer", {}, "UER's LayerNorm"),
+        ("hf", {"layer_norm_eps": 1e-5}, None),
+    ],
+)
+def test_what_a_layout_cannot_say_is_told(
+    to: str,
+    changes: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    vocab_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = CONFIG.replace(**changes)
+    state = dict(random_model(config, 0).state_dict())
+    model = export.save(config, state, vocab_file, tmp_path / "hf")
+    assert main(["export", str(model), "--to", to, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed if said else "LayerNorm" not in printed and "1e-12" not in printed
 
 
 def test_uer_has_no_place_for_a_classifier(tmp_path: Path, vocab_file: Path) -> None:

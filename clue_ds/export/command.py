@@ -17,10 +17,11 @@ from clue_ds.export.onnx_model import layout as onnx_layout
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
 from clue_ds.model.weights import CLASSIFIER_WEIGHT, TIED, lacking
-from clue_ds.presets import HiddenAct
+from clue_ds.presets import HiddenAct, ModelConfig
 from clue_ds.settings.arguments import PathOrName
 
 Server = Literal["transformers", "sentence-transformers", "tei", "vllm"]
+GOOGLES_EPSILON = 1e-12
 EMBEDDERS = ("sentence-transformers", "tei", "vllm")
 
 
@@ -80,6 +81,9 @@ def export(
         for note in [*model.notes, *_fresh_heads(model)]:
             print(note)
         model = _slimmed(model, trim_vocab, vocab, drop_heads)
+        if to == "all" and CLASSIFIER_WEIGHT in model.state_dict:
+            targets.remove("uer")
+            print("the layout uer is left out: it has no place for BERT's classifier")
         for target in targets:
             place = output / target if to == "all" else output
             options: dict[str, Any] = {"half": fp16, "legacy": legacy}
@@ -154,15 +158,30 @@ def _write(
             archives.pack(folder, archive)
     else:
         save(config, state, vocab_file, place, to, lower_case, force, finetuned=about, **options)
+    for note in _unsaid(config, to):
+        print(note)
+    num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
+    print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
+
+
+def _unsaid(config: ModelConfig, to: str) -> list[str]:
+    """A sentence for each thing about a model that a layout can't say."""
     if to == "uer":
-        print(uer.NOTE)
-    if to == "tf" and config.hidden_act == "gelu":
-        print(
+        return [uer.NOTE]
+    if to != "tf":
+        return []
+    notes = []
+    if config.hidden_act == "gelu":
+        notes.append(
             "the model was trained with the erf GELU; results in programs that compute the tanh "
             "form, such as Google's BERT, differ by about 1e-3"
         )
-    num_parameters = sum(t.numel() for n, t in state.items() if n not in TIED)
-    print(f"wrote {place}: {num_parameters:,} parameters, {config.vocab_size:,} words")
+    if config.layer_norm_eps != GOOGLES_EPSILON:
+        notes.append(
+            f"the model was trained with layer_norm_eps {config.layer_norm_eps:g}; Google's BERT "
+            f"always computes with {GOOGLES_EPSILON:g}, so its results differ slightly"
+        )
+    return notes
 
 
 def import_model(

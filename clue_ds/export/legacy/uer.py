@@ -196,6 +196,11 @@ def read(directory: Path) -> tuple[ModelConfig, StateDict, list[str]]:
     }
     found = [re.match(r"encoder\.transformer\.(\d+)\.", name) for name in raw]
     num_layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if num_layers != known.get("num_hidden_layers"):
+        raise UserError(
+            f"{_file(directory)} has {num_layers} layers, but its config says layers_num "
+            f"{known.get('num_hidden_layers')}; use the config that belongs to the weights"
+        )
     table, words = name_table(num_layers), "embedding.word.embedding.weight"
     if words not in raw or raw[words].dim() != 2:
         raise UserError(f"{_file(directory)} has no matrix {words}; give a BERT of UER")
