@@ -67,18 +67,18 @@ def _located(where: str | Path, layout: str | None = None) -> Iterator[tuple[Pat
     """The directory that holds the files of a model, unpacked or downloaded, and its layout."""
     prefix = tensorflow.of_prefix(where)
     if hub.is_name(where):
-        yield _download(hub.download(str(where)), layout, where)
+        yield _open_download(hub.download(str(where)), layout, where)
     elif prefix is not None:
         yield prefix.parent, "tf"
     elif archives.is_archive(where):
         with archives.unpacked(where) as directory:
-            yield _download(directory, layout, where)
+            yield _open_download(directory, layout, where)
     else:
         directory = of_finetuning(existing(Path(where)))
         yield directory, layout or _layout(directory)
 
 
-def _download(directory: Path, layout: str | None, where: str | Path) -> tuple[Path, str]:
+def _open_download(directory: Path, layout: str | None, where: str | Path) -> tuple[Path, str]:
     """A directory that others packed, which is never a run, and its layout."""
     layout = layout or _layout(directory)
     if layout == "run":
