@@ -51,6 +51,17 @@ class Tokenizer:
         ids, _ = self.encode_lines(text.replace("\n", " ").encode())
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids as `encode` gives them, and where in `text` each token is.
+
+        Ids are int32 [tokens]; offsets are int64 [tokens, 2], the first character of each token
+        and the one after its last. Characters that normalisation drops (spaces, U+200B, accents)
+        may be in no token. The library does this, at a tenth of the speed of `encode`.
+        """
+        encoding = self._library.encode(text.replace("\n", " "), add_special_tokens=False)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int32), offsets
+
     def text(self, ids: np.ndarray) -> str:
         """The tokens as text, joined without spaces except between Latin words."""
         text = ""
