@@ -84,6 +84,12 @@ bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/res
 		--output benchmarks/results/finetune.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
 		--task cmrc2018 --num-examples 60 --output benchmarks/results/finetune_span.json
+	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
+		--task cluener --output benchmarks/results/finetune_tag.json
+	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
+		--task c3 --num-examples 60 --output benchmarks/results/finetune_choice.json
+	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
+		--task chid --num-examples 240 --output benchmarks/results/finetune_cloze.json
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .

@@ -114,3 +114,19 @@ def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_p
     evidence.draw(figures, tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
     evidence._print(figures)
+
+
+def test_finetune_benchmark_trains_the_trainers_model_of_tagging(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    (tmp_path / "cluener_public").mkdir()
+    label = {"name": {"天": [[1, 1]]}}
+    rows = [json.dumps({"text": SENTENCES[0], "label": label}, ensure_ascii=False)] * 48
+    (tmp_path / "cluener_public" / "train.json").write_text("\n".join(rows), encoding="utf-8")
+    vocab = tmp_path / "vocab.txt"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*"".join(SENTENCES)})]
+    vocab.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    output = tmp_path / "tag.json"
+    finetune(tmp_path, vocab, output, task="cluener", num_examples=32, turns=1)
+    figures = json.loads(output.read_text())
+    assert figures["task"] == "cluener" and figures["num_sequences"] == 32
+    assert figures["largest_loss_difference"] < 1e-5

@@ -28,7 +28,7 @@ def test_cmnli_reads_label() -> None:
 def test_number_of_labels() -> None:
     counts = {name: len(registry.get(name).labels) for name in registry.ALL}
     assert {name: count for name, count in counts.items() if count} == dict(
-        afqmc=2, tnews=15, iflytek=119, cmnli=3, csl=2, cluewsc2020=2
+        afqmc=2, tnews=15, iflytek=119, cmnli=3, csl=2, cluewsc2020=2, cluener=21
     )
     assert not {"105", "111"} & set(registry.get("tnews").labels)
 
@@ -42,6 +42,7 @@ def test_number_of_labels() -> None:
         ("cmnli", (128, 64, 3e-5, 2), (128, 64, 1e-4, 5)),
         ("csl", (256, 16, 1e-5, 5), (128, 16, 1e-4, 5)),
         ("cluewsc2020", (128, 16, 1e-5, 10), (128, 16, 1e-4, 50)),
+        ("cluener", (128, 24, 3e-5, 4), (128, 24, 1e-4, 5)),
     ],
 )
 def test_settings_of_clues_scripts_and_of_upstreams_advice(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clue_ds.errors import UserError
-from clue_ds.tasks.kinds.tag import columns, entities
+from clue_ds.tasks.kinds.tag import column_files, entities
 from clue_ds.tasks.kinds.tag.entities import Entity
 
 TYPES = ("name", "company")
@@ -20,7 +20,7 @@ FOUND = [Entity("company", 0, 4), Entity("name", 5, 8)]
 def read(tmp_path: Path, text: str, name: str = "a.conll") -> list[tuple[int, dict[str, Any]]]:
     path = tmp_path / name
     path.write_bytes(text.encode())
-    return list(columns.records(path, TYPES, "text", "label"))
+    return list(column_files.records(path, TYPES, "text", "label"))
 
 
 def test_cluener_ends_are_inclusive_and_both_ways_agree() -> None:
@@ -132,4 +132,4 @@ def test_columns_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.bio"
     path.write_bytes("甲 O\n".encode() + "乙 O\n".encode("gbk"))
     with pytest.raises(UserError, match=r"a\.bio:2: not UTF-8"):
-        list(columns.records(path, TYPES, "text", "label"))
+        list(column_files.records(path, TYPES, "text", "label"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from clue_ds.errors import UserError
 from clue_ds.files import read_json
-from clue_ds.model.finetuned import FineTuned
+from clue_ds.model.finetuned import ENTITY_POINTER, FineTuned
 from clue_ds.model.weights import TIED, StateDict
 
 # (English label, Chinese label, value): each fact is one row of the table in both languages.
@@ -97,7 +97,9 @@ def model_card(
     The training table is written when that directory is a checkpoint of a run, or the model was
     fine-tuned.
     """
-    architecture = config["architectures"][0]
+    # transformers has no class for every head of ours, but loads the encoder.
+    named = config["architectures"][0]
+    architecture = "BertModel" if named == ENTITY_POINTER else named
     code = (
         f"from transformers import {architecture}, BertTokenizer\n\n"
         f'tokenizer = BertTokenizer.from_pretrained("{name}")\n'

@@ -138,7 +138,8 @@ def check_state(config: ModelConfig, state: StateDict, finetuned: FineTuned | No
             )
     num_classes = len(state[CLASSIFIER_WEIGHT]) if CLASSIFIER_WEIGHT in state else None
     labels = finetuned.labels if finetuned is not None else ()
-    if labels and len(labels) != num_classes:
+    is_other = any(name.startswith(TASK_HEADS) for name in state) and num_classes is None
+    if labels and len(labels) != num_classes and not is_other:
         raise UserError(
             f"there are {len(labels)} labels for a model with {num_classes or 'no'} "
             "classes; give one label for each class of the weights"

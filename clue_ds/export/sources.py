@@ -229,7 +229,8 @@ def _finetuned(values: dict[str, Any], state: StateDict, path: Path) -> FineTune
     """What the config at `path` says of the fine-tuned head among the weights, if there is one."""
     if not any(name.startswith(weights.TASK_HEADS) for name in state):
         return None
-    return finetuned.read(values, len(state.get(CLASSIFIER_WEIGHT, ())), path)
+    said = values.get("id2label") or ()
+    return finetuned.read(values, len(state.get(CLASSIFIER_WEIGHT, said)), path)
 
 
 def _notes(config: ModelConfig, said: int) -> tuple[str, ...]:

@@ -25,12 +25,14 @@ from clue_ds.errors import UserError
 
 SEQUENCE = "BertForSequenceClassification"
 QUESTION_ANSWERING = "BertForQuestionAnswering"
-# The classes of transformers that a fine-tuned model can be.
+ENTITY_POINTER = "BertForEntityPointer"  # ours; transformers has no such class
+# What a fine-tuned model can be.
 ARCHITECTURES = (
     SEQUENCE,
     "BertForTokenClassification",
     "BertForMultipleChoice",
     QUESTION_ANSWERING,
+    ENTITY_POINTER,
 )
 SINGLE_LABEL = "single_label_classification"
 OWN_KEY = "clue_ds"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Encoded(NamedTuple):
     units: Sequence[Unit]
     targets: Sequence[Any]  # of each unit; none without labels
     bounds: Sequence[int]
+    notes: Mapping[str, int] = {}  # what of the answers can't be trained, and how often
 
     def truncated(self) -> list[bool]:
         """Whether the model reads only a part of each example."""
@@ -47,6 +49,7 @@ def encode(
     units: list[Unit] = []
     targets: list[Any] = []
     bounds = [0]
+    notes: Counter[str] = Counter()
     for example in examples:
         try:
             own = kind.encode(tokenizer, example.text, max_length)
@@ -57,8 +60,9 @@ def encode(
         bounds.append(len(units))
         if labelled:
             targets += kind.targets(example.text, example.label, own)
+            notes.update(kind.notes(example.text, example.label, own))
         watch.mark()
-    return Encoded(examples, units, targets, bounds)
+    return Encoded(examples, units, targets, bounds, notes)
 
 
 def grouped(encoded: Encoded, of_units: Sequence[Any]) -> Iterator[Sequence[Any]]:

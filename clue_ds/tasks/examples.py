@@ -16,7 +16,6 @@ from clue_ds import files
 from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import kinds
 from clue_ds.tasks.kinds import Example as Example
-from clue_ds.tasks.records import SUFFIXES
 from clue_ds.tasks.task import Record, Split, Task
 
 
@@ -116,11 +115,11 @@ def candidates(task: Task, data: Path, split: Split, version: str) -> list[Path]
     Older archives call the test set 1.0 `test`, which is the name of 1.1 today: a file of that name
     is a candidate for 1.0 if its content is 1.0's.
     """
-    names = _file_names(task, split, version)
+    names, suffixes = _file_names(task, split, version), kinds.of(task).suffixes
     for directory in (data / task.folder, data / task.name, data):
         found = [directory / name for name in names if (directory / name).is_file()]
         if not found and split == "test":
-            old = [stem + suffix for stem in task.old_stems(version) for suffix in SUFFIXES]
+            old = [stem + suffix for stem in task.old_stems(version) for suffix in suffixes]
             named = [directory / name for name in old if (directory / name).is_file()]
             found = [path for path in named if version_of(task, path) == version]
         if found:
@@ -130,7 +129,7 @@ def candidates(task: Task, data: Path, split: Split, version: str) -> list[Path]
 
 def _file_names(task: Task, split: Split, version: str) -> list[str]:
     stems = (task.test_versions[version].stem,) if split == "test" else task.stems[split]
-    return [stem + suffix for stem in stems for suffix in SUFFIXES]
+    return [stem + suffix for stem in stems for suffix in kinds.of(task).suffixes]
 
 
 def version_of(task: Task, path: str | Path) -> str | None:

@@ -21,6 +21,7 @@ from clue_ds.tasks import kinds
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.kinds.classify import CustomTask as CustomTask
 from clue_ds.tasks.kinds.span import kind as span_kind
+from clue_ds.tasks.kinds.tag import schemes
 from clue_ds.tasks.task import SMALL_MODEL_LR as SMALL_MODEL_LR
 from clue_ds.tasks.task import Record as Record
 from clue_ds.tasks.task import Settings as Settings
@@ -100,6 +101,10 @@ TNEWS_LABELS = tuple(str(n) for n in range(100, 117) if n not in (105, 111))
 NO_LABEL = frozenset({"-"})
 PAIR = ("sentence1", "sentence2")
 CHID_FIRST_OF_TEST_11 = 623_377
+CLUENER_TYPES = (
+    "address", "book", "company", "game", "government",
+    "movie", "name", "organization", "position", "scene",
+)  # fmt: skip
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -251,10 +256,41 @@ TASKS: dict[str, Task] = {
             answered_by=("cmnli", "ocnli"),
             id_field="index",
         ),
+        Task(
+            "cluener",
+            "tag",
+            ("text",),
+            schemes.tags(CLUENER_TYPES),
+            Settings(batch_size=24, lr=3e-5, epochs=4),
+            metric="text_set_f1",
+            test_versions=_one_test("cluener_predict.json", 1_345),
+            num_published={"train": 10_748, "dev": 1_343},
+            options={"overlapping": "skip"},  # two in train
+        ),
+        Task(
+            "msraner",
+            "tag",
+            ("text",),
+            schemes.tags(("NR", "NS", "NT")),
+            Settings(max_length=256, batch_size=8, epochs=5),
+            metric="span_f1",
+            test_versions={},
+        ),
     )
 }
 # The tasks of `--task all`.
-ALL = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "cmrc2018", "c3", "chid")
+ALL = (
+    "afqmc",
+    "tnews",
+    "iflytek",
+    "cmnli",
+    "csl",
+    "cluewsc2020",
+    "cmrc2018",
+    "c3",
+    "chid",
+    "cluener",
+)
 
 
 def get(name: str | Path) -> Task:

@@ -73,8 +73,8 @@ def finetune(
     clue-ds launch --local 2 -- finetune ...
 
     Args:
-        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 cmrc2018 c3 chid ocnli drcd),
-            all for all of them but ocnli and drcd, or YAML files that describe your own tasks
+        task: task names (afqmc tnews iflytek cmnli csl cluewsc2020 cmrc2018 c3 chid cluener ocnli
+            drcd msraner), all for the first ten, or YAML files that describe your own tasks
             (docs/finetuning.md).
         model: a run directory, one of its checkpoints, a model directory or zip, or a name on the
             Hugging Face hub.

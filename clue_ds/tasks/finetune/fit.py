@@ -128,6 +128,9 @@ def fit_source(
         encodings.encode(kind, tokenizer, examples, max_length, where=where)
         for examples, where in ((train, "train"), (dev, "dev"))
     )
+    for part, where in ((encoded, "train"), (held_out, "dev")):
+        for note, count in part.notes.items() if dist.rank() == 0 else ():
+            print(f"{task or name}, {where}: {count:,} {note}", flush=True)
     outcome = loop.train(
         network, kind, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
     )

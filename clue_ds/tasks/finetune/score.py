@@ -28,7 +28,7 @@ from clue_ds.tasks.task import Split
 PUBLISHED: dict[str, dict[str, float]] = {
     "BERT-base": {
         "afqmc": 73.70, "tnews": 56.58, "iflytek": 60.29, "cmnli": 79.69, "chid": 82.04,
-        "c3": 64.50, "cmrc2018": 71.60, "drcd": 85.49,
+        "c3": 64.50, "cmrc2018": 71.60, "drcd": 85.49, "cluener": 78.82,
     },
     "ALBERT-tiny": {
         "afqmc": 69.92, "tnews": 53.35, "iflytek": 48.71, "cmnli": 70.61, "chid": 43.53,
@@ -37,7 +37,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "RoBERTa-tiny-clue": {"afqmc": 69.52, "tnews": 54.57, "iflytek": 57.31, "cmnli": 73.10},
     "RoBERTa-wwm-large": {
         "afqmc": 74.44, "tnews": 58.41, "iflytek": 62.77, "cmnli": 82.20, "chid": 85.37,
-        "c3": 73.82, "cmrc2018": 77.95, "drcd": 90.70,
+        "c3": 73.82, "cmrc2018": 77.95, "drcd": 90.70, "cluener": 80.42,
     },
     "RoBERTa-large-clue": {"afqmc": 74.41, "tnews": 58.38, "iflytek": 63.58, "cmnli": 82.36},
 }  # fmt: skip
@@ -273,7 +273,14 @@ def _details(result: dict[str, Any]) -> str:
 
 
 def _classes(result: dict[str, Any]) -> str:
-    """The table of classes of a classification task."""
+    """The table of classes of a classification task, or of the types of entities."""
+    if "types" in result:
+        counted = ("true", "predicted", "right")
+        found = [
+            [name, *(f"{type_[key]:,}" for key in counted), f"{100 * type_['f1']:.1f}"]
+            for name, type_ in result["types"].items()
+        ]
+        return table(["type", "texts in dev", "predicted", "right", "F1 of text sets (%)"], found)
     if "confusion" not in result:
         return ""
     names = result["label_names"]

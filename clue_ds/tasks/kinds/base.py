@@ -49,10 +49,12 @@ class Answer(NamedTuple):
 class Kind(ABC):
     """What all tasks of a kind have in common; the object is one task's."""
 
-    architecture: ClassVar[str]  # the class of transformers that loads the fine-tuned model
+    architecture: str  # the class of transformers that loads the fine-tuned model
     # (key in the scores, title in tables); the first is the main one.
-    columns: ClassVar[tuple[tuple[str, str], ...]]
+    columns: tuple[tuple[str, str], ...]
     keys: ClassVar[type[BaseModel]]  # of a YAML file that describes a task of this kind
+    # How the names of files that it reads end, which tells their format.
+    suffixes: ClassVar[tuple[str, ...]] = records.SUFFIXES
     usual_fields: ClassVar[tuple[str, ...]]  # of a record, if no task names others
     has_labels: ClassVar[bool] = True  # whether the classes of the head are the task's labels
 
@@ -135,6 +137,10 @@ class Kind(ABC):
     @abstractmethod
     def targets(self, text: Any, label: Any, units: Sequence[Any]) -> Sequence[Any]:
         """The target of each unit of an example."""
+
+    def notes(self, text: Any, label: Any, units: Sequence[Any]) -> dict[str, int]:
+        """What of an answer can't be trained (a noun in the plural -> how often); it is printed."""
+        return {}
 
     # ------------------------------------------------------------------------------- network
 

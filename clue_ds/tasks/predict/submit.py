@@ -132,6 +132,8 @@ def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[Any]]]:
     task = predictor.task
     if task is None:
         raise UserError(f"{model} is not fine-tuned for a task of CLUE; give a model that is")
+    if not task.test_versions:
+        raise UserError(f"CLUE's leaderboard has no task {task.name}; leave out the model {model}")
     versions = list(examples.test_files(task, names.data)) or list(task.test_versions)[:1]
     wanted = [(task, version) for version in versions]
     for other in registry.TASKS.values():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from clue_ds.tasks.kinds.tag.entities import Entity, Label, label_of
 
-MAJORITY = "always predicting the most frequent tag, O"
+MAJORITY = "always predicting the most frequent tag (O)"
 LEXICON = "looking up the entities of train, the longest first"
 
 Lexicon = dict[int, dict[str, str]]  # length, longest first -> text of an entity -> its type

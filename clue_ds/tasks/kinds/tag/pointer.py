@@ -33,8 +33,8 @@ class BertForEntityPointer(nn.Module):
         self.config = config
         self.bert = BertModel(config)
         del self.bert.pooler
-        self.pointer = Dense(config.hidden_size, 2 * PROJECTION_SIZE)
-        self.pointer_types = Dense(2 * PROJECTION_SIZE, 2 * num_types)
+        self.entity_pointer = Dense(config.hidden_size, 2 * PROJECTION_SIZE)
+        self.entity_types = Dense(2 * PROJECTION_SIZE, 2 * num_types)
         initialize(self, seed)
 
     def forward(
@@ -46,10 +46,10 @@ class BertForEntityPointer(nn.Module):
         """Scores [B, C, S, S] of (first, last) of int64 ids [B, S]; MASKED where none can be."""
         hidden = self.bert(input_ids, token_type_ids, lengths)
         hidden = ops.dropout(hidden, self.config.hidden_dropout_prob, self.training)
-        projected = self.pointer(hidden)  # [B, S, 2 D]
+        projected = self.entity_pointer(hidden)  # [B, S, 2 D]
         first, last = (rotated(half) for half in projected.float().chunk(2, dim=-1))
         together = first @ last.transpose(1, 2) / PROJECTION_SIZE**0.5  # [B, S, S]
-        begins, ends = (self.pointer_types(projected).float() / 2).transpose(1, 2).chunk(2, dim=1)
+        begins, ends = (self.entity_types(projected).float() / 2).transpose(1, 2).chunk(2, dim=1)
         scores = together[:, None] + begins[..., None] + ends[:, :, None]  # [B, C, S, S]
         return scores.masked_fill(~allowed(input_ids, lengths)[:, None], MASKED)
 
