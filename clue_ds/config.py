@@ -239,6 +239,11 @@ class CheckpointSection(Section):
     keep_best: bool = Field(
         False, description="also keep the one with the lowest held-out loss (checkpoints/best)"
     )
+    async_save: bool = Field(
+        True,
+        description="copy the state to host memory, and write it while training goes on; false: "
+        "training waits, and no memory is needed",
+    )
 
 
 class LogSection(Section):

@@ -169,6 +169,23 @@ def checkpoint_bytes(
     return num_parameters * (BYTES_OF[precision] + master + moments)
 
 
+def copied_bytes(
+    run: RunConfig, model: ModelConfig, stage: int, num_ranks: int, ranks_per_host: int
+) -> float:
+    """Host memory for the copy that is saved in the background, on rank 0's host; most of all.
+
+    Rank 0 copies the weights, and each rank its part of the optimizer's state (stage 0: rank 0).
+    """
+    if not run.checkpoint.async_save:
+        return 0.0
+    num_parameters, precision = count_parameters(model), run.train.precision
+    moments = moment_bytes(run, model)
+    weights = num_parameters * BYTES_OF[precision]
+    optimizer = checkpoint_bytes(num_parameters, precision, stage, moments) - weights
+    share = ranks_per_host / num_ranks if stage else 1
+    return (weights if stage < 3 else 0) + optimizer * share
+
+
 def communication_bytes(
     num_parameters: int, precision: str, stage: int, num_gpus: int, num_micro_batches: int = 1
 ) -> float:
@@ -302,6 +319,7 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
         for sizes in (needs, on_cpus)
     )
     per_machine = min(machine.gpus_per_node, num_ranks)
+    copied = copied_bytes(run, model, stage, num_ranks, per_machine)
     host = per_machine * (PROCESS_GIB + 4 * count_parameters(model) / GIB)
     best = recommend(needs, machine.memory_gib)
     if best is None:
@@ -318,6 +336,8 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
         f"{machine.memory_gib:.0f} GiB",
         f"memory/host {host:.1f} GiB per host: {per_machine} ranks build the model in fp32 first",
         f"without GPU {on_cpu} GiB per rank, libraries and copies of gradients included",
+        f"saving      {files.size_text(copied)} more per host for the copy of the state that is "
+        "written while training goes on (checkpoint.async_save)",
         f"recommended {advice}",
     ]
 

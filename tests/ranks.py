@@ -142,7 +142,8 @@ def pretrain_runs(configs: list[dict[str, Any]]) -> list[str | None]:
     for values in configs:
         try:
             run = train.build(run_config.validate(values, "test config"))
-            train.train(run)
+            with run.saver:
+                train.train(run)
         except UserError as error:
             results.append(str(error))
             continue

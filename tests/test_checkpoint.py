@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 
-from clue_ds.checkpoint import manifest, masters
+from clue_ds.checkpoint import manifest, masters, room
 from clue_ds.errors import UserError
 from clue_ds.pretrain import saving
 
@@ -77,14 +77,14 @@ def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
     from clue_ds.pretrain import train
 
     results = pretrain_runs(configs[:-1])
-    original = saving.save
+    original = saving.Saver.save
 
-    def limited(*arguments: Any) -> Path:
-        if arguments[2] == 4:
+    def limited(saver: saving.Saver, step: int, *arguments: Any) -> None:
+        if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, resource.RLIM_INFINITY))
-        return original(*arguments)
+        original(saver, step, *arguments)
 
-    train.saving.save = limited
+    train.saving.Saver.save = limited
     results += pretrain_runs(configs[-1:])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return results
@@ -198,16 +198,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_message(made: Made) -
     message = made[2]["full"]
     assert "can't write the checkpoint" in message and "step-00000004.tmp" in message
     assert "earlier checkpoints are untouched" in message
-    assert "GiB free, and a checkpoint needs about 0.02 GiB" in message
+    assert "iB free, and a checkpoint needs about 16." in message
     folder = Path(made[2]["folder"]) / "full"
     assert masters.newest_checkpoint(folder).name == "step-00000002"
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
-    assert saving.no_room(tmp_path, 1) is None
-    message = saving.no_room(tmp_path, 10**18)
-    assert message is not None and "GiB free, but a checkpoint needs about" in message
+    assert room.no_room(tmp_path, 1) is None
+    message = room.no_room(tmp_path, 10**18)
+    assert message is not None and "iB free, but a checkpoint needs about" in message
 
 
 def test_a_start_needs_room_for_two_checkpoints_and_counts_those_that_are_there(
@@ -220,11 +220,11 @@ def test_a_start_needs_room_for_two_checkpoints_and_counts_those_that_are_there(
     for free, fits in ((220, True), (219, True), (120, True), (119, False), (99, False)):
         usage = shutil._ntuple_diskusage(10**9, 0, free << 20)  # type: ignore[attr-defined]
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
-        message = saving.no_room_to_start(tmp_path, size)
+        message = room.no_room_to_start(tmp_path, size)
         assert (message is None) == fits, (free, message)
     assert message is not None
-    assert "has 0.10 GiB free, and its checkpoints take 0.10 GiB" in message
-    assert "room for 2.2 of them (0.21 GiB)" in message
+    assert "has 99.0 MiB free, and its checkpoints take 100.0 MiB" in message
+    assert "room for 2.2 of them (220.0 MiB)" in message
 
 
 def test_weights_of_something_else_are_refused(tmp_path: Path, made: Made) -> None:

@@ -67,7 +67,8 @@ def ranks_meet_it(cases: list[tuple[dict[str, Any], str, int]]) -> list[str | No
         run = train.build(run_config.validate(values, "test config"))
         break_rank_1(run, how, num_steps)
         try:
-            train.train(run)
+            with run.saver:
+                train.train(run)
             results.append(None)
         except UserError as error:
             results.append(str(error))

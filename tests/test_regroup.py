@@ -315,7 +315,8 @@ def pass_on(regrouped: list[dict[str, Any]], trained: dict[str, Any]) -> None:
             was = Path(values["run_dir"], f"was-{len(list(checkpoints.parent.glob('was-*')))}")
             (checkpoints / manifest.name(run.start_step)).rename(was)
         dist.barrier()
-        saving.save(run.engine, run.identity, run.start_step)
+        with saving.Saver(run.engine, run.identity) as saver:
+            saver.save(run.start_step)
         run.loader.close()
         run.writers.close()
     train_all([trained])

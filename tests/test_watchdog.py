@@ -74,7 +74,8 @@ from clue_ds.pretrain.engine import Engine
 train.build_model = breaks("setup", train.build_model)
 dist.all_reduce = breaks("pre-flight", dist.all_reduce)  # pre-flight's is the first
 Engine.step = breaks("step", Engine.step, after=3)
-saving.save = breaks("save", saving.save)
+saving.Saver.save = breaks("save", saving.Saver.save)
+saving.Saver._write_files = breaks("background", saving.Saver._write_files)  # in a thread
 train.main(sys.argv[3:])
 """
 
@@ -107,7 +108,7 @@ def run_with(
         folder / "run",
         deepspeed="zero0",
         train={"steps": steps, "warmup_steps": 2},
-        checkpoint={"every": 5 if place == "save" else 10_000},
+        checkpoint={"every": 5 if place in ("save", "background") else 10_000},
         health={"beat_seconds": 20, "step_seconds": 15},
     )
     run_config.save(config, folder / "run.yaml")
@@ -127,6 +128,15 @@ def test_an_exception_on_one_rank_ends_the_others(
     assert (status_0, status_1) == (70, 70)
     assert f"rank 1 on {socket.gethostname()} raised ValueError: the third shard" in said_0
     assert "Traceback" in said_1 and "Traceback" not in said_0
+
+
+def test_an_error_in_the_background_of_one_rank_ends_the_run_and_publishes_nothing(
+    zygote: Zygote, corpus: Path, tmp_path: Path
+) -> None:
+    results = run_with(zygote, "raises", corpus, tmp_path, place="background")
+    assert [status for status, _ in results] == [70, 70], results
+    assert "ValueError: the third shard is unreadable" in results[1][1], results
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("accident", ["gets TERM", "gets INT and TERM"])

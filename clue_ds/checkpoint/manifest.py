@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,16 +120,29 @@ def step_of(directory: Path) -> int:
     return int(match[1])
 
 
-def publish(staging: Path, final: Path, manifest: Manifest) -> None:
-    """Hash and sync every file of `staging`, write its manifest, and rename it to `final`."""
-    paths = sorted(path for path in staging.rglob("*") if path.is_file())
-    contents = {}
+def record(directory: Path, paths: list[Path]) -> dict[str, FileRecord]:
+    """Close files to others, have them on disk, and hash them: what the manifest says of them.
+
+    Each rank does this for the files that it wrote, before rank 0 publishes.
+    """
+    records = {}
     for path in paths:
         permissions.close_to_others(path)
         files.sync(path)
-        key = path.relative_to(staging).as_posix()
-        contents[key] = FileRecord(path.stat().st_size, files.sha256(path))
-    complete = dataclasses.replace(manifest, files=contents)
+        key = path.relative_to(directory).as_posix()
+        records[key] = FileRecord(path.stat().st_size, files.sha256(path))
+    return records
+
+
+def publish(staging: Path, final: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of `staging` and rename it to `final`; returns it, all files included.
+
+    `manifest.files` are on disk; all other files in `staging` are recorded here.
+    """
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    others = [p for p in paths if p.relative_to(staging).as_posix() not in manifest.files]
+    contents = manifest.files | record(staging, others)
+    complete = dataclasses.replace(manifest, files=dict(sorted(contents.items())))
     files.write_text(staging / FILE, seal(dataclasses.asdict(complete)))
     permissions.close_to_others(staging / FILE)
     for folder in {path.parent for path in paths} | {staging}:
@@ -140,6 +154,23 @@ def publish(staging: Path, final: Path, manifest: Manifest) -> None:
         files.write_text(final.parent / "latest", final.name + "\n")
     except OSError as error:  # the checkpoint is on disk, and nothing here reads `latest`
         print(f"warning: can't write {final.parent / 'latest'}: {error}", flush=True)
+    return complete
+
+
+def unseen(staging: Path, records: dict[str, FileRecord]) -> str | None:
+    """The first file that this process does not see as other ranks wrote it; None if it sees all.
+
+    Opens each: a network disk then asks its server, where a plain stat may answer from a cache.
+    """
+    for key, expected in records.items():
+        try:
+            with open(staging / key, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return key
+        if size != expected.size:
+            return key
+    return None
 
 
 def seal(values: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from clue_ds import files
 from clue_ds.checkpoint import manifest as manifests
 from clue_ds.errors import UserError
 
@@ -26,6 +27,19 @@ class Rule:
     newest: int
     every: int = 0
     best: bool = False
+
+
+def look_after(folder: Path, rule: Rule) -> list[str]:
+    """Delete what the rule does not keep, and name the best in `best`; returns what went wrong."""
+    problems = []
+    try:
+        problems += delete_old(folder, rule)
+        if rule.best:
+            for directory in best(manifests.published(folder)):
+                files.write_text(folder / "best", directory.name + "\n")
+    except OSError as error:
+        problems.append(f"can't look after the old checkpoints in {folder}: {error}")
+    return problems
 
 
 def delete_old(folder: Path, rule: Rule) -> list[str]:

@@ -28,7 +28,7 @@ STATUS = {
     "unreachable": contract.STATUS_UNREACHABLE,
 }
 # A rank whose stack contains one of these is waiting for other ranks.
-COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "job/watchdog.py")
+COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "job/watchdog.py", "job/agreement.py")
 FAILED_COLLECTIVE = re.compile(
     "gloo|nccl|ProcessGroup|Connection (closed|reset)|Broken pipe", re.IGNORECASE
 )

@@ -53,6 +53,13 @@ class Activity:
         """Record progress of the main thread: deadlines count from now."""
         self._since = self._moved_at = time.monotonic()
 
+    def moved(self) -> None:
+        """Record that a thread for which the main thread waits has read or written something.
+
+        Unlike `mark`, it does not begin the deadline of the section again.
+        """
+        self._moved_at = time.monotonic()
+
     def step(self, step: int) -> bool:
         """`step` steps are done; True when all ranks are to save and stop (see Watchdog.step)."""
         now = time.monotonic()

@@ -55,14 +55,22 @@ def signs_of_main_thread() -> int:
     It sums bytes read and written, page faults that read a disk, and processor ticks of child
     processes. The main thread's own ticks and other threads of this process don't count.
     """
-    folder = SELF / "task" / str(os.getpid())
-    fields = _fields(folder)
+    children = sum(_work_of_children(each) for each in (SELF / "task").iterdir())
+    return moved_by(os.getpid()) + children
+
+
+def moved_by(thread: int) -> int:
+    """A number that changes when a thread of this process reads or writes; 0 when it has ended."""
+    folder = SELF / "task" / str(thread)
+    try:
+        fields = _fields(folder)
+    except OSError:
+        return 0
     try:
         moved = sum(int(line.split()[1]) for line in (folder / "io").read_text().splitlines())
     except OSError:  # some kernels count no bytes, but moving them takes system time
         moved = int(fields[SYSTEM])
-    total = int(fields[MAJOR_FAULTS]) + moved
-    return total + sum(_work_of_children(each) for each in (SELF / "task").iterdir())
+    return int(fields[MAJOR_FAULTS]) + moved
 
 
 def seconds_in_the_queue() -> float:

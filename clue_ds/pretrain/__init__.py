@@ -79,7 +79,8 @@ def run(
         from clue_ds.pretrain import train
 
         started.writers.on_line = on_log
-        step = train.train(started)
+        with started.saver:
+            step = train.train(started)
         train.report_end(started, step)
     return _result(config, step)
 

@@ -37,6 +37,7 @@ from clue_ds.checkpoint import layout, pickles, regroup
 from clue_ds.checkpoint.deepspeed_import import import_deepspeed
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
 from clue_ds.checkpoint.shards import COUNTERS, SavedState
+from clue_ds.checkpoint.snapshot import Capture, PendingFile
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
@@ -144,6 +145,7 @@ class Engine:
         optimizer = optim.build(train, model, self.stage, device, self.offload)
         self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
         self.module: nn.Module = self._deepspeed.module
+        self._capture = Capture(self._deepspeed, ds_name)
         self.skipped_update = False
         if self.stage == 0 and self.precision != "fp32":
             self._undo_phantom_step()
@@ -239,10 +241,15 @@ class Engine:
         """DeepSpeed's optimizer; at stage 0 in fp32 it is torch's own."""
         return self._deepspeed.optimizer
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write DeepSpeed's checkpoint `directory`/`tag`; every rank must call it."""
-        with contextlib.redirect_stdout(io.StringIO()):
+    def capture(self, directory: Path, tag: str, copies: bool) -> list[PendingFile]:
+        """The files of DeepSpeed's checkpoint `directory`/`tag`; every rank must call it.
+
+        With `copies` they stay as they are while training goes on, until the next call; otherwise
+        they must be written before the next step.
+        """
+        with self._capture.capturing(copies) as files, contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        return files
 
     def load(self, choice: Choice) -> int | None:
         """Load a verified checkpoint; only once, before the first step; every rank must call it.

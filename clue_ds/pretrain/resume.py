@@ -62,6 +62,7 @@ MAY_CHANGE = {
     "checkpoint.keep",
     "checkpoint.keep_every",
     "checkpoint.keep_best",
+    "checkpoint.async_save",
     "log.every",
     "log.seconds",
     "log.tensorboard",

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 
 from clue_ds import command_line, dist
 from clue_ds import config as run_config
+from clue_ds.checkpoint import room
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
@@ -66,6 +66,7 @@ class Run:
     non_finite: NonFiniteSteps
     spikes: Spikes
     slow_ranks: SlowRanks
+    saver: saving.Saver
 
     def batch_number(self, step: int) -> int:
         """The batch of the sample stream that step `step` (from 0) is trained on."""
@@ -77,7 +78,8 @@ def main(argv: list[str]) -> None:
     with watchdog.reporting(), dist.report_errors_once():
         config = parse(argv)
         run = build(config)
-        done = train(run)
+        with run.saver:
+            done = train(run)
         close(run, stopped_at=done if done < config.train.steps else None)
 
 
@@ -137,15 +139,14 @@ def train(run: Run) -> int:
             by_corpus = mixture_samples(run.stream, done, run.spikes.skips)
             counts = {"samples": samples, **by_corpus, "skipped_steps": skipped}
             counts |= {"skipped_batches": run.spikes.num_skipped}
-            run.writers.write({**line, "lr": lr, **counts, **run.slow_ranks.figures()})
+            figures = run.slow_ranks.figures() | run.saver.figures()
+            run.writers.write({**line, "lr": lr, **counts, **figures})
         if saves:
-            began = time.perf_counter()
             with meter.paused(), run.watch.section("save"):
-                loss = line.get("held_out_loss")
                 texts = {spikes.FILE: run.spikes.state()}
-                directory = saving.save(engine, run.identity, done, loss, texts)
-            run.writers.note(f"saved {directory}")
-            run.writers.event("saved", done, seconds=time.perf_counter() - began)
+                run.saver.save(done, line.get("held_out_loss"), texts)
+                if stops or is_done:
+                    run.saver.wait()
         if stops or is_done:
             return done
         step = done
@@ -171,6 +172,7 @@ def roll_back(run: Run, skip: Skip) -> int:
     """
     config, engine = run.config, run.engine
     run.watch.begin(config.health)
+    run.saver.wait()
     choice = spikes.go_back(config.run_dir, skip)
     step = choice.manifest.step
     saving.load(engine, choice)
@@ -181,7 +183,10 @@ def roll_back(run: Run, skip: Skip) -> int:
     run.meter.restart()
     # The lines of the steps that are trained again are removed, as when a run resumes.
     run.writers.close()
+    on_line = run.writers.on_line
     run.writers = Writers(config.run_dir, config.train.steps, step, config.log.tensorboard)
+    run.writers.on_line = on_line
+    run.saver.writers = run.writers
     run.writers.note(f"resuming after step {step} from {choice.directory}")
     return step
 
@@ -264,6 +269,7 @@ def build(config: RunConfig) -> Run:
         NonFiniteSteps(config.train, engine),
         seen,
         SlowRanks(watch.hosts, device, waits_in_forward=engine.stage == 3),
+        saving.Saver(engine, identity, writers, watch.stop.ask),
     )
 
 
@@ -315,7 +321,7 @@ def prepare_run_dir(config: RunConfig, engine: Engine) -> list[str]:
     if dist.rank() == 0:
         run_dir = Path(config.run_dir)
         try:
-            notes = saving.prepare_folder(run_dir, engine)
+            notes = room.prepare_folder(run_dir, saving.checkpoint_bytes(engine))
             run_config.save(config, run_dir / "config.yaml")
         except UserError as refusal:
             error = str(refusal)

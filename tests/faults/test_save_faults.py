@@ -1,7 +1,9 @@
 """A save that dies or fails at any operation leaves the run with an intact checkpoint.
 
-The real `saving.save` with an engine that holds a few tensors instead of DeepSpeed's; what
-DeepSpeed does on a full disk is in tests/test_checkpoint.py.
+The real `saving.Saver` with an engine that holds a few tensors instead of DeepSpeed's; what
+DeepSpeed does on a full disk is in tests/test_checkpoint.py, and how its own `save_checkpoint`
+fares under the same faults in test_plain_save.py. Saves are in the background, as they are by
+default, and the weights change while they are written.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from injector import KILLED, REFUSED, Fault, run
 from ranks import TINY_MODEL, tiny_config
 
 from clue_ds import files, presets
-from clue_ds.checkpoint import manifest, retention
+from clue_ds.checkpoint import manifest, retention, room
+from clue_ds.checkpoint.snapshot import HostMemory, PendingFile
 from clue_ds.errors import UserError
 from clue_ds.pretrain import saving
 from clue_ds.pretrain.resume import RunIdentity
@@ -34,15 +37,20 @@ FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.p
 class SmallEngine(SimpleNamespace):
     """What `saving` needs of an engine; its weights are the number of the step."""
 
-    def save(self, directory: Path, tag: str) -> None:
+    def capture(self, directory: Path, tag: str, copies: bool) -> list[PendingFile]:
         (directory / tag).mkdir()
+        files = []
         for name in FILES:
-            torch.save({"weights": torch.full((2_000,), self.step)}, directory / tag / name)
+            content: Any = {"weights": self.weights}
+            content = HostMemory().copy(content) if copies else content
+            files.append(PendingFile(directory / tag / name, content, torch))
+        return files
 
 
-def save(root: Path, step: int) -> None:
+def save(root: Path, step: int, async_save: bool = True) -> None:
     """A start of the run in `root` that saves once, keeping one checkpoint."""
-    config = tiny_config("corpus", root / "run", checkpoint={"every": 1, "keep": 1})
+    section = {"every": 1, "keep": 1, "async_save": async_save}
+    config = tiny_config("corpus", root / "run", checkpoint=section)
     identity = RunIdentity(
         config=config,
         model=presets.get("roberta_tiny_clue").replace(**_shape()),
@@ -52,7 +60,7 @@ def save(root: Path, step: int) -> None:
         corpus_fingerprint="1" * 64,
     )
     engine = SmallEngine(
-        step=step,
+        weights=torch.full((2_000,), step),
         num_parameters=2_000,
         stage=1,
         offload=False,
@@ -60,8 +68,10 @@ def save(root: Path, step: int) -> None:
         group_names=[["weights"]],
         frozen={"position": torch.full((100,), step)},
     )
-    saving.prepare_folder(root / "run", engine)
-    saving.save(engine, identity, step)
+    room.prepare_folder(root / "run", saving.checkpoint_bytes(engine))
+    with saving.Saver(engine, identity) as saver:
+        saver.save(step)
+        engine.weights.fill_(-1)  # training goes on
 
 
 def _shape() -> dict[str, Any]:
@@ -121,6 +131,16 @@ def test_a_save_that_dies_at_any_operation_leaves_an_intact_checkpoint(root: Pat
     assert steps == {1, 2}
 
 
+def test_the_same_holds_when_training_waits_for_the_save(root: Path) -> None:
+    _, total, _ = run(root, lambda: save(root, 2, async_save=False), Fault())
+    for at in range(1, total + 1, 7):
+        fault = Fault(at, power_loss=at % 2 == 1)
+        again(root)
+        status, _, text = run(root, lambda: save(root, 2, async_save=False), fault)
+        assert status == KILLED, (fault, text)
+        check_intact(root, fault)
+
+
 def test_a_save_in_which_any_operation_fails_is_one_message_or_only_a_warning(root: Path) -> None:
     _, total, _ = run(root, lambda: save(root, 2), Fault())
     refused = 0
@@ -133,7 +153,7 @@ def test_a_save_in_which_any_operation_fails_is_one_message_or_only_a_warning(ro
         assert step == 2 or status == REFUSED, fault
         if status == REFUSED:
             refused += 1
-            assert "can't write" in text and "GiB free" in text, (fault, text)
+            assert "can't write" in text and "iB free" in text, (fault, text)
     assert refused > total / 2
 
 
@@ -153,7 +173,7 @@ def test_a_disk_that_is_full_after_any_number_of_bytes_is_one_message(root: Path
         assert status in (0, REFUSED), (limit, text)
         assert check_intact(root, limit) == (2 if status == 0 else 1)
         if status == REFUSED:
-            assert "GiB free, and a checkpoint needs about" in text
+            assert "iB free, and a checkpoint needs about" in text
     leftovers = retention.remove_leftovers(root / "run" / "checkpoints")
     assert leftovers == [] and os.listdir(root / "run" / "checkpoints")
 

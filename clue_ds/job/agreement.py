@@ -1,0 +1,82 @@
+"""A decision of rank 0 about values of all ranks, made by threads beside the training loop.
+
+Guarantees: every rank gets the same answer; ranks may call `decide` seconds or minutes apart, and
+no rank's training loop takes part; what is exchanged is removed from the store.
+
+It goes through rank 0's store, on a connection of its own. Rejected: collectives. NCCL must be
+called in the same order on all ranks, and a thread would interleave with the training loop's calls
+in another order on each rank; a gloo group for threads needs new connections between all ranks, and
+its timeout makes an error of a slow disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from clue_ds import dist
+from clue_ds.job import rendezvous
+
+SECONDS_PER_REQUEST = 60.0
+# Between looks at the store; at 512 ranks these are 2,000 requests per second.
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
+
+_numbers = itertools.count()
+
+
+class Agreement:
+    """`decide` for the threads of all ranks. Every rank must make one, in the same order.
+
+    `is_waiting`: this rank's thread waits for other ranks now.
+    """
+
+    def __init__(self) -> None:
+        self._prefix = f"agreement/{next(_numbers)}"
+        self._number = 0
+        self.is_waiting = False
+        self._store: Any = None
+        if dist.world_size() > 1:
+            meeting = rendezvous.meet()
+            self._store = meeting.connect(timedelta(seconds=SECONDS_PER_REQUEST))
+
+    def decide(self, value: Any, rule: Callable[[list[Any]], Any]) -> Any:
+        """What `rule` returns on rank 0 for the values of all ranks, in order; JSON values.
+
+        RuntimeError when rank 0 is gone.
+        """
+        if self._store is None:
+            return rule([value])
+        round_, before = (f"{self._prefix}/{n}" for n in (self._number, self._number - 1))
+        self._number += 1
+        self._store.set(f"{round_}/{dist.rank()}", json.dumps(value))
+        if dist.rank() > 0:
+            self._wait([f"{round_}/answer"])
+            return json.loads(self._store.get(f"{round_}/answer"))
+        keys = [f"{round_}/{rank}" for rank in range(dist.world_size())]
+        self._wait(keys)
+        answer = rule([json.loads(text) for text in self._store.multi_get(keys)])
+        self._store.set(f"{round_}/answer", json.dumps(answer))
+        # Who takes part in this round has read the answer of the one before.
+        for key in [*keys, f"{before}/answer"]:
+            self._store.delete_key(key)
+        return answer
+
+    def _wait(self, keys: list[str]) -> None:
+        """Asks again and again: a call that waits in the store could not be told from a hang."""
+        pause, self.is_waiting = FIRST_PAUSE, True
+        while not self._store.check(keys):
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE, 1.5 * pause)
+        self.is_waiting = False
+
+    def join(self, thread: threading.Thread, seconds: float) -> None:
+        """Wait for this rank's thread while it waits for other ranks.
+
+        The watchdog knows this file: a rank whose main thread is here is not the one to blame.
+        """
+        thread.join(seconds)
