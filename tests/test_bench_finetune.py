@@ -83,7 +83,7 @@ def test_finetune_benchmark_trains_the_trainers_model_of_span_reading(tmp_path: 
     output = tmp_path / "span.json"
     finetune(tmp_path, vocab, output, "cmrc2018", num_examples=2, turns=1)
     figures = json.loads(output.read_text())
-    assert figures["task"] == "cmrc2018" and figures["num_sequences"] == 2
+    assert figures["task"] == "cmrc2018" and figures["num_examples"] == 2
     assert figures["largest_loss_difference"] < 1e-5
 
 
