@@ -16,8 +16,9 @@ from clue_ds.cli import main
 from clue_ds.config import DataSection, ModelSection, RunConfig
 from clue_ds.config import save as save_config
 from clue_ds.errors import UserError
-from clue_ds.export import sources, tf_bundle
+from clue_ds.export import sources
 from clue_ds.export.legacy import uer
+from clue_ds.export.tf_files import bundle
 from clue_ds.model.weights import StateDict
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import start_weights
@@ -87,11 +88,11 @@ def test_format_v1_is_called_that(folder: Path) -> None:
 
 def test_moving_averages_are_left_out_and_called_that(folder: Path) -> None:
     prefix = folder / "model.ckpt-0"
-    reader = tf_bundle.Reader(prefix)
+    reader = bundle.Reader(prefix)
     tensors = {name: reader.read(name) for name in reader.entries}
     name = "bert/pooler/dense/bias"
     tensors |= {f"{name}/ExponentialMovingAverage": tensors[name] * 2, "other": np.zeros(3)}
-    tf_bundle.write(prefix, sorted(tensors.items()))
+    bundle.write(prefix, sorted(tensors.items()))
     with sources.opened(prefix) as model:
         assert any("left out 1 moving averages" in note for note in model.notes)
         assert any("left out 1 tensors that are not BERT's: other" in n for n in model.notes)

@@ -21,7 +21,7 @@ from models import (
 )
 
 from clue_ds import export
-from clue_ds.export import tf_bundle
+from clue_ds.export.tf_files import bundle
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.weights import StateDict, load_into
 from clue_ds.presets import ModelConfig
@@ -87,10 +87,10 @@ def test_google_checkpoint_survives_both_trips(shared_data: Path, tmp_path: Path
     source = export.open_model(fixture)
     assert source.config.hidden_act == "gelu_new", "TensorFlow's gelu is the tanh form"
     assert not source.notes
-    original = tf_bundle.Reader(fixture / "bert_model.ckpt")
+    original = bundle.Reader(fixture / "bert_model.ckpt")
     there = export.save(*source[:3], tmp_path / "hf", to="hf")
     back = export.save(*export.load(there), source.vocab_file, tmp_path / "tf", to="tf")
-    found = tf_bundle.Reader(back / "bert_model.ckpt")
+    found = bundle.Reader(back / "bert_model.ckpt")
     slots = ("/adam_m", "/adam_v", "global_step")
     assert set(found.entries) == {n for n in original.entries if not n.endswith(slots)}
     assert len(found.entries) == 46

@@ -190,16 +190,16 @@ def test_pretraining_starts_from_every_layout(
 def test_unknown_variables_are_named_and_holes_refused(
     tf_directory: Path, state: StateDict, vocab_file: Path, tmp_path: Path
 ) -> None:
-    from clue_ds.export import tf_bundle
+    from clue_ds.export.tf_files import bundle
 
     prefix = tf_directory / "bert_model.ckpt"
-    reader = tf_bundle.Reader(prefix)
+    reader = bundle.Reader(prefix)
     tensors = {name: reader.read(name) for name in reader.entries}
     more = tensors | {"crf/transitions": tensors["bert/pooler/dense/bias"]}
-    tf_bundle.write(prefix, sorted(more.items()))
+    bundle.write(prefix, sorted(more.items()))
     assert "crf/transitions" in export.open_model(tf_directory).notes[0]
     del tensors["bert/encoder/layer_1/output/dense/bias"]
-    tf_bundle.write(prefix, sorted(tensors.items()))
+    bundle.write(prefix, sorted(tensors.items()))
     with pytest.raises(UserError, match=r"layer.1.output.dense.bias"):
         export.open_model(tf_directory)
 

@@ -159,13 +159,13 @@ def test_weights_that_are_not_finite_are_named(
     value: float, layout: str, directory: Path, state: StateDict, tmp_path: Path
 ) -> None:
     if layout == "tf":
-        from clue_ds.export import tf_bundle
+        from clue_ds.export.tf_files import bundle
 
         directory = export.save(TINY_CONFIG, state, directory / "vocab.txt", tmp_path / "t", "tf")
-        reader = tf_bundle.Reader(directory / "bert_model.ckpt")
+        reader = bundle.Reader(directory / "bert_model.ckpt")
         tensors = {name: reader.read(name) for name in reader.entries}
         tensors["bert/encoder/layer_0/output/dense/kernel"][1, 2] = value
-        tf_bundle.write(directory / "bert_model.ckpt", sorted(tensors.items()))
+        bundle.write(directory / "bert_model.ckpt", sorted(tensors.items()))
     else:
         tensors = stored(directory)
         tensors[FEED_FORWARD][1, 2] = value

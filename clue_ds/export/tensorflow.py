@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from clue_ds.errors import UserError
-from clue_ds.export import tf_bundle, tf_graph
 from clue_ds.export.huggingface import classes_of
 from clue_ds.export.publish import (
     check_state,
@@ -33,6 +32,7 @@ from clue_ds.export.publish import (
     staged,
     write_model_json,
 )
+from clue_ds.export.tf_files import bundle, graph
 from clue_ds.files import read_json
 from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
@@ -143,9 +143,9 @@ def write(
     check_state(config, state, finetuned)
     with staged(directory, force) as place:
         place.mkdir()
-        entries = tf_bundle.write(place / PREFIX, _tensors(config, state))
+        entries = bundle.write(place / PREFIX, _tensors(config, state))
         shapes = {name: entry.shape for name, entry in entries.items()}
-        (place / f"{PREFIX}.meta").write_bytes(tf_graph.meta_graph(shapes))
+        (place / f"{PREFIX}.meta").write_bytes(graph.meta_graph(shapes))
         values = config_json(config, lower_case) | classes_of(state, finetuned)
         write_model_json(place / CONFIG_FILE, values)
         copy_vocab(vocab_file, place)
@@ -225,7 +225,7 @@ def _old(directory: Path) -> str:
 def of_prefix(where: str | Path) -> Path | None:
     """The prefix that `where` is, if a checkpoint or the .index of one is given."""
     prefix = Path(str(where).removesuffix(".index"))
-    return prefix if tf_bundle.index_file(prefix).is_file() else None
+    return prefix if bundle.index_file(prefix).is_file() else None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def read(
     directory = Path(directory)
     values = read_config(directory)
     config = model_config({**values, "model_type": "bert"}, directory / CONFIG_FILE)
-    reader = tf_bundle.Reader(prefix or find_prefix(directory))
+    reader = bundle.Reader(prefix or find_prefix(directory))
     state: StateDict = {}
     known = set()
     for row in name_table(config.num_hidden_layers):

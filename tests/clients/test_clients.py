@@ -20,8 +20,8 @@ import transformers
 from models import random_model, write_vocab
 
 from clue_ds import export
-from clue_ds.export import tf_bundle
-from clue_ds.export.tf_bundle import data_file, index_file
+from clue_ds.export.tf_files import bundle
+from clue_ds.export.tf_files.bundle import data_file, index_file
 from clue_ds.presets import ModelConfig
 
 CONFIG = ModelConfig(
@@ -93,10 +93,10 @@ def corrupted(good: Path, corrupt: Callable[[Tensors], None], directory: Path) -
     directory.mkdir()
     for name in ("bert_config.json", "vocab.txt"):
         (directory / name).write_bytes((good / name).read_bytes())
-    reader = tf_bundle.Reader(good / "bert_model.ckpt")
+    reader = bundle.Reader(good / "bert_model.ckpt")
     tensors = {name: reader.read(name) for name in reader.entries}
     corrupt(tensors)
-    tf_bundle.write(directory / "bert_model.ckpt", tensors.items())
+    bundle.write(directory / "bert_model.ckpt", tensors.items())
     return directory
 
 
@@ -154,5 +154,5 @@ def test_saver_writes_the_same_bytes(file: Callable[[Path], Path], case: Case) -
 
 
 def test_object_checkpoint_of_tensorflow_2_is_read(case: Case) -> None:
-    reader = tf_bundle.Reader(case.outputs / "saver" / "good" / "object")
+    reader = bundle.Reader(case.outputs / "saver" / "good" / "object")
     assert reader.read("a/.ATTRIBUTES/VARIABLE_VALUE").tolist() == [1.0, 2.5]

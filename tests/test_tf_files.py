@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from clue_ds.errors import UserError
-from clue_ds.export import protobuf, tf_bundle
-from clue_ds.export.tf_bundle import Reader, data_file, index_file, mask
+from clue_ds.export import protobuf
+from clue_ds.export.tf_files import bundle
+from clue_ds.export.tf_files.bundle import Reader, data_file, index_file, mask
 
 # What TensorFlow 2.21's Saver wrote for these three; made again by
 # `tests/clients/test_tensorflow.py`, which compares 60 variables and more.
@@ -24,7 +25,7 @@ SMALL = {
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     path = tmp_path / "bert_model.ckpt"
-    tf_bundle.write(path, SMALL.items())
+    bundle.write(path, SMALL.items())
     return path
 
 
@@ -34,7 +35,7 @@ def test_fixture_of_tensorflow_1_is_written_again_byte_for_byte(
     original = shared_data / "fixtures" / "tf_bert_ckpt" / "bert_model.ckpt"
     reader = Reader(original)
     copy = tmp_path / "copy"
-    tf_bundle.write(copy, ((name, reader.read(name)) for name in reader.entries))
+    bundle.write(copy, ((name, reader.read(name)) for name in reader.entries))
     for file in (index_file, data_file):
         assert file(copy).read_bytes() == file(original).read_bytes()
 
@@ -48,7 +49,7 @@ def test_every_kind_of_number_and_shape_comes_back(tmp_path: Path) -> None:
         for kind in sorted(kinds)
         for number, shape in enumerate(shapes)
     }
-    tf_bundle.write(tmp_path / "x", tensors.items())
+    bundle.write(tmp_path / "x", tensors.items())
     reader = Reader(tmp_path / "x")
     assert list(reader.entries) == sorted(tensors)
     for name, expected in tensors.items():
@@ -60,28 +61,28 @@ def test_every_kind_of_number_and_shape_comes_back(tmp_path: Path) -> None:
 def edit_entries(prefix: Path, **changes: object) -> None:
     """Rewrite the index with every entry changed."""
     entries = {n: e._replace(**changes) for n, e in Reader(prefix).entries.items()}
-    index_file(prefix).write_bytes(tf_bundle._table(entries))
+    index_file(prefix).write_bytes(bundle._table(entries))
 
 
 def test_bfloat16_is_widened(prefix: Path) -> None:
     values = np.array([1.0, -0.5, 3.140625], np.float32)
     words = (values.view(np.uint32) >> 16).astype("<u2")
-    tf_bundle.write(prefix, [("w", words.view(np.float16))])
-    edit_entries(prefix, dtype=tf_bundle.BFLOAT16)
+    bundle.write(prefix, [("w", words.view(np.float16))])
+    edit_entries(prefix, dtype=bundle.BFLOAT16)
     assert Reader(prefix).read("w").tolist() == values.tolist()
 
 
 def with_header(prefix: Path, header: bytes) -> None:
     """Rewrite the index with another BundleHeaderProto."""
-    rows = [(n.encode(), tf_bundle._encode(e)) for n, e in Reader(prefix).entries.items()]
-    data = tf_bundle._block([(b"", header), *rows])
-    out = tf_bundle._seal(data)
+    rows = [(n.encode(), bundle._encode(e)) for n, e in Reader(prefix).entries.items()]
+    data = bundle._block([(b"", header), *rows])
+    out = bundle._seal(data)
     handle = protobuf.varint(0) + protobuf.varint(len(data))
     handles = b""
-    for block in (tf_bundle._block([]), tf_bundle._block([(b"z", handle)])):
+    for block in (bundle._block([]), bundle._block([(b"z", handle)])):
         handles += protobuf.varint(len(out)) + protobuf.varint(len(block))
-        out += tf_bundle._seal(block)
-    out += handles.ljust(40, b"\0") + struct.pack("<Q", tf_bundle.MAGIC)
+        out += bundle._seal(block)
+    out += handles.ljust(40, b"\0") + struct.pack("<Q", bundle.MAGIC)
     index_file(prefix).write_bytes(out)
 
 
@@ -125,8 +126,8 @@ def test_no_flipped_bit_goes_unnoticed(file: object, prefix: Path) -> None:
             assert prefix.name in str(error)
     # Only the zeros that fill up the table's footer mean nothing, and the handle of the empty
     # meta block, which nobody opens.
-    footer = len(whole) - tf_bundle.FOOTER_SIZE
-    meta = footer - 2 * (tf_bundle.TRAILER_SIZE + 8) - 20
+    footer = len(whole) - bundle.FOOTER_SIZE
+    meta = footer - 2 * (bundle.TRAILER_SIZE + 8) - 20
     assert all(meta < at < len(whole) - 8 for at in unnoticed)
     assert file is index_file or not unnoticed
 
@@ -158,9 +159,9 @@ def test_what_cannot_be_read_is_said(what: str, prefix: Path) -> None:
 
 
 def test_partitioned_variable_is_refused(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = tf_bundle._encode
+    encode = bundle._encode
     slices = protobuf.message(7, protobuf.integer(1, 1))
-    monkeypatch.setattr(tf_bundle, "_encode", lambda entry: encode(entry) + slices)
+    monkeypatch.setattr(bundle, "_encode", lambda entry: encode(entry) + slices)
     edit_entries(prefix)
     with pytest.raises(UserError, match="partitioned variable"):
         read_all(prefix)

@@ -1,0 +1,1 @@
+"""The files of a TensorFlow checkpoint: tensors (bundle) and the graph beside them (graph)."""
