@@ -133,7 +133,7 @@ def test_kernels_train_and_predict_what_their_twins_do(
         )
         losses.append(json.loads((out / "tone" / "best" / "result.json").read_text())["losses"])
         file, lines = tmp_path / "dev.jsonl", tmp_path / f"{kernels}.jsonl"
-        predict_command.predict(out / "tone/best/model", file=file, out=lines, kernels=kernels)
+        predict_command.predict(out / "tone/best/model", file=file, output=lines, kernels=kernels)
         answers.append([json.loads(line) for line in lines.read_text("utf-8").splitlines()])
     ops.choose_kernels("torch")
     # Other orders of sums, through three AdamW steps.

@@ -287,7 +287,7 @@ def test_answers_are_written_submitted_and_checked(
     named = (("c3_public/test1.1.json", "c311"), ("chid_public/test.json", "chid11"))
     for directory, (file, name) in zip(models, named, strict=True):
         out = tmp_path / "answers" / f"{name}_predict.json"
-        predict_command.predict(directory, file=data / file, out=out, max_length=16)
+        predict_command.predict(directory, file=data / file, output=out, max_length=16)
     submit.submit(data, tmp_path / "t.zip", predictions=tmp_path / "answers")
     contents = [(tmp_path / name).read_bytes() for name in ("s.zip", "t.zip")]
     assert contents[0] == contents[1]
