@@ -1,7 +1,8 @@
 """A decision of rank 0 about values of all ranks, made by threads beside the training loop.
 
-Guarantees: every rank gets the same answer; ranks may call `decide` seconds or minutes apart, and
-no rank's training loop takes part; what is exchanged is removed from the store.
+Guarantees: every rank gets the same answer, also when rank 0's process ends right after it; ranks
+may call `decide` seconds or minutes apart, and no rank's training loop takes part; what is
+exchanged is removed from the store.
 
 It goes through rank 0's store, on a connection of its own. Rejected: collectives. NCCL must be
 called in the same order on all ranks, and a thread would interleave with the training loop's calls
@@ -51,18 +52,22 @@ class Agreement:
         """
         if self._store is None:
             return rule([value])
-        round_, before = (f"{self._prefix}/{n}" for n in (self._number, self._number - 1))
+        round_ = f"{self._prefix}/{self._number}"
         self._number += 1
         self._store.set(f"{round_}/{dist.rank()}", json.dumps(value))
         if dist.rank() > 0:
             self._wait([f"{round_}/answer"])
-            return json.loads(self._store.get(f"{round_}/answer"))
+            answer = json.loads(self._store.get(f"{round_}/answer"))
+            self._store.set(f"{round_}/{dist.rank()}/read", "")
+            return answer
         keys = [f"{round_}/{rank}" for rank in range(dist.world_size())]
         self._wait(keys)
         answer = rule([json.loads(text) for text in self._store.multi_get(keys)])
         self._store.set(f"{round_}/answer", json.dumps(answer))
-        # Who takes part in this round has read the answer of the one before.
-        for key in [*keys, f"{before}/answer"]:
+        # The store is in this process, which may end as soon as this returns.
+        read = [f"{round_}/{rank}/read" for rank in range(1, dist.world_size())]
+        self._wait(read)
+        for key in [*keys, *read, f"{round_}/answer"]:
             self._store.delete_key(key)
         return answer
 
