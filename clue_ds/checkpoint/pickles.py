@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ _FORBIDDEN = re.compile(r"(?:GLOBAL|global|function|class) ([A-Za-z_][\w.]*\.[\w
 def load(path: Path, mmap: bool = False) -> Any:
     """The content of a pickle of DeepSpeed's, on the CPU; UserError when it holds anything else.
 
-    `mmap`: tensors are read from the file when they are used.
+    `mmap`: tensors are read from the file when they are used. torch maps only its zip files, which
+    DeepSpeed writes; any other file is read whole, so that a refusal says what is in it.
     """
     with guarded():
-        return torch.load(path, map_location="cpu", mmap=mmap)
+        maps = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", mmap=maps)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
