@@ -115,6 +115,25 @@ def test_accumulation_follows_from_the_batch_sizes() -> None:
         train.gradient_accumulation_steps(16)
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "fits"),
+    [
+        (256, 32, 16, "set train.micro_batch_size to 16, or start 8 ranks, or"),
+        (8, 2, 3, "= 6; start 2 or 4 ranks, or"),
+        (8, 16, 1, "= 16; set train.micro_batch_size to 8, or"),
+        (32, 32, 8, "set train.micro_batch_size to 4, or start 1 rank, or"),
+        (9, 5, 2, "start 1 or 3 ranks with train.micro_batch_size 1, or"),
+    ],
+)
+def test_what_does_not_divide_says_which_ranks_and_micro_batches_fit(
+    batch: int, micro: int, ranks: int, fits: str
+) -> None:
+    sizes = {"global_batch_size": batch, "micro_batch_size": micro}
+    train = config.validate({**MINIMAL, "train": sizes}, "test").train
+    with pytest.raises(UserError, match=fits):
+        train.gradient_accumulation_steps(ranks)
+
+
 def test_predictions_are_20_at_128_and_77_at_512() -> None:
     def predictions(seq_length: int) -> int:
         data = {"corpus": "c", "seq_length": seq_length}
