@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from clue_ds import config as run_config
 from clue_ds import dist, files, plan
-from clue_ds.checkpoint import manifest
+from clue_ds.checkpoint import manifest, retention
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, watchdog
@@ -149,14 +149,12 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
 
 def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
     """Whether the disk has space for the checkpoints that don't exist yet."""
-    from clue_ds.pretrain import saving
-
     stage = ds_json.zero_stage(ds_json.read(config.deepspeed))
     num_parameters = plan.count_parameters(model)
     size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
     run_dir = Path(config.run_dir)
     num_existing = len(manifest.published(run_dir / manifest.FOLDER))
-    number = max(1, saving.most_on_disk(config) - num_existing)
+    number = max(1, retention.most_on_disk(config) - num_existing)
     parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     text = (

@@ -345,11 +345,11 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
 def _disk_lines(
     run: RunConfig, model: ModelConfig, stage: int, corpus: Corpus | None, directory: Path
 ) -> list[str]:
-    from clue_ds.pretrain import saving
+    from clue_ds.checkpoint import retention
 
     moments = moment_bytes(run, model)
     size = checkpoint_bytes(count_parameters(model), run.train.precision, stage, moments)
-    number = saving.most_on_disk(run)
+    number = retention.most_on_disk(run)
     shards = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if corpus else 0
     return [
         f"checkpoint  {files.size_text(size)} every {run.checkpoint.every:,} steps",

@@ -82,7 +82,7 @@ LAW: dict[str, set[str]] = {
     "clue_ds.model.ops": {"clue_ds.kernels"},
     # What the ranks of a job owe each other, whatever they compute.
     "clue_ds.job": {"clue_ds.config", "clue_ds.dist", "clue_ds.launcher.contract"},
-    "clue_ds.checkpoint": {"clue_ds.model"},
+    "clue_ds.checkpoint": {"clue_ds.config", "clue_ds.model"},
     "clue_ds.export": {"clue_ds.checkpoint", "clue_ds.model"},
     "clue_ds.pretrain": {
         "clue_ds.config",
@@ -119,6 +119,7 @@ LAW: dict[str, set[str]] = {
     "clue_ds.plan": {
         "clue_ds.config",
         "clue_ds.command_line",
+        "clue_ds.checkpoint",
         "clue_ds.data",
         "clue_ds.model",
         "clue_ds.metrics",

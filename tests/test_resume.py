@@ -17,11 +17,11 @@ import torch
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 from test_manifest import described
 
-from clue_ds.checkpoint import manifest
+from clue_ds.checkpoint import manifest, retention
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError
-from clue_ds.pretrain import resume, saving
+from clue_ds.pretrain import resume
 
 # As shipped, stage 3 keeps every parameter of so small a model whole; here it shards them all.
 OWN_JSON = {"zero3_sharded": str(Path(__file__).with_name("zero3_sharded.json"))}
@@ -247,7 +247,7 @@ def test_other_versions_and_threads_are_one_note(monkeypatch: pytest.MonkeyPatch
 def test_a_retention_that_would_keep_nothing_is_refused() -> None:
     def check(has_held_out: bool = True, **keep: Any) -> None:
         config = tiny_config("c", "r", evaluate={"every": 2}, checkpoint={"every": 4, **keep})
-        saving.check_retention(config, has_held_out)
+        retention.check(config, has_held_out)
 
     check(keep_every=8, keep_best=True)
     with pytest.raises(UserError, match="keep_every 6 is not a multiple .* 4; set it to 8"):

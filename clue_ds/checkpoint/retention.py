@@ -15,6 +15,7 @@ from pathlib import Path
 
 from clue_ds import files
 from clue_ds.checkpoint import manifest as manifests
+from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
 
 LEFTOVER = re.compile(r"step-\d{8}\.tmp")
@@ -27,6 +28,37 @@ class Rule:
     newest: int
     every: int = 0
     best: bool = False
+
+
+def check(config: RunConfig, has_held_out: bool) -> None:
+    """UserError for a retention by which checkpoints would never be kept."""
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if keep_every % every:
+        raise UserError(
+            f"checkpoint.keep_every {keep_every} is not a multiple of checkpoint.every {every}; "
+            f"set it to {(keep_every // every + 1) * every}"
+        )
+    if not config.checkpoint.keep_best:
+        return
+    if not has_held_out:
+        raise UserError(
+            "checkpoint.keep_best needs held-out text; make the corpus with some (clue-ds shard "
+            "--held-out), set data.held_out, or remove checkpoint.keep_best"
+        )
+    if every % config.evaluate.every:
+        raise UserError(
+            "checkpoint.keep_best needs a held-out loss for every checkpoint, but evaluate.every "
+            f"{config.evaluate.every} does not divide checkpoint.every {every}; set evaluate.every "
+            f"to {every}"
+        )
+
+
+def most_on_disk(config: RunConfig) -> int:
+    """Largest number of complete checkpoints that this run ever has at once."""
+    section = config.checkpoint
+    # A new one is complete before the oldest is deleted.
+    number = section.keep + 1 + section.keep_best
+    return number + (config.train.steps // section.keep_every if section.keep_every else 0)
 
 
 def look_after(folder: Path, rule: Rule) -> list[str]:

@@ -40,7 +40,6 @@ from clue_ds.checkpoint import manifest as manifests
 from clue_ds.checkpoint import pickles, retention, room
 from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, FileRecord, Manifest
 from clue_ds.checkpoint.snapshot import PendingFile
-from clue_ds.config import RunConfig
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError, first_line
 from clue_ds.job import diagnosis, preflight, procfs, run_lock, watchdog
@@ -330,37 +329,6 @@ class Saver:
         rule = retention.Rule(section.keep, section.keep_every, section.keep_best)
         for problem in retention.look_after(capture.final.parent, rule):
             self._note(f"warning: {problem}")
-
-
-def check_retention(config: RunConfig, has_held_out: bool) -> None:
-    """UserError for a retention by which checkpoints would never be kept."""
-    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
-    if keep_every % every:
-        raise UserError(
-            f"checkpoint.keep_every {keep_every} is not a multiple of checkpoint.every {every}; "
-            f"set it to {(keep_every // every + 1) * every}"
-        )
-    if not config.checkpoint.keep_best:
-        return
-    if not has_held_out:
-        raise UserError(
-            "checkpoint.keep_best needs held-out text; make the corpus with some (clue-ds shard "
-            "--held-out), set data.held_out, or remove checkpoint.keep_best"
-        )
-    if every % config.evaluate.every:
-        raise UserError(
-            "checkpoint.keep_best needs a held-out loss for every checkpoint, but evaluate.every "
-            f"{config.evaluate.every} does not divide checkpoint.every {every}; set evaluate.every "
-            f"to {every}"
-        )
-
-
-def most_on_disk(config: RunConfig) -> int:
-    """Largest number of complete checkpoints that this run ever has at once."""
-    section = config.checkpoint
-    # A new one is complete before the oldest is deleted.
-    number = section.keep + 1 + section.keep_best
-    return number + (config.train.steps // section.keep_every if section.keep_every else 0)
 
 
 def checkpoint_bytes(engine: Engine) -> int:

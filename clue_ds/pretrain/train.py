@@ -25,7 +25,7 @@ import torch
 
 from clue_ds import command_line, dist
 from clue_ds import config as run_config
-from clue_ds.checkpoint import room
+from clue_ds.checkpoint import retention, room
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
@@ -213,7 +213,7 @@ def build(config: RunConfig) -> Run:
     check(config, model_config, ds_values)
     stream = batches.make_stream(config, corpus)
     evaluator = batches.make_evaluator(config, corpus)
-    saving.check_retention(config, has_held_out=evaluator is not None)
+    retention.check(config, has_held_out=evaluator is not None)
     spikes.check_retention(config)
     identity = resume.RunIdentity(
         config=config,
