@@ -38,6 +38,7 @@ _SUBJECTS = {
     "kernels": "fused kernels against torch, on a GPU",
     "finetune": "against transformers' Trainer",
     "evidence": "curves of pretraining and fine-tuning, with a plot",
+    "demo": "the demo with several seeds, and what pretraining gained",
     "serve": "answers per second against a transformers pipeline",
     "onnx_latency": "an ONNX export against transformers' legacy export",
 }
