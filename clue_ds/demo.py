@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.table import Column, Table
 
 from clue_ds.errors import UserError
 from clue_ds.settings import program
@@ -255,12 +255,11 @@ def show_nearest(console: Console, model: Path, reviews: list[str]) -> None:
     vectors -= vectors[len(QUERIES) :].mean(axis=0)
     vectors /= (vectors**2).sum(axis=1, keepdims=True) ** 0.5
     cosines = vectors[: len(QUERIES)] @ vectors[len(QUERIES) :].T
-    table = Table("sentence", "cosine", "nearest of the held-out reviews")
+    nearest = Column("nearest of the held-out reviews", no_wrap=True, max_width=34)
+    table = Table("sentence", "cosine", nearest)
     for query, row in zip(QUERIES, cosines, strict=True):
         for rank, number in enumerate((-row).argsort()[:NUM_NEAREST]):
-            shown = reviews[number]
-            shown = shown if len(shown) <= 40 else shown[:39] + "…"
-            table.add_row("" if rank else query, f"{row[number]:.2f}", escape(shown))
+            table.add_row("" if rank else query, f"{row[number]:.2f}", escape(reviews[number]))
     console.print(table)
 
 
