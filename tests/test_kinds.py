@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
+from clue_ds.report.command import report
 from clue_ds.tasks import Predictor, examples, kinds, registry
 from clue_ds.tasks.features import shares
 from clue_ds.tasks.finetune import command, run, score
@@ -212,7 +213,7 @@ def test_both_kinds_learn_and_are_in_one_table(runs: Path) -> None:
     assert result["baselines"]["guessing"]["accuracy"] == pytest.approx(sum(chance) / 12)
     text = score.as_markdown(list(groups.values()))
     assert "always choosing the longest choice" in text and "| 64.50 |" in text
-    score.report(runs / "chid" / "best")
+    report((runs / "chid" / "best",))
 
 
 def test_a_stopped_run_continues(model: Path, data: Path, tmp_path: Path, runs: Path) -> None:
@@ -326,7 +327,9 @@ def test_own_tasks_of_these_kinds(
     with pytest.raises(UserError, match="unknown key labels"):
         registry.get(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text("name: mine\nkind: poem\n", encoding="utf-8")
-    with pytest.raises(UserError, match="kind 'poem' must be one of classify, choice, cloze"):
+    with pytest.raises(
+        UserError, match="kind 'poem' must be one of classify, span, choice, cloze, tag"
+    ):
         registry.get(tmp_path / "mine.yaml")
 
 

@@ -49,6 +49,7 @@ def ranks_save(configs: list[dict[str, Any]]) -> list[int]:
 def save_in_four_ways(values: dict[str, Any]) -> int:
     from clue_ds import dist
     from clue_ds.pretrain import train
+    from clue_ds.pretrain.anomalies import spikes
     from clue_ds.pretrain.saving import Saver
 
     run = train.build(run_config.validate(values, "test config"))
@@ -62,6 +63,8 @@ def save_in_four_ways(values: dict[str, Any]) -> int:
     deepspeed.save_checkpoint(str(plain), tag=manifest.TAG, save_latest=False)
     deepspeed.checkpoint_engine = ours
 
+    texts = {spikes.FILE: run.spikes.state()}
+
     def saver(kind: str, **section: Any) -> Saver:
         changed = {**values, "run_dir": f"{values['run_dir']}-{kind}"}
         changed["checkpoint"] = {**values["checkpoint"], **section}
@@ -69,13 +72,13 @@ def save_in_four_ways(values: dict[str, Any]) -> int:
         return Saver(run.engine, dataclasses.replace(run.identity, config=config))
 
     with saver("waits", async_save=False) as waits:
-        waits.save(STEPS)
+        waits.save(STEPS, texts=texts)
 
     has_stepped = threading.Event()
     original = PendingFile.write
     PendingFile.write = lambda file: (has_stepped.wait(100), original(file))  # type: ignore
     with saver("busy") as busy:
-        busy.save(STEPS)
+        busy.save(STEPS, texts=texts)
         for micro_batch in run.engine.micro_batches(next(run.loader)):
             run.engine.backward(run.engine.forward(**micro_batch).loss)
         assert float(run.engine.step(0.1)) > 0
