@@ -28,6 +28,7 @@ from clue_ds.errors import UserError
 from clue_ds.presets import Attention, HiddenAct, Kernels, ModelConfig
 from clue_ds.settings import batch_sizes, paths, yaml_file
 from clue_ds.settings.mistakes import explain
+from clue_ds.settings.phases import Phase, check_order, parts
 
 
 class Section(BaseModel):
@@ -299,6 +300,37 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     health: HealthSection = DEFAULT_HEALTH
+    phases: list[Phase] = Field(
+        [], description="parts of the run, in order, with settings of their own (docs/runs.md)"
+    )
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> RunConfig:
+        check_order(self.phases, self.train.steps)
+        for number in range(len(self.phases)):
+            try:
+                self.in_phase(number)
+            except ValidationError as error:
+                raise ValueError(explain(error, RunConfig, f"phases.{number}")) from None
+        return self
+
+    def in_phase(self, number: int) -> RunConfig:
+        """The settings that hold in this phase (from 0), without `phases`; itself without any."""
+        if not self.phases:
+            return self
+        values = self.model_dump(include=set(RunConfig.model_fields) - {"phases"})
+        for section, changes in self.phases[number].changes().items():
+            values[section] |= changes
+        return RunConfig.model_validate(values)
+
+    def by_phase(self) -> list[RunConfig]:
+        """The settings of each phase, with its number of steps as train.steps, for sums."""
+        found = []
+        for part in parts(self.model_dump()):
+            own = self.in_phase(part.number)
+            train = own.train.model_copy(update={"steps": part.end - part.begin})
+            found.append(own.model_copy(update={"train": train}))
+        return found
 
     @model_validator(mode="after")
     def _check_objective(self) -> RunConfig:

@@ -274,38 +274,50 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     model = run.model.resolve(own if corpus is None else corpus.vocab_size)
     num_parameters = count_parameters(model)
     stage = ds_json.zero_stage(ds_json.read(run.deepspeed))
+    parts = run.by_phase()
+    largest = max(parts, key=lambda part: activation_bytes(part, model))
     head = (
         f"{machine.num_gpus} GPUs on {machine.num_nodes} nodes; {num_parameters:,} parameters in "
         f"{run.train.precision}, ZeRO stage {stage}"
     )
     return [
         head,
-        *_batch_lines(run, machine, model, corpus),
-        *_memory_lines(run, machine, model, stage),
+        *_batch_lines(parts, machine, model, corpus),
+        *_memory_lines(largest, machine, model, stage),
         *_disk_lines(run, model, stage, corpus, directory),
-        *_time_lines(run, machine, model, num_parameters, stage),
+        *_time_lines(parts, machine, model, num_parameters, stage),
     ]
+
+
+def _phase_line(parts: list[RunConfig], number: int) -> list[str]:
+    """What begins the lines of a phase; nothing in a run without phases."""
+    steps, length = parts[number].train.steps, parts[number].data.seq_length
+    return [f"phase {number + 1:<5} {steps:,} steps of length {length}"] if len(parts) > 1 else []
 
 
 def _batch_lines(
-    run: RunConfig, machine: Machine, model: ModelConfig, corpus: Corpus | None
+    parts: list[RunConfig], machine: Machine, model: ModelConfig, corpus: Corpus | None
 ) -> list[str]:
-    train = run.train
-    num_micro_batches = train.gradient_accumulation_steps(machine.num_gpus)
-    tokens = train.global_batch_size * run.data.seq_length
-    lines = [
-        f"batch       {train.global_batch_size} sequences = {machine.num_gpus} ranks x "
-        f"{num_micro_batches} micro-batches x {train.micro_batch_size}",
-        f"step        {train.global_batch_size:,} samples, {tokens:,} tokens",
-        f"run         {train.steps:,} steps, {train.steps * tokens:,} tokens",
-    ]
+    lines, steps, total = [], 0, 0
+    for number, run in enumerate(parts):
+        train = run.train
+        num_micro_batches = train.gradient_accumulation_steps(machine.num_gpus)
+        tokens = train.global_batch_size * run.data.seq_length
+        steps, total = steps + train.steps, total + train.steps * tokens
+        lines += [
+            *_phase_line(parts, number),
+            f"batch       {train.global_batch_size} sequences = {machine.num_gpus} ranks x "
+            f"{num_micro_batches} micro-batches x {train.micro_batch_size}",
+            f"step        {train.global_batch_size:,} samples, {tokens:,} tokens",
+        ]
+    lines.append(f"run         {steps:,} steps, {total:,} tokens")
     if corpus is not None:
-        epochs = train.steps * tokens / max(1, corpus.num_tokens)
+        epochs = total / max(1, corpus.num_tokens)
         lines.append(f"corpus      {corpus.num_tokens:,} tokens, read {epochs:.2f} times")
     else:
         lines.append(
-            f"corpus      {run.data.corpus} does not exist yet; assuming the {model.vocab_size:,} "
-            f"words of {run.model.preset}'s vocabulary"
+            f"corpus      {parts[0].data.corpus} does not exist yet; assuming the "
+            f"{model.vocab_size:,} words of {parts[0].model.preset}'s vocabulary"
         )
     return lines
 
@@ -359,30 +371,30 @@ def _disk_lines(
 
 
 def _time_lines(
-    run: RunConfig, machine: Machine, model: ModelConfig, num_parameters: int, stage: int
+    parts: list[RunConfig], machine: Machine, model: ModelConfig, num_parameters: int, stage: int
 ) -> list[str]:
-    tokens = run.train.global_batch_size * run.data.seq_length
-    share = run.data.num_predictions() / run.data.seq_length
-    flops = tokens * flops_per_token(model, run.data.seq_length, share)
-    computing = flops / (machine.num_gpus * machine.peak_flops * machine.mfu)
-    num_micro_batches = run.train.gradient_accumulation_steps(machine.num_gpus)
-    precision, num_gpus = run.train.precision, machine.num_gpus
-    sent = communication_bytes(num_parameters, precision, stage, num_gpus, num_micro_batches)
-    sent += muon_gathered_bytes(run, model, stage) * (num_gpus - 1) / num_gpus
-    # Within one machine GPUs use its internal links, whose time is neglected.
-    sending = sent / machine.bandwidth if machine.num_nodes > 1 else 0.0
-    total = (computing + sending) * run.train.steps
-    lines = [
-        f"computing   {1e3 * computing:.1f} ms per step if a GPU reaches {machine.mfu:.0%} of "
-        f"{machine.peak_flops / 1e12:.0f} TFLOP/s",
-    ]
-    if machine.num_nodes > 1:
+    num_gpus, total, lines = machine.num_gpus, 0.0, []
+    for number, run in enumerate(parts):
+        tokens = run.train.global_batch_size * run.data.seq_length
+        share = run.data.num_predictions() / run.data.seq_length
+        flops = tokens * flops_per_token(model, run.data.seq_length, share)
+        computing = flops / (num_gpus * machine.peak_flops * machine.mfu)
+        sizes = num_parameters, run.train.precision, stage, num_gpus
+        sent = communication_bytes(*sizes, run.train.gradient_accumulation_steps(num_gpus))
+        sent += muon_gathered_bytes(run, model, stage) * (num_gpus - 1) / num_gpus
+        # Within one machine GPUs use its internal links, whose time is neglected.
+        sending = sent / machine.bandwidth if machine.num_nodes > 1 else 0.0
+        total += (computing + sending) * run.train.steps
+        lines += _phase_line(parts, number)
         lines.append(
-            f"sending     {sent / 1e6:.0f} MB per GPU and step: {1e3 * sending:.1f} ms at "
-            f"{machine.bandwidth / 1e9:.0f} GB/s, {sending / (computing + sending):.0%} of a step "
-            "if nothing overlaps"
+            f"computing   {1e3 * computing:.1f} ms per step if a GPU reaches {machine.mfu:.0%} of "
+            f"{machine.peak_flops / 1e12:.0f} TFLOP/s"
         )
-    lines.append(
-        f"time        {format_seconds(total)} (h:mm:ss) without start-up, saving and evaluation"
-    )
-    return lines
+        if machine.num_nodes > 1:
+            lines.append(
+                f"sending     {sent / 1e6:.0f} MB per GPU and step: {1e3 * sending:.1f} ms at "
+                f"{machine.bandwidth / 1e9:.0f} GB/s, {sending / (computing + sending):.0%} of a "
+                "step if nothing overlaps"
+            )
+    time = f"time        {format_seconds(total)} (h:mm:ss)"
+    return [*lines, f"{time} without start-up, saving and evaluation"]

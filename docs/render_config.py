@@ -62,6 +62,9 @@ def render() -> str:
         title = prefix.rstrip(".") or "top level"
         parts.append(f"\n## {title}\n\n{section.__doc__}\n\n{TABLE_HEAD}")
         for name, field in section.model_fields.items():
+            for each in get_args(field.annotation):
+                if isinstance(each, type) and issubclass(each, BaseModel):  # a list of sections
+                    sections.append((f"{prefix}{name}.N.", each))
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 sections.append((f"{prefix}{name}.", field.annotation))
                 continue

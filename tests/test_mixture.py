@@ -16,7 +16,8 @@ from clue_ds.data.stream.mixture import Mixture, open_corpus
 from clue_ds.data.stream.readahead import ReadAhead
 from clue_ds.data.text.vocab import learn
 from clue_ds.errors import UserError
-from clue_ds.pretrain.train import mixture_samples
+from clue_ds.pretrain.phases import RunPhase, mixture_samples
+from clue_ds.settings.phases import Part
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,7 @@ def test_fingerprint_is_of_corpora_and_shares(directories: list[Path]) -> None:
 def test_samples_that_a_run_skipped_are_not_counted_for_any_corpus(directories: list[Path]) -> None:
     """Also read ahead: the batches behind a skip come from other windows of the lanes."""
     stream = SampleStream(mixture(directories), 16, 64, seed=3, order="lanes")
+    whole_run = RunPhase(Part(0, 0, 100, {}, 0, 0), 1, None, stream, None)  # type: ignore[arg-type]
     skips = [Skip(4, 7), Skip(4, 2), Skip(6, 30)]
     numbers = [0, 1, 2, 3, 13, 14, 45, 46]
     expected = [0, 0]
@@ -184,5 +186,5 @@ def test_samples_that_a_run_skipped_are_not_counted_for_any_corpus(directories: 
             assert same(next(loader), stream.batch(number))
             before, after = stream.samples_by_part(number), stream.samples_by_part(number + 1)
             expected = [e + a - b for e, a, b in zip(expected, after, before, strict=True)]
-            assert list(mixture_samples(stream, step + 1, skips).values()) == expected
+            assert list(mixture_samples([whole_run], step + 1, skips).values()) == expected
     assert sum(expected) == len(numbers) * 64

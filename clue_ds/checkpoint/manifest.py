@@ -37,6 +37,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from clue_ds import files
 from clue_ds.checkpoint import permissions
 from clue_ds.errors import UserError
+from clue_ds.settings import phases
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -210,12 +211,14 @@ def read(directory: Path) -> Manifest:
         raise Damaged(f"{FILE} is wrong at {key}: {first['msg']}") from None
     if STEP_NAME.fullmatch(directory.name) and step_of(directory) != manifest.step:
         raise Damaged(f"{FILE} says step {manifest.step}, which is not the directory's name")
-    train = manifest.config.get("train")
-    batch = train.get("global_batch_size") if isinstance(train, dict) else None
-    if type(batch) is not int or manifest.samples != manifest.step * batch:
+    try:
+        samples = phases.num_samples(manifest.config, manifest.step)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        samples = -1
+    if manifest.samples != samples:
         raise Damaged(
-            f"{FILE} says {manifest.samples} samples after step {manifest.step}, which is not "
-            f"{manifest.step} times train.global_batch_size {batch}"
+            f"{FILE} says {manifest.samples} samples after step {manifest.step}, which is not what "
+            "the batch sizes in its config give"
         )
     return manifest
 

@@ -24,6 +24,13 @@ Objective = Literal["mlm", PairKind, "pair"]
 # the default `ignore_index` of PyTorch's cross_entropy.
 IGNORED_LABEL = -100
 
+MAX_LANES = 64
+
+
+def num_lanes(global_batch_size: int) -> int:
+    """Lanes into which an epoch is divided: streams with equal numbers have equal orders."""
+    return math.gcd(MAX_LANES, global_batch_size)
+
 
 def num_predictions(num_tokens: int, mask_prob: float) -> int:
     """Predictions for a sequence of this many tokens: 20 for 128 and 77 for 512 at 0.15."""

@@ -15,6 +15,7 @@ from clue_ds.errors import UserError
 from clue_ds.files import read_json
 from clue_ds.model.finetuned import ENTITY_POINTER, FineTuned
 from clue_ds.model.weights import TIED, StateDict
+from clue_ds.settings import phases
 
 # (English label, Chinese label, value): each fact is one row of the table in both languages.
 Facts = list[tuple[str, str, str]]
@@ -237,9 +238,9 @@ def _facts_of_run(made_in: Path, manifest: dict[str, Any]) -> Facts:
         ("corpus fingerprint", "语料指纹", f"`{manifest['corpus_fingerprint'][:16]}`"),
         ("steps", "训练步数", f"{manifest['step']:,}"),
         ("sequences", "训练样本数", f"{manifest['samples']:,}"),
-        ("sequence length", "序列长度", str(data["seq_length"])),
+        ("sequence length", "序列长度", phases.shown(config, "data.seq_length")),
         ("whole-word masking", "全词遮盖", "yes / 是" if data["whole_word"] else "no / 否"),
-        ("global batch", "全局批大小", str(train["global_batch_size"])),
+        ("global batch", "全局批大小", phases.shown(config, "train.global_batch_size")),
         ("optimizer, peak rate", "优化器与学习率峰值", f"{train['optimizer']}, {train['lr']:g}"),
         ("precision", "精度", manifest["precision"]),
     ]

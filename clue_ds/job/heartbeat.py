@@ -60,6 +60,11 @@ class Activity:
         """
         self._moved_at = time.monotonic()
 
+    def begin_phase(self) -> None:
+        """The next step may take much longer than those before it, as the first one of a run."""
+        self._step_began = time.monotonic()
+        self._enter("setup", self.health.setup_seconds)
+
     def step(self, step: int) -> bool:
         """`step` steps are done; True when all ranks are to save and stop (see Watchdog.step)."""
         now = time.monotonic()

@@ -263,6 +263,7 @@ def format_line(line: dict[str, Any], total_steps: int) -> str:
     width = len(str(total_steps))
     mfu = "" if line["mfu"] is None else f"  mfu [green]{line['mfu']:.1%}[/]"
     pair = f"pair [cyan]{line['pair_accuracy']:6.2%}[/]  " if "pair_accuracy" in line else ""
+    phase = f"phase {line['phase']}  " if "phase" in line else ""
     held_out = "".join(
         f"  {key.replace('_', ' ')} [bold]{value:.4f}[/]"
         for key, value in line.items()
@@ -270,7 +271,8 @@ def format_line(line: dict[str, Any], total_steps: int) -> str:
     )
     eta = (total_steps - line["step"]) * line["seconds_per_step"]
     return (
-        f"step [bold]{line['step']:>{width}}/{total_steps}[/]  loss [bold]{line['loss']:.4f}[/]  "
+        f"step [bold]{line['step']:>{width}}/{total_steps}[/]  {phase}"
+        f"loss [bold]{line['loss']:.4f}[/]  "
         f"acc [cyan]{line['mlm_accuracy']:6.2%}[/]  {pair}lr {line['lr']:.2e}  "
         f"norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}  "
         f"wait {line['data_wait_ms']:.1f} ms  eta {format_seconds(eta)}{held_out}"

@@ -52,15 +52,17 @@ def _open_held_out(
     return held_out
 
 
-def make_stream(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> SampleStream:
-    """The batches that this run makes of `corpus`."""
+def make_stream(
+    config: RunConfig, corpus: Corpus | Mixture | LabelledPairs, seed: int | None = None
+) -> SampleStream:
+    """The batches that this run makes of `corpus`; `seed` replaces that of the config."""
     data, objective = config.data, config.train.objective
     kind: Kind = objective if objective in PAIR_KINDS else data.samples  # type: ignore[assignment]
     return SampleStream(
         corpus,
         data.seq_length,
         config.train.global_batch_size,
-        config.seed,
+        config.seed if seed is None else seed,
         data.whole_word,
         data.mask_prob,
         data.num_predictions(),

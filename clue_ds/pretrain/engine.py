@@ -161,6 +161,19 @@ class Engine:
             assert group["lr"] == 0.0
             group.pop("step", None)  # pytorch_optimizer counts steps here
 
+    def change_batch(self, train: TrainSection) -> None:
+        """Use these batch sizes from the next step on."""
+        engine, number = self._deepspeed, train.gradient_accumulation_steps(dist.world_size())
+        engine.set_train_micro_batch_size(train.micro_batch_size)
+        engine.set_train_batch_size(train.global_batch_size)
+        assert engine.gradient_accumulation_steps() == number
+        # DeepSpeed finds the last micro-batch of a step by counting all micro-batches of the run,
+        # and the optimizer of stages 1 and 2 has a number of its own.
+        engine.micro_steps = 0
+        if self.stage:
+            engine.optimizer.gradient_accumulation_steps = number
+        self.gradient_accumulation_steps = number
+
     def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """A rank's batch [B, ...], moved to its device and cut into the step's micro-batches."""
         moved = {

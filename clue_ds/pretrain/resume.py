@@ -32,6 +32,7 @@ from clue_ds.errors import UserError
 from clue_ds.job import preflight
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain.schedule import learning_rate
+from clue_ds.settings.phases import KEYS, at, parts
 
 # What may differ between the run that saved and the run that resumes: paths, how often something is
 # written, and how the same arithmetic is carried out.
@@ -69,6 +70,9 @@ MAY_CHANGE = {
     *(f"health.{name}" for name in run_config.HealthSection.model_fields),
 }
 
+
+# Compared for the steps that were made: what comes in later ones may change.
+BY_PHASE = {"phases", *KEYS}
 
 # How long a run is; the learning rates of its schedule follow from these.
 LENGTH = ("train.steps ", "train.decay_steps ")
@@ -176,8 +180,9 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     flat_now = dict(run_config.flatten(now.model_dump(), MAY_CHANGE))
     for key, old in run_config.flatten(saved.model_dump(), MAY_CHANGE):
         new = flat_now[key]
-        if old != new and key not in MAY_CHANGE:
+        if old != new and key not in MAY_CHANGE and key not in BY_PHASE:
             changed.append(f"{key} was {old!r}, is now {new!r}")
+    changed += _changes_of_the_past(saved, now, step)
     # With warm-up, stable, decay no earlier step depends on the end, until the decay begins.
     if saved.train.schedule == now.train.schedule == "wsd":
         began = [c.train.steps - c.train.decay_steps for c in (saved, now)]
@@ -185,6 +190,21 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
             changed = [line for line in changed if not line.startswith(LENGTH)]
     if now.extend and now.train.steps > saved.train.steps:
         changed = [line for line in changed if not line.startswith(LENGTH)]
+    return changed
+
+
+def _changes_of_the_past(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
+    """Settings that a phase may have for itself, and that were others in a step up to `step`."""
+    before, after = (parts(config.model_dump()) for config in (saved, now))
+    begins = sorted({part.begin for part in (*before, *after) if part.begin < step})
+    changed = []
+    for key in (key for key in KEYS if key not in MAY_CHANGE):
+        pairs = [(at(before, n).settings[key], at(after, n).settings[key], n) for n in begins]
+        different = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        if different is not None:
+            old, new, begin = different
+            where = f" in step {begin + 1}" if len(begins) > 1 else ""
+            changed.append(f"{key} was {old!r}, is now {new!r}{where}")
     return changed
 
 

@@ -48,6 +48,7 @@ from clue_ds.pretrain import resume
 from clue_ds.pretrain.engine import Engine, dropout_seed
 from clue_ds.pretrain.resume import RunIdentity
 from clue_ds.pretrain.writers import Writers
+from clue_ds.settings import phases
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BEFORE_A_NOTE = 0.2, 1.0
 
@@ -343,7 +344,7 @@ def _describe(
     return Manifest(
         format=manifests.FORMAT,
         step=step,
-        samples=step * identity.config.train.global_batch_size,
+        samples=phases.num_samples(identity.config.model_dump(), step),
         world_size=dist.world_size(),
         zero_stage=engine.stage,
         offload=engine.offload,

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from clue_ds.checkpoint import retention, room
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
-from clue_ds.data.stream.loader import Skip, batch_number
+from clue_ds.data.stream.loader import Skip
 from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
@@ -39,14 +38,24 @@ from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches, ds_json, optim, resume, saving, schedule, start_weights
+from clue_ds.pretrain import (
+    batches,
+    ds_json,
+    optim,
+    phases,
+    resume,
+    saving,
+    schedule,
+    start_weights,
+)
 from clue_ds.pretrain.anomalies import spikes
 from clue_ds.pretrain.anomalies.nonfinite import NonFiniteSteps
 from clue_ds.pretrain.anomalies.spikes import Spikes
 from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, start
-from clue_ds.pretrain.evaluate import Evaluator
+from clue_ds.pretrain.phases import RunPhase
 from clue_ds.pretrain.writers import Writers
 from clue_ds.settings import program
+from clue_ds.settings.phases import num_samples
 
 
 @dataclass
@@ -56,11 +65,11 @@ class Run:
     config: RunConfig
     identity: resume.RunIdentity
     engine: Engine
-    stream: SampleStream
+    phases: list[RunPhase]
+    phase: RunPhase
     loader: Loader
     meter: Meter
     writers: Writers
-    evaluator: Evaluator | None
     start_step: int
     watch: watchdog.Watchdog
     non_finite: NonFiniteSteps
@@ -68,9 +77,14 @@ class Run:
     slow_ranks: SlowRanks
     saver: saving.Saver
 
+    @property
+    def stream(self) -> SampleStream:
+        """The sample stream of the phase."""
+        return self.phase.stream
+
     def batch_number(self, step: int) -> int:
         """The batch of the sample stream that step `step` (from 0) is trained on."""
-        return batch_number(step, self.spikes.skips)
+        return self.phase.batch_number(step, self.spikes.skips)
 
 
 def main(argv: list[str]) -> None:
@@ -93,6 +107,8 @@ def train(run: Run) -> int:
     engine.module.train()
     step = run.start_step
     while step < config.train.steps:
+        if step == run.phase.part.end:
+            begin_phase(run, step)
         with meter.waiting(), run.slow_ranks.waiting():
             batch = next(run.loader)
         meter.add_batch(batch)
@@ -125,19 +141,21 @@ def train(run: Run) -> int:
         evaluates = is_done or (done % config.evaluate.every == 0 and not stops)
         # Log before saving: a loss that is inf or nan ends the run here, and is not saved.
         is_regular = saves or evaluates or done % config.log.every == 0
+        is_regular |= done == run.phase.part.end  # a line never covers steps of two phases
         if pulse.is_due(is_regular):
             line = meter.flush(done, grad_norm, is_regular)
             # Other lines come when time has passed, which must not change what is trained.
             if is_regular and (back := look_for_spike(run)) is not None:
                 step = roll_back(run, back)
                 continue
-            samples = done * config.train.global_batch_size
+            samples = num_samples(config.model_dump(), done)
             skipped = engine.skipped_steps
-            if evaluates and run.evaluator is not None:
+            if evaluates and run.phase.evaluator is not None:
                 with meter.paused(), run.watch.section("evaluate"):
-                    line |= run.evaluator(engine)
-            by_corpus = mixture_samples(run.stream, done, run.spikes.skips)
+                    line |= run.phase.evaluator(engine)
+            by_corpus = phases.mixture_samples(run.phases, done, run.spikes.skips)
             counts = {"samples": samples, **by_corpus, "skipped_steps": skipped}
+            counts |= run.phase.figures()
             counts |= {"skipped_batches": run.spikes.num_skipped}
             figures = run.slow_ranks.figures() | run.saver.figures()
             run.writers.write({**line, "lr": lr, **counts, **figures})
@@ -151,6 +169,20 @@ def train(run: Run) -> int:
             return done
         step = done
     return step
+
+
+def begin_phase(run: Run, step: int) -> None:
+    """Go on with the stream, the evaluator and the batch sizes of the phase that begins here."""
+    run.phase = phases.at(run.phases, step)
+    run.watch.begin_phase()
+    run.loader.close()
+    number = run.batch_number(step)
+    run.loader = Loader(run.stream, dist.rank(), dist.world_size(), number, run.engine.device)
+    run.engine.change_batch(run.phase.config.train)
+    run.non_finite.begin(run.phase.config.train, run.phase.name)
+    run.spikes.begin(run.phase.part)
+    for note in phases.describe(run.engine, run.phase):
+        run.writers.note(note)
 
 
 def look_for_spike(run: Run) -> Skip | None:
@@ -211,9 +243,8 @@ def build(config: RunConfig) -> Run:
     model_config = config.model.resolve(corpus.vocab_size)
     ds_values = ds_json.read(config.deepspeed)
     check(config, model_config, ds_values)
-    stream = batches.make_stream(config, corpus)
-    evaluator = batches.make_evaluator(config, corpus)
-    retention.check(config, has_held_out=evaluator is not None)
+    all_phases = phases.open_phases(config, corpus)
+    retention.check(config, has_held_out=all_phases[0].evaluator is not None)
     spikes.check_retention(config)
     identity = resume.RunIdentity(
         config=config,
@@ -233,8 +264,9 @@ def build(config: RunConfig) -> Run:
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
     model, notes_on_model = build_model(identity, choice, corpus)
-    engine = Engine(model, config.train, ds_values, config.deepspeed, device)
-    notes += [_describe(engine, identity, stream), _describe_step(config)]
+    phase = phases.at(all_phases, start_step)
+    engine = Engine(model, phase.config.train, ds_values, config.deepspeed, device)
+    notes += phases.describe(engine, phase)
     notes += [*notes_on_config, *notes_on_model]
     notes += preflight.slow_precision(config.train.precision, device)
     notes += prepare_run_dir(config, engine)
@@ -252,21 +284,23 @@ def build(config: RunConfig) -> Run:
         for note in saving.load(engine, choice):
             writers.note(note)
     seen = Spikes(config, spikes.read(choice))
-    skips, world_size = seen.skips, dist.world_size()
-    loader = Loader(stream, dist.rank(), world_size, start_step, device, skips)
+    phases.check_skips(all_phases, seen.skips)
+    seen.resume(phase.part, start_step)
+    rank, world_size, first = dist.rank(), dist.world_size(), phase.part.batch(start_step)
+    loader = Loader(phase.stream, rank, world_size, first, device, seen.skips)
     meter = Meter(model_config, device)
     return Run(
         config,
         identity,
         engine,
-        stream,
+        all_phases,
+        phase,
         loader,
         meter,
         writers,
-        evaluator,
         start_step,
         watch,
-        NonFiniteSteps(config.train, engine),
+        NonFiniteSteps(phase.config.train, engine, phase.name),
         seen,
         SlowRanks(watch.hosts, device, waits_in_forward=engine.stage == 3),
         saving.Saver(engine, identity, writers, watch.stop.ask),
@@ -275,13 +309,7 @@ def build(config: RunConfig) -> Run:
 
 def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> None:
     """A UserError for settings that don't fit each other or this machine; needs no other rank."""
-    if config.data.seq_length > model.max_position_embeddings:
-        raise UserError(
-            f"data.seq_length {config.data.seq_length} exceeds the model's positions; set it to "
-            f"{model.max_position_embeddings} or less, or raise model.max_position_embeddings"
-        )
-    # Raises when batch sizes don't divide, or numbers in the JSON disagree with the config.
-    ds_json.fill(ds_values, config.deepspeed, config.train, dist.world_size())
+    phases.check(config, model, ds_values)
     ops.choose_kernels(config.model.kernels)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
@@ -329,45 +357,6 @@ def prepare_run_dir(config: RunConfig, engine: Engine) -> list[str]:
             error = f"can't write {run_dir / 'config.yaml'}: {failure}; set another run_dir"
     dist.agree(error)
     return notes
-
-
-def mixture_samples(stream: SampleStream, step: int, skips: Sequence[Skip]) -> dict[str, int]:
-    """Log entries: samples of each corpus of a mixture that were trained on in `step` steps; none
-    without a mixture."""
-    if not isinstance(stream.corpus, Mixture):
-        return {}
-    names = [f"samples_of/{name}" for name in stream.corpus.names()]
-    counts, begin = [0] * len(names), 0
-    for end in sorted({skip.step for skip in skips if skip.step < step} | {step}):
-        first = batch_number(begin, skips)
-        before = stream.samples_by_part(first)
-        after = stream.samples_by_part(first + end - begin)
-        counts = [n + a - b for n, a, b in zip(counts, after, before, strict=True)]
-        begin = end
-    return dict(zip(names, counts, strict=True))
-
-
-def _describe(engine: Engine, identity: resume.RunIdentity, stream: SampleStream) -> str:
-    config, corpus = identity.config, stream.corpus
-    order = "lanes" if stream.uses_lanes else "shuffle"
-    return (
-        f"{engine.num_parameters:,} parameters in {config.train.precision}, ZeRO stage "
-        f"{engine.stage}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
-        f"micro-batches x {config.train.micro_batch_size} sequences of {config.data.seq_length}; "
-        f"{corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
-        f"{stream.steps_per_epoch:,} steps per epoch; order {order}"
-    )
-
-
-def _describe_step(config: RunConfig) -> str:
-    train, length = config.train, config.data.seq_length
-    tokens = train.global_batch_size * length
-    return (
-        f"one step is {train.global_batch_size:,} sequences of up to {length} tokens, at most "
-        f"{tokens:,}; the run has {train.steps:,}. There is a log line after the first step, which "
-        f"shows how long the others will take, then every {config.log.every} steps and at least "
-        f"every {config.log.seconds:g} s"
-    )
 
 
 def report_end(run: Run, step: int) -> None:

@@ -16,9 +16,11 @@ MAX_MISTAKES = 20  # in one message
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that contains the key at `location`."""
     for name in location[:-1]:
+        if isinstance(name, int):  # an entry of a list of sections
+            continue
         if name not in model.model_fields:
             return []
-        annotation = model.model_fields[str(name)].annotation
+        annotation = model.model_fields[name].annotation
         candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type)]
         sections = [c for c in candidates if issubclass(c, BaseModel)]
         if not sections:

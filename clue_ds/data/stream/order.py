@@ -35,11 +35,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clue_ds.data import sampling
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.jit import compiled, inlined
 
 NUM_ROUNDS = 6
-MAX_LANES = 64
 BLOCK_BYTES = 1 << 20
 BLOCKS_PER_WINDOW = 8
 CYCLE = 1000  # positions of a lane in which the share of every corpus is exact
@@ -76,7 +76,7 @@ def order_table(
     assert shares.sum() == CYCLE and (shares > 0).all() and (num_samples > 0).all() and block > 0
     return OrderTable(
         global_batch_size=global_batch_size,
-        num_lanes=math.gcd(MAX_LANES, global_batch_size),
+        num_lanes=sampling.num_lanes(global_batch_size),
         uses_lanes=uses_lanes,
         block=block,
         num_samples=num_samples.astype(np.int64),

@@ -35,9 +35,15 @@ MAX_RANKS_NAMED = 4
 class NonFiniteSteps:
     """What a run does about steps whose gradient is not finite."""
 
-    def __init__(self, train: TrainSection, engine: Engine) -> None:
+    def __init__(self, train: TrainSection, engine: Engine, samples_of: str = "the run") -> None:
+        """`samples_of`: in messages, what the numbers of samples are counted in."""
         self._train, self._engine = train, engine
         self._in_a_row = 0
+        self._samples_of = samples_of
+
+    def begin(self, train: TrainSection, samples_of: str) -> None:
+        """Go on with the batch sizes of the phase that begins."""
+        self._train, self._samples_of = train, samples_of
 
     def note(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> str | None:
         """After every step: None if its update was made, else the line for the user.
@@ -72,7 +78,7 @@ class NonFiniteSteps:
 
     def _samples(self, batch: int) -> str:
         size = self._train.global_batch_size
-        return f"samples {batch * size:,} to {(batch + 1) * size - 1:,} of the run"
+        return f"samples {batch * size:,} to {(batch + 1) * size - 1:,} of {self._samples_of}"
 
     def _culprits(self, micro_batches: list[dict[str, Tensor]]) -> str:
         """What each rank that is to blame finds when it repeats the step."""

@@ -40,6 +40,7 @@ from clue_ds.checkpoint.manifest import Choice
 from clue_ds.config import RunConfig
 from clue_ds.data.stream.loader import Skip, batch_number
 from clue_ds.errors import UserError
+from clue_ds.settings.phases import Part, parts
 
 # In a checkpoint; earlier versions wrote none.
 FILE = "losses.json"
@@ -74,10 +75,22 @@ class Spikes:
         self._losses: deque[float] = deque(maxlen=config.train.spike_window)
         self.skips = skips
         self._warned_at = -math.inf
+        self._part = parts(config.model_dump())[0]
         if state is not None:
             values = json.loads(state)
             self._losses.extend(values["losses"])
             self.skips = skips or tuple(Skip(*each) for each in values["skips"])
+
+    def begin(self, part: Part) -> None:
+        """Go on with the phase that begins; its losses are not compared to those before it."""
+        self._part = part
+        self._losses.clear()
+
+    def resume(self, part: Part, step: int) -> None:
+        """Go on with `part` after `step` updates."""
+        self._part = part
+        if step == part.begin:
+            self._losses.clear()
 
     def state(self) -> str:
         """The text of FILE: the last losses and the skips."""
@@ -160,7 +173,7 @@ class Spikes:
         )
 
     def _describe(self, spike: Spike) -> str:
-        number = batch_number(spike.step - 1, self.skips)
+        number = self._part.batch(batch_number(spike.step - 1, self.skips))
         return (
             f"the loss of step {spike.step} ({self._samples(number, 1)}) is {spike.loss:.4f}, "
             f"{spike.zscore:.1f} standard deviations above the mean {spike.mean:.4f} of the "
@@ -168,8 +181,9 @@ class Spikes:
         )
 
     def _samples(self, first: int, number: int) -> str:
-        size = self._train.global_batch_size
-        return f"samples {first * size:,} to {(first + number) * size - 1:,} of the stream"
+        size = self._part.settings["train.global_batch_size"]
+        of = f" of phase {self._part.number + 1}" if self._part.number else ""
+        return f"samples {first * size:,} to {(first + number) * size - 1:,} of the stream{of}"
 
 
 def check_retention(config: RunConfig) -> None:
