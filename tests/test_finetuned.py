@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -16,9 +18,11 @@ from clue_ds.cli import main
 from clue_ds.errors import UserError
 from clue_ds.export import FineTuned
 from clue_ds.model import finetuned
-from clue_ds.model.weights import StateDict
+from clue_ds.model.weights import TASK_HEADS, StateDict
 from clue_ds.presets import ModelConfig
-from clue_ds.tasks import Predictor
+from clue_ds.tasks import Predictor, kinds, registry
+from clue_ds.tasks.kinds import Example
+from clue_ds.tasks.kinds.choice import Question
 
 CONFIG = ModelConfig(
     vocab_size=60,
@@ -90,6 +94,102 @@ def test_every_layout_carries_what_a_classifier_is(
         assert one.probabilities == pytest.approx(other.probabilities, abs=2e-2)
 
 
+KINDS = {"cmrc2018": {"doc_stride": 5}, "c3": {}, "cluener": {"overlapping": "skip"}}
+QUESTION = "丈三与不？"
+
+
+def model_of(name: str, options: dict[str, object], vocab_file: Path, place: Path) -> FineTuned:
+    """A random model of a user's own task that is like the CLUE task `name`, written to `place`."""
+    task = dataclasses.replace(registry.get(name), name="own", options=options)
+    kind = kinds.of(task)
+    about = finetuned.describe(
+        task.labels if kind.has_labels else (),
+        architecture=kind.architecture,
+        task="own",
+        max_length=28,
+        options=options,
+    )
+    state = dict(kind.network(CONFIG, 3).state_dict())
+    state |= {n: t * 50 for n, t in state.items() if n.startswith(TASK_HEADS)}
+    export.save(CONFIG, state, vocab_file, place, finetuned=about)
+    return about
+
+
+def answers(place: Path) -> list[object]:
+    """What a Predictor that is told no task answers."""
+    predictor = Predictor(place)
+    assert predictor.kind is not None
+    asked = {
+        "span": (QUESTION, "".join(TEXTS * 2)),
+        "choice": Question(TEXTS[1], QUESTION, ("一丁", "七万丈", "三")),
+        "tag": TEXTS[1],
+    }
+    text = asked[predictor.kind.task.kind]
+    if predictor.kind.task.kind == "span":
+        text = predictor.kind.plain(text, "")
+    return [one.value for one in predictor.answers([Example(0, text, None)])]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_layout_carries_what_a_task_of_each_kind_is(
+    name: str, vocab_file: Path, tmp_path: Path
+) -> None:
+    """A user's own task: predict opens it without the task's file, with the options of training."""
+    source = tmp_path / "source"
+    about = model_of(name, KINDS[name], vocab_file, source)
+    for layout, command in COMMANDS.items():
+        output = tmp_path / (layout.replace(" ", "-") + (".zip" if "zip" in layout else ""))
+        assert main(["export", str(source), "--output", str(output), *command]) == 0
+        back = tmp_path / f"{output.stem}-back"
+        assert main(["import", str(output), "--output", str(back)]) == 0
+        for place in (output, back):
+            with export.opened(place) as model:
+                assert model.finetuned == about, (layout, place)
+            if layout != "fp16":  # its answers may be others
+                assert answers(place) == answers(source), (layout, place)
+    assert main(["export", str(source), "--to", "uer", "--output", str(tmp_path / "u")]) == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_onnx_answers_what_transformers_does(name: str, vocab_file: Path, tmp_path: Path) -> None:
+    about = model_of(name, KINDS[name], vocab_file, tmp_path / "hf")
+    assert (
+        main(["export", str(tmp_path / "hf"), "--to", "onnx", "--output", str(tmp_path / "o")]) == 0
+    )
+    session = onnxruntime.InferenceSession(str(tmp_path / "o" / "model.onnx"))
+    ids = torch.arange(6, 30).reshape(3, 8)
+    if about.architecture == "BertForMultipleChoice":
+        ids = torch.arange(6, 54).reshape(3, 2, 8)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
+    inputs["attention_mask"][..., 5:] = 0
+    model = getattr(transformers, about.architecture.replace("Bert", "AutoModel"))
+    with torch.no_grad():
+        right = model.from_pretrained(tmp_path / "hf").eval()(**inputs)
+    names = ["start_logits", "end_logits"] if name == "cmrc2018" else ["logits"]
+    found = session.run(names, {key: value.numpy() for key, value in inputs.items()})
+    for key, value in zip(names, found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), right[key], atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tf", "onnx", "uer"])
+def test_the_pointer_head_is_refused_by_layouts_without_it(
+    layout: str, vocab_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = kinds.of(kinds.unnamed_task(finetuned.ENTITY_POINTER, "own"))
+    kind = kinds.of(dataclasses.replace(kind.task, labels=("人", "地")))
+    about = FineTuned(("人", "地"), task="own", architecture=kind.architecture)
+    state = dict(kind.network(CONFIG, 3).state_dict())
+    export.save(CONFIG, state, vocab_file, tmp_path / "hf", finetuned=about)
+    command = ["export", str(tmp_path / "hf"), "--output", str(tmp_path / "out"), "--to"]
+    assert main([*command, layout]) == 2
+    assert f"the layout {layout} has no place for" in capsys.readouterr().err
+    if layout == "tf":
+        assert main([*command, "all"]) == 0
+        assert [place.name for place in (tmp_path / "out").iterdir()] == ["hf"]
+        with export.opened(tmp_path / "out" / "hf") as model:
+            assert model.finetuned == about
+
+
 def test_onnx_has_the_labels_beside_it(classifier: Path, tmp_path: Path) -> None:
     output = tmp_path / "onnx"
     assert main(["export", str(classifier), "--to", "onnx", "--output", str(output)]) == 0
@@ -147,8 +247,8 @@ def test_other_peoples_classifier_stays_what_it_is(
     with torch.no_grad():
         assert torch.equal(peer(**ids).logits, ours.eval()(**ids).logits)
     if kind == "BertForTokenClassification":
-        with pytest.raises(UserError, match="no single class"):
-            Predictor(tmp_path / "ours")
+        with pytest.raises(UserError, match="not to classify texts"):
+            Predictor(tmp_path / "ours").predict(TEXTS)
 
 
 def test_classes_without_labels_still_have_their_number(tmp_path: Path, vocab_file: Path) -> None:

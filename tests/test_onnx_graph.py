@@ -157,11 +157,6 @@ def test_classifiers_answer_under_the_usual_name(tmp_path: Path) -> None:
         assert "logits" in names and "classifier_logits" not in names
         (found,) = session.run(["logits"], feed)
         assert found.shape == shape
-    multiple = FineTuned(("LABEL_0",), architecture="BertForMultipleChoice")
-    with pytest.raises(UserError, match="several texts for one answer"):
-        export.save(
-            CONFIG, classifier(1), vocab_file, tmp_path / "m", to="onnx", finetuned=multiple
-        )
 
 
 def test_untied_decoder_is_written_as_it_is(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from clue_ds.export.legacy import uer
 from clue_ds.export.onnx_model import layout as onnx_layout
 from clue_ds.export.publish import staged
 from clue_ds.export.sources import OpenedModel, opened
+from clue_ds.model import weights
 from clue_ds.model.weights import CLASSIFIER_WEIGHT, TIED, lacking
 from clue_ds.presets import HiddenAct, ModelConfig
 from clue_ds.settings.arguments import PathOrName
@@ -81,9 +82,8 @@ def export(
         for note in [*model.notes, *_fresh_heads(model)]:
             print(note)
         model = _slimmed(model, trim_vocab, vocab, drop_heads)
-        if to == "all" and CLASSIFIER_WEIGHT in model.state_dict:
-            targets.remove("uer")
-            print("the layout uer is left out: it has no place for BERT's classifier")
+        if to == "all":
+            _leave_out(targets, model)
         for target in targets:
             place = output / target if to == "all" else output
             options: dict[str, Any] = {"half": fp16, "legacy": legacy}
@@ -92,6 +92,15 @@ def export(
             _write(model, place, target, force, zip, **options)
         if trim_vocab or vocab or drop_heads or fp16:
             print(slim.table(before, slim.sizes(model, fp16)))
+
+
+def _leave_out(targets: list[str], model: OpenedModel) -> None:
+    """Remove the layouts that have no place for the model's fine-tuned head, and say so."""
+    for heads, layouts in ((weights.TASK_HEADS, ["uer"]), (weights.POINTER_HEAD, ["tf", "onnx"])):
+        for layout in layouts:
+            if any(name.startswith(heads) for name in model.state_dict) and layout in targets:
+                targets.remove(layout)
+                print(f"the layout {layout} is left out: it has no place for this fine-tuned head")
 
 
 def check_quantization(kind: str | None, texts: Path | None, targets: list[str]) -> None:
@@ -123,14 +132,14 @@ def _default_output(run: Path, to: str) -> Path:
 def _fresh_heads(model: OpenedModel) -> list[str]:
     """A sentence for each head that the model lacks and that others fill with random weights.
 
-    A classifier needs no heads of pretraining.
+    A fine-tuned model needs no heads of pretraining.
     """
-    is_classifier = CLASSIFIER_WEIGHT in model.state_dict
+    is_finetuned = any(name.startswith(weights.TASK_HEADS) for name in model.state_dict)
     return [
         f"the model has no {head} ({', '.join(missing)}); programs that need it start it from "
         "random weights"
         for head, missing in lacking(model.config, model.state_dict).items()
-        if head == "pooler" or not is_classifier
+        if not is_finetuned or (head == "pooler" and CLASSIFIER_WEIGHT in model.state_dict)
     ]
 
 

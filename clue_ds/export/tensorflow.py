@@ -41,7 +41,10 @@ from clue_ds.model.weights import (
     DECODER_BIAS,
     DECODER_WEIGHT,
     NEXT_SENTENCE_WEIGHT,
+    POINTER_HEAD,
     PREDICTION_BIAS,
+    QA_BIAS,
+    QA_WEIGHT,
     WORD_EMBEDDINGS,
     StateDict,
     is_tied,
@@ -108,6 +111,9 @@ def name_table(num_layers: int) -> list[Row]:
         Row("cls/seq_relationship/output_bias", "cls.seq_relationship.bias"),
         Row("output_weights", CLASSIFIER_WEIGHT),
         Row("output_bias", CLASSIFIER_BIAS),
+        # As in Google's run_squad.py.
+        Row("cls/squad/output_weights", QA_WEIGHT),
+        Row("cls/squad/output_bias", QA_BIAS),
     ]
 
 
@@ -141,6 +147,11 @@ def write(
     directory = Path(directory)
     read_tokens(vocab_file, config.vocab_size)
     check_state(config, state, finetuned)
+    if any(name.startswith(POINTER_HEAD) for name in state):
+        raise UserError(
+            "the layout tf has no place for the head `pointer`, which only clue_ds reads; export "
+            "it with --to hf, or fine-tune the task with `head: softmax`"
+        )
     with staged(directory, force) as place:
         place.mkdir()
         entries = bundle.write(place / PREFIX, _tensors(config, state))

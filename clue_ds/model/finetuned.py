@@ -7,7 +7,8 @@
     clue_ds                          labels: the classes as the task's files write them ("109"),
                                      where they differ; max_length: the most tokens of a text in
                                      training; base: the model it started from; recipe, dev: its
-                                     settings and scores; data: SHA-256 of the data's files
+                                     settings and scores; options: what tasks of its kind can
+                                     set (a stride); data: SHA-256 of the data's files
 
 Guarantees: every layout that is written carries all of it; a value of another type is one message
 that names the file and the key; labels are distinct, so that none hides another.
@@ -24,16 +25,19 @@ from typing import Any
 from clue_ds.errors import UserError
 
 SEQUENCE = "BertForSequenceClassification"
+TOKENS = "BertForTokenClassification"
+MULTIPLE_CHOICE = "BertForMultipleChoice"
 QUESTION_ANSWERING = "BertForQuestionAnswering"
 ENTITY_POINTER = "BertForEntityPointer"  # ours; transformers has no such class
 # What a fine-tuned model can be.
 ARCHITECTURES = (
     SEQUENCE,
-    "BertForTokenClassification",
-    "BertForMultipleChoice",
+    TOKENS,
+    MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     ENTITY_POINTER,
 )
+UNLABELLED = (MULTIPLE_CHOICE, QUESTION_ANSWERING)  # their heads have no classes
 SINGLE_LABEL = "single_label_classification"
 OWN_KEY = "clue_ds"
 
@@ -51,6 +55,7 @@ class FineTuned:
     base: str | None = None  # the model that fine-tuning started from
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the settings of the run
     dev: Mapping[str, Any] = field(default_factory=dict)  # the scores of the best epoch
+    options: Mapping[str, Any] = field(default_factory=dict)  # of a task of its kind (Task.options)
     data: Mapping[str, Any] = field(default_factory=dict)  # split -> SHA-256 of its file
 
     @property
@@ -75,6 +80,7 @@ class FineTuned:
             "base": self.base,
             "recipe": dict(self.recipe),
             "dev": dict(self.dev),
+            "options": dict(self.options),
             "data": dict(self.data),
         }
         own = {key: value for key, value in own.items() if value}
@@ -112,9 +118,13 @@ def unnamed(num_classes: int) -> tuple[str, ...]:
 def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
     """What the config.json at `path`, with the content `values`, says of `num_classes` classes.
 
-    The head of a model that answers questions has none.
+    The heads of `UNLABELLED` have none.
     """
     own = _object(values, OWN_KEY, path)
+    architectures = values.get("architectures")
+    known = [one for one in architectures if one in ARCHITECTURES] if architectures else []
+    if known and known[0] in UNLABELLED:
+        num_classes = 0
     said = _object(values, "id2label", path)
     names = _distinct([str(said.get(str(i), f"LABEL_{i}")) for i in range(num_classes)])
     labels = own.get("labels", list(names))
@@ -130,8 +140,6 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
             f"{path}: {OWN_KEY}.max_length is {max_length!r:.60}; it must be an integer of at "
             "least 4; correct it, or copy the file again"
         )
-    architectures = values.get("architectures")
-    known = [one for one in architectures if one in ARCHITECTURES] if architectures else []
     return FineTuned(
         labels=tuple(labels),
         names=names if names != tuple(labels) else (),
@@ -142,6 +150,7 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
         base=None if own.get("base") is None else str(own["base"]),
         recipe=_object(own, "recipe", path),
         dev=_object(own, "dev", path),
+        options=_object(own, "options", path),
         data=_object(own, "data", path),
     )
 

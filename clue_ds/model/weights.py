@@ -36,8 +36,10 @@ CLASSIFIER_WEIGHT = "classifier.weight"
 CLASSIFIER_BIAS = "classifier.bias"
 CLASSIFIER = (CLASSIFIER_WEIGHT, CLASSIFIER_BIAS)
 QA_WEIGHT = "qa_outputs.weight"
+QA_BIAS = "qa_outputs.bias"
 # How the names of fine-tuned heads begin.
-TASK_HEADS = ("classifier.", "qa_outputs.", "entity_pointer.", "entity_types.")
+POINTER_HEAD = ("entity_pointer.", "entity_types.")
+TASK_HEADS = ("classifier.", "qa_outputs.", *POINTER_HEAD)
 VOCAB_ROWS = (WORD_EMBEDDINGS, DECODER_WEIGHT, DECODER_BIAS, PREDICTION_BIAS)
 # Entry -> the entry that it is tied to; files need only the second.
 TIED = {DECODER_WEIGHT: WORD_EMBEDDINGS, DECODER_BIAS: PREDICTION_BIAS}

@@ -31,11 +31,11 @@ from clue_ds.files import read_json
 from clue_ds.model import weight_files
 from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
-    CLASSIFIER_WEIGHT,
     DECODER_BIAS,
     DECODER_WEIGHT,
     NEXT_SENTENCE_WEIGHT,
     PREDICTION_BIAS,
+    TASK_HEADS,
     WORD_EMBEDDINGS,
     StateDict,
     model_config,
@@ -123,8 +123,8 @@ def write(
     directory = Path(directory)
     read_tokens(vocab_file, config.vocab_size)
     check_state(config, state, finetuned)
-    if CLASSIFIER_WEIGHT in state:
-        raise UserError("the layout uer has no place for BERT's classifier; export it with --to hf")
+    if any(name.startswith(TASK_HEADS) for name in state):
+        raise UserError("the layout uer has no place for a fine-tuned head; export it with --to hf")
     tensors: StateDict = {}
     for theirs, ours in name_table(config.num_hidden_layers).items():
         if ours in state:

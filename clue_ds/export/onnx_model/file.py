@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from clue_ds import __version__
 from clue_ds.errors import UserError
-from clue_ds.export.onnx_model.graph import BATCH, INPUTS, LENGTH, Graph
+from clue_ds.export.onnx_model.graph import INPUTS, Graph
 from clue_ds.export.protobuf import integer, message, varint
 from clue_ds.model.weights import StateDict
 
@@ -110,7 +110,7 @@ def _constant(name: str, value: np.ndarray) -> tuple[bytes, bytes]:
 
 def _skeleton(graph: Graph) -> bytes:
     """The GraphProto without its initializers; protobuf takes its fields in any order."""
-    shape = [BATCH, LENGTH]
+    shape = graph.input_shape
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
     proto = helper.make_graph(graph.nodes, "bert", inputs, graph.outputs)
     return proto.SerializeToString(deterministic=True)

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from clue_ds.model.finetuned import MULTIPLE_CHOICE, TOKENS
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
@@ -30,6 +31,7 @@ from clue_ds.model.weights import (
     NEXT_SENTENCE_WEIGHT,
     POOLER_WEIGHT,
     PREDICTION_BIAS,
+    QA_WEIGHT,
     WORD_EMBEDDINGS,
     StateDict,
     is_tied,
@@ -37,7 +39,7 @@ from clue_ds.model.weights import (
 from clue_ds.presets import ModelConfig
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-BATCH, LENGTH = "batch_size", "sequence_length"
+BATCH, CHOICES, LENGTH = "batch_size", "num_choices", "sequence_length"
 # What is added to the scores of padding: the smallest float32, as in transformers.
 MASKED = float(np.finfo(np.float32).min)
 
@@ -58,6 +60,8 @@ class Graph:
         self.weights: dict[str, Weight] = {}
         self.constants: dict[str, np.ndarray] = {}
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.input_shape: list[str] = [BATCH, LENGTH]
+        self.inputs = list(INPUTS)  # names of the [B, S] that the encoder reads
 
     def node(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
@@ -110,27 +114,34 @@ class Graph:
         return self.constant(f"constant/{name}", value, np.float32)
 
 
-def build(config: ModelConfig, state: StateDict, is_per_token: bool) -> Graph:
+def build(config: ModelConfig, state: StateDict, architecture: str | None) -> Graph:
     """The graph with every output that `state` has weights for.
 
-    `is_per_token`: the classifier classifies tokens, and not the pooled [CLS].
+    `architecture`: of a fine-tuned model; it says what the classifier classifies (FineTuned).
     """
     graph = Graph(config)
+    is_choice = architecture == MULTIPLE_CHOICE
+    if is_choice:
+        graph.input_shape = [BATCH, CHOICES, LENGTH]
+        graph.inputs = [graph.node("Flatten", f"{n}/rows", n, axis=2) for n in INPUTS]
     hidden = _embeddings(graph)
     mask = _mask(graph)
     for number in range(config.num_hidden_layers):
         hidden = _layer(graph, f"bert.encoder.layer.{number}", hidden, mask)
+    if is_choice:
+        _choices(graph, hidden)
+        return graph
     graph.output("last_hidden_state", hidden, [BATCH, LENGTH, config.hidden_size])
-    _heads(graph, state, hidden, is_per_token)
+    _heads(graph, state, hidden, architecture == TOKENS)
     return graph
 
 
 def _embeddings(graph: Graph) -> str:
     name, positions = "bert.embeddings", graph.config.max_position_embeddings
-    words = graph.node("Gather", f"{name}/words", graph.weight(WORD_EMBEDDINGS), INPUTS[0])
+    words = graph.node("Gather", f"{name}/words", graph.weight(WORD_EMBEDDINGS), graph.inputs[0])
     types = graph.weight(f"{name}.token_type_embeddings.weight")
-    types = graph.node("Gather", f"{name}/types", types, INPUTS[2])
-    shape = graph.node("Shape", f"{name}/Shape", INPUTS[0])
+    types = graph.node("Gather", f"{name}/types", types, graph.inputs[2])
+    shape = graph.node("Shape", f"{name}/Shape", graph.inputs[0])
     length = graph.node("Gather", f"{name}/length", shape, graph.constant("constant/1", 1), axis=0)
     zero, one = graph.constant("constant/[0]", [0]), graph.constant("constant/[1]", [1])
     end = graph.node("Unsqueeze", f"{name}/end", length, zero)
@@ -146,7 +157,7 @@ def _embeddings(graph: Graph) -> str:
 def _mask(graph: Graph) -> str:
     """[B, S] of 1 and 0 -> [B, 1, 1, S] of 0 and MASKED."""
     first = graph.node(
-        "Unsqueeze", "mask/Unsqueeze", INPUTS[1], graph.constant("constant/[1]", [1])
+        "Unsqueeze", "mask/Unsqueeze", graph.inputs[1], graph.constant("constant/[1]", [1])
     )
     both = graph.node("Unsqueeze", "mask/Unsqueeze_1", first, graph.constant("constant/[2]", [2]))
     kept = graph.node("Cast", "mask/Cast", both, to=TensorProto.FLOAT)
@@ -191,17 +202,35 @@ def _heads(graph: Graph, state: StateDict, hidden: str, is_per_token: bool) -> N
         graph.output(name, _predictions(graph, state, hidden), [BATCH, LENGTH, config.vocab_size])
     if is_classifier and is_per_token:
         graph.output("logits", graph.dense("classifier", hidden), [BATCH, LENGTH, _rows(state)])
+    if QA_WEIGHT in state:
+        both = graph.dense("qa_outputs", hidden)  # [B, S, 2]
+        for number, name in enumerate(("start_logits", "end_logits")):
+            place = graph.constant(f"constant/{number}", number)
+            one = graph.node("Gather", f"qa_outputs/{name}", both, place, axis=2)
+            graph.output(name, one, [BATCH, LENGTH])
     if POOLER_WEIGHT not in state:
         return
-    first = graph.constant("constant/0", 0)
-    first = graph.node("Gather", "bert.pooler/first", hidden, first, axis=1)
-    pooled = graph.node("Tanh", "bert.pooler/Tanh", graph.dense("bert.pooler.dense", first))
+    pooled = _pooled(graph, hidden)
     graph.output("pooler_output", pooled, [BATCH, config.hidden_size])
     if NEXT_SENTENCE_WEIGHT in state:
         logits = graph.dense("cls.seq_relationship", pooled)
         graph.output("seq_relationship_logits", logits, [BATCH, 2])
     if is_classifier and not is_per_token:
         graph.output("logits", graph.dense("classifier", pooled), [BATCH, _rows(state)])
+
+
+def _pooled(graph: Graph, hidden: str) -> str:
+    first = graph.constant("constant/0", 0)
+    first = graph.node("Gather", "bert.pooler/first", hidden, first, axis=1)
+    return graph.node("Tanh", "bert.pooler/Tanh", graph.dense("bert.pooler.dense", first))
+
+
+def _choices(graph: Graph, hidden: str) -> None:
+    """One logit for each choice, [B, choices]; nothing else keeps a meaning by sequence."""
+    rated = graph.dense("classifier", _pooled(graph, hidden))  # [B * choices, 1]
+    shape = graph.node("Shape", "choices/Shape", INPUTS[0])
+    shape = graph.node("Gather", "choices/size", shape, graph.constant("constant/[0,1]", [0, 1]))
+    graph.output("logits", graph.node("Reshape", "choices/Reshape", rated, shape), [BATCH, CHOICES])
 
 
 def _rows(state: StateDict) -> int:

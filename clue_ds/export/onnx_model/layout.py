@@ -6,8 +6,9 @@
 Inputs: input_ids, attention_mask, token_type_ids, int64 [batch, length]. Outputs, if the model has
 the weights for them: last_hidden_state [batch, length, H], pooler_output [batch, H], logits, which
 are a classifier's [batch, labels] ([batch, length, labels] of one that classifies tokens) or else
-the MLM head's [batch, length, V], and seq_relationship_logits [batch, 2]. config.json has the
-labels.
+the MLM head's [batch, length, V], and seq_relationship_logits [batch, 2]; of a model that answers
+questions start_logits and end_logits [batch, length]. A model of multiple choice takes int64
+[batch, choices, length] and has one output, logits [batch, choices]. config.json has the labels.
 
 Guarantees: before the directory is published, onnxruntime computes a padded batch, and its outputs
 agree with PyTorch's to 1e-4.
@@ -33,7 +34,7 @@ from clue_ds.export.publish import (
     write_model_json,
 )
 from clue_ds.model.bert import BertForPreTraining
-from clue_ds.model.finetuned import FineTuned
+from clue_ds.model.finetuned import ENTITY_POINTER, MULTIPLE_CHOICE, TOKENS, FineTuned
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
     CLASSIFIER_WEIGHT,
@@ -41,6 +42,9 @@ from clue_ds.model.weights import (
     DECODER_WEIGHT,
     POOLER_WEIGHT,
     PREDICTION_BIAS,
+    QA_BIAS,
+    QA_WEIGHT,
+    TASK_HEADS,
     StateDict,
     is_tied,
 )
@@ -88,11 +92,13 @@ def write(
     directory = Path(directory)
     tokens = read_tokens(vocab_file, config.vocab_size)
     check_state(config, state, finetuned)
-    is_per_token = _is_per_token(state, finetuned)
+    architecture = _architecture(finetuned)
+    if quantized_on is not None and architecture == MULTIPLE_CHOICE:
+        raise UserError("--quantize can't compare the answers of multiple choice; leave it out")
     with staged(directory, force) as place:
         place.mkdir()
-        file.save(graph.build(config, state, is_per_token), state, place / FILE, opset)
-        _check(config, state, is_per_token, place / FILE)
+        file.save(graph.build(config, state, architecture), state, place / FILE, opset)
+        _check(config, state, architecture, place / FILE)
         huggingface.fast_tokenizer(tokens, lower_case).save(str(place / "tokenizer.json"))
         tokenizer = huggingface.tokenizer_config(config, lower_case, finetuned)
         write_model_json(place / TOKENIZER_CONFIG, tokenizer)
@@ -105,16 +111,14 @@ def write(
     return directory
 
 
-def _is_per_token(state: StateDict, finetuned: FineTuned | None) -> bool:
-    """Whether the classifier classifies tokens; UserError for one that the graph can't express."""
-    if CLASSIFIER_WEIGHT not in state or finetuned is None:
-        return False
-    if finetuned.architecture == "BertForMultipleChoice":
+def _architecture(finetuned: FineTuned | None) -> str | None:
+    """Which classifier it is; UserError for one that the graph can't express."""
+    if finetuned is not None and finetuned.architecture == ENTITY_POINTER:
         raise UserError(
-            "a BertForMultipleChoice takes several texts for one answer, which the onnx layout "
-            "does not write; export it with --to hf"
+            "the layout onnx has no place for the head `pointer`, which only clue_ds reads; export "
+            "it with --to hf, or fine-tune the task with `head: softmax`"
         )
-    return finetuned.architecture == "BertForTokenClassification"
+    return finetuned.architecture if finetuned is not None else None
 
 
 def batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
@@ -139,9 +143,12 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _check(config: ModelConfig, state: StateDict, is_per_token: bool, path: Path) -> None:
+def _check(config: ModelConfig, state: StateDict, architecture: str | None, path: Path) -> None:
     inputs = batch(config, 3, 13)
-    expected = _computed(config, state, is_per_token, inputs)
+    expected = _computed(config, state, architecture, inputs)
+    if architecture == MULTIPLE_CHOICE:  # the three texts are the choices of one question
+        inputs = {name: value[None] for name, value in inputs.items()}
+        expected["logits"] = expected["logits"].T
     opened = session(path)
     names = [output.name for output in opened.get_outputs()]
     for name, found in zip(names, opened.run(names, inputs), strict=True):
@@ -155,13 +162,13 @@ def _check(config: ModelConfig, state: StateDict, is_per_token: bool, path: Path
 
 @torch.no_grad()
 def _computed(
-    config: ModelConfig, state: StateDict, is_per_token: bool, inputs: dict[str, Any]
+    config: ModelConfig, state: StateDict, architecture: str | None, inputs: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Every output by its name, computed by PyTorch from the tensors of `state` themselves."""
     with torch.device("meta"):
         model = BertForPreTraining(config)
     model.load_state_dict(
-        {n: t.detach().float() for n, t in state.items() if not n.startswith("classifier.")},
+        {n: t.detach().float() for n, t in state.items() if not n.startswith(TASK_HEADS)},
         strict=False,
         assign=True,
     )
@@ -180,7 +187,12 @@ def _computed(
         found["pooler_output"] = bert.pooler(hidden[:, 0])
         if "cls.seq_relationship.weight" in state:
             found["seq_relationship_logits"] = heads.seq_relationship(found["pooler_output"])
+    if QA_WEIGHT in state:
+        both = hidden @ state[QA_WEIGHT].float().T + state[QA_BIAS].float()
+        found["start_logits"], found["end_logits"] = both.unbind(-1)
     if CLASSIFIER_WEIGHT in state:
         weight, bias = state[CLASSIFIER_WEIGHT].float(), state[CLASSIFIER_BIAS].float()
-        found["logits"] = (hidden if is_per_token else found["pooler_output"]) @ weight.T + bias
+        found["logits"] = (
+            hidden if architecture == TOKENS else found["pooler_output"]
+        ) @ weight.T + bias
     return found

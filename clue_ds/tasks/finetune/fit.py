@@ -147,6 +147,7 @@ def fit_source(
                 recipe=dataclasses.asdict(recipe),
                 dev=outcome.best,
                 data=data or {},
+                options=kind.task.options,
             )
             weights, vocab_file = network.state_dict(), source.vocab_file
             lower_case = source.lower_case

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from clue_ds.model.finetuned import ENTITY_POINTER
 from clue_ds.tasks.kinds.base import Answer, Example, Kind
 from clue_ds.tasks.kinds.choice import Choice
@@ -44,8 +47,15 @@ def of(task: Task) -> Kind:
     return KINDS[task.kind](task)
 
 
-def unnamed_task(architecture: str, name: str) -> Task:
-    """A task for a model from elsewhere, or one that was fine-tuned for a user's own task."""
+def unnamed_task(
+    architecture: str, name: str, trained_with: Mapping[str, Any] | None = None
+) -> Task:
+    """A task for a model from elsewhere, or one that was fine-tuned for a user's own task.
+
+    `trained_with`: the options of that task.
+    """
     kind = BY_ARCHITECTURE.get(architecture, "single")
     options = {"head": "pointer"} if architecture == ENTITY_POINTER else {}
-    return Task(name, kind, KINDS[kind].usual_fields, (), options=options)
+    return Task(
+        name, kind, KINDS[kind].usual_fields, (), options={**(trained_with or {}), **options}
+    )

@@ -132,7 +132,7 @@ class Predictor:
                 "single class for a text; give a model that was fine-tuned to classify texts, or "
                 "use transformers"
             )
-        usual = kinds.unnamed_task(about.architecture, about.task or "")
+        usual = kinds.unnamed_task(about.architecture, about.task or "", about.options)
         if kinds.of(usual).has_labels:
             self.labels = list(about.labels)
             self.names = dict(zip(about.labels, about.names, strict=False))
