@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ NUM_HELD_OUT = 2_000
 NUM_LABELLED = 500
 NUM_DEV = 1_000  # reviews for choosing the best epoch
 NUM_EPOCHS = 10
+NUM_FINE_TUNINGS = 3  # with each network; the figures are their means
 VOCAB_SIZE = 6_000
 SEED = 42
 SPLIT_SEED = 42  # every seed of the demo has the same held-out and the same labelled reviews
@@ -265,10 +267,12 @@ def show_nearest(console: Console, model: Path, reviews: list[str]) -> None:
 
 def fine_tune(
     console: Console, model: Path, reviews: list[tuple[str, str]], directory: Path, seed: int
-) -> dict[str, list[bool]]:
-    """Which held-out reviews are right with pretrained weights, random weights, and guessing.
+) -> dict[str, list[float]]:
+    """How often each held-out review is right with pretrained weights, random weights, guessing.
 
-    The best epoch is chosen on reviews that are neither trained on nor held out.
+    Few labels make a single fine-tuning noisy, so each is run NUM_FINE_TUNINGS times with another
+    order and another head. The best epoch is chosen on reviews that are neither trained on nor held
+    out.
     """
     from clue_ds.tasks import Predictor
     from clue_ds.tasks.finetune.fit import Recipe, fit
@@ -279,45 +283,52 @@ def fine_tune(
     right = {}
     for name, from_scratch in (("pretrained", False), ("from random weights", True)):
         output = directory / name.replace(" ", "-")
-        with Progress(console=console, transient=True) as progress:
-            report = functools.partial(_advance, progress, progress.add_task(name))
-            fit(
-                model,
-                labelled,
-                dev,
-                output,
-                Recipe(epochs=NUM_EPOCHS, batch_size=32, lr=5e-4, seed=seed),
-                from_scratch=from_scratch,
-                force=True,
-                on_step=report,
+        counts = [0] * len(labels)
+        for number in range(NUM_FINE_TUNINGS):
+            with Progress(console=console, transient=True) as progress:
+                report = functools.partial(_advance, progress, progress.add_task(name))
+                fit(
+                    model,
+                    labelled,
+                    dev,
+                    output,
+                    Recipe(epochs=NUM_EPOCHS, batch_size=32, lr=5e-4, seed=seed + number),
+                    from_scratch=from_scratch,
+                    force=True,
+                    on_step=report,
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the warning that long reviews are truncated
+                answers = Predictor(output, batch_size=128).predict([text for text, _ in held_out])
+            found = [a.label == label for a, label in zip(answers, labels, strict=True)]
+            counts = [count + is_right for count, is_right in zip(counts, found, strict=True)]
+            console.print(
+                f"{name}, {number + 1} of {NUM_FINE_TUNINGS}: {sum(found) / len(found):.1%} of "
+                f"{len(labels):,} held-out reviews are correct"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warning that long reviews are truncated
-            answers = Predictor(output, batch_size=128).predict([text for text, _ in held_out])
-        right[name] = [a.label == label for a, label in zip(answers, labels, strict=True)]
-        share = sum(right[name]) / len(labels)
-        console.print(f"{name}: {share:.1%} of {len(labels):,} held-out reviews are correct")
+        right[name] = [count / NUM_FINE_TUNINGS for count in counts]
     majority = Counter(labels).most_common(1)[0][0]
-    return {**right, "always the more frequent label": [label == majority for label in labels]}
+    guessed = [float(label == majority) for label in labels]
+    return {**right, "always the more frequent label": guessed}
 
 
-def lesson(right: dict[str, list[bool]], num_texts: int) -> str:
-    """What pretraining was good for, in words, from which held-out reviews are right.
+def lesson(right: Mapping[str, Sequence[float]], num_texts: int) -> str:
+    """What pretraining was good for, in words, from how often each held-out review is right.
 
     A difference counts if it is more than two standard errors, computed from the reviews on which
-    the two networks disagree (McNemar's test).
+    the two networks disagree (McNemar's test, of the means over the fine-tunings).
     """
     pretrained, random_weights = right["pretrained"], right["from random weights"]
     num, more = len(pretrained), sum(pretrained) - sum(random_weights)
-    num_disagree = sum(p != r for p, r in zip(pretrained, random_weights, strict=True))
+    disagree = sum((p - r) ** 2 for p, r in zip(pretrained, random_weights, strict=True))
     said = (
         f"Two equal networks learned from the same {NUM_LABELLED:,} labelled reviews whether a "
         "review is positive or negative. The pretrained one, which had first learned to fill in "
         f"masked characters in {num_texts:,} reviews without labels, classifies "
         f"{sum(pretrained) / num:.1%} of {num:,} new reviews correctly; the one that started from "
-        f"random weights {sum(random_weights) / num:.1%}. "
+        f"random weights {sum(random_weights) / num:.1%} (means of {NUM_FINE_TUNINGS}). "
     )
-    if abs(more) <= 2 * math.sqrt(num_disagree):
+    if abs(more) <= 2 * math.sqrt(disagree):
         return said + "A difference as small as this can be chance."
     if more < 0:
         return said + "So pretraining has made the classifier worse in this run."

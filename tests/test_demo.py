@@ -61,7 +61,7 @@ def test_last_sentence_says_what_the_figures_say(
     }
     said = demo.lesson(right, 15_000)
     assert f"classifies {len(pretrained)}.0% of 100 new reviews" in said
-    assert f"random weights {len(random_weights)}.0%." in said
+    assert f"random weights {len(random_weights)}.0% (means of 3)." in said
     assert says in said
 
 
@@ -82,6 +82,7 @@ def test_demo_from_start_to_end(
 ) -> None:
     monkeypatch.setattr(demo, "NUM_LABELLED", 64)
     monkeypatch.setattr(demo, "NUM_DEV", 40)
+    monkeypatch.setattr(demo, "NUM_FINE_TUNINGS", 1)
     monkeypatch.setattr(demo, "NUM_HELD_OUT", 200)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     demo.demo(tmp_path / "demo", steps=210, seed=7)
