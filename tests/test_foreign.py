@@ -174,7 +174,7 @@ def test_what_a_layout_cannot_say_is_told(
 def test_uer_has_no_place_for_a_classifier(tmp_path: Path, vocab_file: Path) -> None:
     state = without(dict(random_model(CONFIG, 0).state_dict()), "cls.")
     state |= {"classifier.weight": torch.ones(2, 24), "classifier.bias": torch.ones(2)}
-    with pytest.raises(UserError, match="no place for BERT's classifier"):
+    with pytest.raises(UserError, match="uer has no place for a fine-tuned head"):
         export.save(CONFIG, state, vocab_file, tmp_path / "out", to="uer")
 
 

@@ -30,6 +30,7 @@ QUESTIONS = [
 CARD = """---
 configs:
 - config_name: cmnli
+  default: true
   data_files:
   - split: train
     path: cmnli/train-*
