@@ -74,6 +74,7 @@ deepspeed: zero1                # ds_configs/zero1.json
 data:
   corpus: {corpus}
   seq_length: 64
+  samples: documents            # a review per row, as in fine-tuning
   whole_word: false             # single tokens are easier, so progress shows within minutes
 model:
   preset: roberta_tiny_clue     # the keys below make it smaller, so that minutes are enough
