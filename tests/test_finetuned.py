@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from models import random_model, without, write_vocab
@@ -188,6 +189,20 @@ def test_the_pointer_head_is_refused_by_layouts_without_it(
         assert [place.name for place in (tmp_path / "out").iterdir()] == ["hf"]
         with export.opened(tmp_path / "out" / "hf") as model:
             assert model.finetuned == about
+
+
+@pytest.mark.parametrize("task", ["cmrc2018", "c3", "cluener"])
+def test_a_head_that_is_not_finite_is_named(task: str, vocab_file: Path, tmp_path: Path) -> None:
+    kind = kinds.of(registry.get(task))
+    state = kind.network(CONFIG, 3).state_dict()
+    about = finetuned.describe(kind.task.labels, architecture=kind.architecture, task=task)
+    place = export.save(CONFIG, state, vocab_file, tmp_path / "model", finetuned=about)
+    stored = safetensors.torch.load_file(place / "model.safetensors")
+    name = next(name for name in stored if name.startswith(("classifier.w", "qa_outputs.w")))
+    stored[name][0, 0] = float("nan")
+    safetensors.torch.save_file(stored, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"NaN or infinite weights: {name}"):
+        Predictor(place)
 
 
 def test_onnx_has_the_labels_beside_it(classifier: Path, tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ NEXT_SENTENCE_WEIGHT = "cls.seq_relationship.weight"
 # Of a fine-tuned model; BertForPreTraining has none.
 CLASSIFIER_WEIGHT = "classifier.weight"
 CLASSIFIER_BIAS = "classifier.bias"
-CLASSIFIER = (CLASSIFIER_WEIGHT, CLASSIFIER_BIAS)
 QA_WEIGHT = "qa_outputs.weight"
 QA_BIAS = "qa_outputs.bias"
 # How the names of fine-tuned heads begin.
@@ -151,12 +150,13 @@ def check_shapes(config: ModelConfig, state: StateDict, where: Path) -> None:
             f"describes, such as {missing[0]}; correct num_hidden_layers, or download them again"
         )
     check_classifier(config, state, where)
-    check_finite({n: t for n, t in state.items() if n in expected or n in CLASSIFIER}, where)
+    heads = {n: t for n, t in state.items() if n.startswith(TASK_HEADS)}
+    check_finite(heads | {n: t for n, t in state.items() if n in expected}, where)
 
 
 def check_classifier(config: ModelConfig, state: StateDict, where: str | Path) -> None:
     """UserError unless a classifier in `state`, if there is one, is one of `config`'s network."""
-    weight, bias = (state.get(name) for name in CLASSIFIER)
+    weight, bias = state.get(CLASSIFIER_WEIGHT), state.get(CLASSIFIER_BIAS)
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != config.hidden_size):
         raise UserError(
             f"{where}: {CLASSIFIER_WEIGHT} is {tuple(weight.shape)}, but hidden_size is "
