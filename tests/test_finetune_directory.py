@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from limits import files_of_at_most
 from test_finetune import WORDS
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
@@ -219,30 +217,20 @@ def test_damaged_files_are_one_message(name: str, model: Path, data: Path, place
     assert run.run(spec(data, model, place, force=True), show=False)["epochs"]
 
 
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this; the system's error is the one of a disk that is too small."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_one_message(
     model: Path, data: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`capsys` keeps what is printed in memory, where the limit of a file does not count."""
     for num_bytes, name in ((100, "new"), (20_000, STATE)):
-        with full_disk(num_bytes), pytest.raises(UserError) as caught:
+        with files_of_at_most(num_bytes), pytest.raises(UserError) as caught:
             run.run(spec(data, model, tmp_path / "new"), show=False)
         assert "can't write" in str(caught.value) and name in str(caught.value)
         assert "free some space" in str(caught.value)
     assert not list((tmp_path / "new").glob("*.tmp"))
     page = tmp_path / "scores.md"
     page.write_text("before", encoding="utf-8")
-    with full_disk(100), pytest.raises(UserError, match=r"can't write .*scores\.md.*free some"):
+    message = r"can't write .*scores\.md.*free some"
+    with files_of_at_most(100), pytest.raises(UserError, match=message):
         score.score((place,), markdown=page)
     assert page.read_text(encoding="utf-8") == "before"
 

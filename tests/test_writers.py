@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from limits import files_of_at_most
 from test_metrics import line_at
 
 from clue_ds.pretrain.writers import Writers, truncate_log
@@ -77,17 +76,6 @@ def test_damaged_lines_are_removed_with_one_warning_and_the_others_stay(
     assert capsys.readouterr().out.count("1 damaged lines of") == 1
 
 
-@contextlib.contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """As on a full disk: a file can't grow beyond this size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_one_warning_for_each_file_and_leaves_whole_lines(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +114,7 @@ def test_logs_that_cannot_be_opened_end_no_run(
     assert output.count("warning: can't write") == 2
 
 
-def test_later_lines_are_cut_off_even_on_a_full_disk(tmp_path: Path) -> None:
+def test_later_lines_are_cut_off_even_on_a_files_of_at_most(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line_at(step)) + "\n" for step in range(1, 6)))
     with files_of_at_most(0):

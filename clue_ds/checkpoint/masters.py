@@ -23,9 +23,6 @@ from clue_ds.model import pairs, weights
 from clue_ds.presets import ModelConfig
 from clue_ds.settings import program
 
-# At stages 1 to 3 each rank writes one such file.
-OPTIMIZER_SHARDS = "*_optim_states.pt"
-
 
 def newest_checkpoint(run_dir: str | Path) -> Path:
     """Directory of the newest intact checkpoint of a run; a UserError when there is none."""

@@ -49,7 +49,7 @@ class BertForMultipleChoice(BertForSequenceClassification):
         super().__init__(config, 1, seed)
 
 
-class _BertForTokens(nn.Module):
+class BertForTokens(nn.Module):
     """Logits at every position, without the pooler, which transformers' heads for tokens lack."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,7 +65,7 @@ class _BertForTokens(nn.Module):
         return self.bert(input_ids, token_type_ids, lengths)
 
 
-class BertForQuestionAnswering(_BertForTokens):
+class BertForQuestionAnswering(BertForTokens):
     """Rates each position as the begin and as the end of the answer."""
 
     def __init__(self, config: ModelConfig, seed: int = 42) -> None:
@@ -83,7 +83,7 @@ class BertForQuestionAnswering(_BertForTokens):
         return self.qa_outputs(self.hidden(input_ids, token_type_ids, lengths))
 
 
-class BertForTokenClassification(_BertForTokens):
+class BertForTokenClassification(BertForTokens):
     """Predicts a class for every token."""
 
     def __init__(self, config: ModelConfig, num_labels: int, seed: int = 42) -> None:

@@ -118,7 +118,7 @@ def write(
 ) -> Path:
     """Write the directory; arguments, guarantees and errors are those of huggingface.write.
 
-    A classifier is refused: UER's has two layers, and a program of its own for each task.
+    Fine-tuned heads are refused: a classifier of UER has two layers, and each task its own program.
     """
     directory = Path(directory)
     read_tokens(vocab_file, config.vocab_size)

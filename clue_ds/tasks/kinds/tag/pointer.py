@@ -13,26 +13,23 @@ B: sequences   S: positions   H: hidden size   C: types   D: size of the project
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clue_ds.model import ops
-from clue_ds.model.bert import BertModel
 from clue_ds.model.blocks import Dense
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
+from clue_ds.tasks.heads import BertForTokens
 
 PROJECTION_SIZE = 64
 MASKED = -1e12  # the score of what can't be an entity; exp of it is 0
 
 
-class BertForEntityPointer(nn.Module):
+class BertForEntityPointer(BertForTokens):
     """Scores every span of tokens for every type. transformers has no class for this head."""
 
     def __init__(self, config: ModelConfig, num_types: int, seed: int = 42) -> None:
-        super().__init__()
-        self.config = config
-        self.bert = BertModel(config)
-        del self.bert.pooler
+        super().__init__(config)
         self.entity_pointer = Dense(config.hidden_size, 2 * PROJECTION_SIZE)
         self.entity_types = Dense(2 * PROJECTION_SIZE, 2 * num_types)
         initialize(self, seed)
@@ -44,7 +41,7 @@ class BertForEntityPointer(nn.Module):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Scores [B, C, S, S] of (first, last) of int64 ids [B, S]; MASKED where none can be."""
-        hidden = self.bert(input_ids, token_type_ids, lengths)
+        hidden = self.hidden(input_ids, token_type_ids, lengths)
         hidden = ops.dropout(hidden, self.config.hidden_dropout_prob, self.training)
         projected = self.entity_pointer(hidden)  # [B, S, 2 D]
         first, last = (rotated(half) for half in projected.float().chunk(2, dim=-1))
