@@ -70,9 +70,12 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    first = tl.program_id(1).to(tl.int64) * ROWS
+    # One dimension for rows and columns: CUDA limits the second dimension of a grid to 65,535.
+    num_blocks: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    first = (program // num_blocks).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    cols = program % num_blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (first + rows < num_rows) & (cols < H)
     z = tl.load(x_ptr + first * H + rows * H + cols, mask=inside, other=0.0).to(ACC)
     if bias_ptr is not None:
@@ -153,7 +156,7 @@ def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if num_rows:
         tile = tiles.for_device(tile_of(width), x, num_rows)
         _forward(
-            (tiles.cdiv(width, tile.block), tiles.cdiv(num_rows, tile.rows)),
+            (tiles.cdiv(width, tile.block) * tiles.cdiv(num_rows, tile.rows),),
             (x.contiguous(), bias, y),
             (num_rows,),
             (tanh, width, tile.rows, tile.block, tiles.accumulator(x.dtype)),
