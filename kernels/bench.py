@@ -49,8 +49,10 @@ HOST_REPEATS = 200
 HOST_ROWS = {"cuda": 8, "cpu": 0}
 SEQ_LENGTH, NUM_WORDS = 128, 8_064  # of embedding_layer_norm
 CACHE_BYTES = 256 << 20  # more than any L2 of today
-# Largest difference from fp32 torch on inputs N(0, 1). Rounding a result of 5 to bf16 alone is off
-# by up to 2^-6.
+# Largest difference from fp32 torch on inputs N(0, 1), as a share of the tensor's largest element.
+# Torch's own chain of bf16 operations is off by up to 6%, in the sums over rows that a parameter's
+# gradient is. NEARLY_ZERO stands in for the largest element where exact gradients cancel.
+NEARLY_ZERO = 1e-2
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # Elements that a fused operation reads and writes per element of its matrix: (forward, backward)
@@ -232,8 +234,9 @@ def check(case: Case, device: torch.device) -> None:
         with _backend_of(name, device.type == "cuda"):
             found = run(forward, leaves)
         for mine, exact in zip(found, expected, strict=True):
-            error = (mine.float() - exact).abs().max().item()
-            assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.3g} on {quiet}"
+            largest = max(exact.abs().max().item(), NEARLY_ZERO)
+            error = (mine.float() - exact).abs().max().item() / largest
+            assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.1%} on {quiet}"
 
 
 @contextlib.contextmanager
