@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,32 @@ def test_a_thread_that_spins_makes_no_progress_and_one_that_writes_does(tmp_path
     spin(0.3)
     activity.mark()
     assert idle(activity) < 0.2
+
+
+def test_while_the_main_thread_waits_for_another_one_only_that_one_counts(tmp_path: Path) -> None:
+    """What the main thread reads meanwhile, in order to look, used to hide a dead disk."""
+    activity, goes_on, ends = Activity(DEFAULT_HEALTH), threading.Event(), threading.Event()
+
+    def write_and_wait() -> None:
+        goes_on.wait()
+        (tmp_path / "file").write_bytes(bytes(1000))
+        ends.wait()
+
+    thread = threading.Thread(target=write_and_wait)
+    thread.start()
+    with activity.waiting_for(thread):
+        idle(activity)  # what was read and written before
+        activity.mark()
+        (tmp_path / "other").write_bytes(bytes(1000))
+        time.sleep(0.2)
+        assert idle(activity) > 0.1
+        goes_on.set()
+        while not (tmp_path / "file").exists() or idle(activity) > 0.1:
+            pass
+        assert any("in write_and_wait" in line for line in activity.report()["stack"])
+        ends.set()
+        thread.join()
+    assert any("in test_while" in line for line in activity.report()["stack"])
 
 
 def test_sections_have_their_own_deadlines_and_end(tmp_path: Path) -> None:

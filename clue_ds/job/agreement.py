@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,15 +30,11 @@ _numbers = itertools.count()
 
 
 class Agreement:
-    """`decide` for the threads of all ranks. Every rank must make one, in the same order.
-
-    `is_waiting`: this rank's thread waits for other ranks now.
-    """
+    """`decide` for the threads of all ranks. Every rank must make one, in the same order."""
 
     def __init__(self) -> None:
         self._prefix = f"agreement/{next(_numbers)}"
         self._number = 0
-        self.is_waiting = False
         self._store: Any = None
         if dist.world_size() > 1:
             meeting = rendezvous.meet()
@@ -72,16 +67,11 @@ class Agreement:
         return answer
 
     def _wait(self, keys: list[str]) -> None:
-        """Asks again and again: a call that waits in the store could not be told from a hang."""
-        pause, self.is_waiting = FIRST_PAUSE, True
+        """Ask again and again, because another thread may need the store in the meantime.
+
+        The watchdog knows this file: a rank that waits for a thread in here is not to blame.
+        """
+        pause = FIRST_PAUSE
         while not self._store.check(keys):
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, 1.5 * pause)
-        self.is_waiting = False
-
-    def join(self, thread: threading.Thread, seconds: float) -> None:
-        """Wait for this rank's thread while it waits for other ranks.
-
-        The watchdog knows this file: a rank whose main thread is here is not the one to blame.
-        """
-        thread.join(seconds)

@@ -5,7 +5,8 @@ the end of a step or of a micro-batch. In the other sections it is a call of `ma
 loops make, or, according to the kernel, bytes that the thread reads or writes and work of compilers
 in child processes (procfs.py). Processor time of the thread itself is not progress, because an
 infinite loop uses it too. Time in which the thread was ready to run but got no processor does not
-count against it.
+count against it. While the main thread waits for another thread (a save in the background), what
+that one reads and writes is progress instead.
 
 Guarantees: nothing here waits, locks or needs other ranks, so a loop may call `mark` as often as it
 likes. A process without a watchdog uses this class directly.
@@ -35,6 +36,7 @@ class Activity:
     """What the main thread is doing. `health`: the deadlines of the run."""
 
     def __init__(self, health: HealthSection) -> None:
+        self._waits_for: threading.Thread | None = None
         self._signs, self._queued = 0, procfs.seconds_in_the_queue()
         self.begin(health)
 
@@ -53,12 +55,17 @@ class Activity:
         """Record progress of the main thread: deadlines count from now."""
         self._since = self._moved_at = time.monotonic()
 
-    def moved(self) -> None:
-        """Record that a thread for which the main thread waits has read or written something.
+    @contextlib.contextmanager
+    def waiting_for(self, thread: threading.Thread) -> Iterator[None]:
+        """In the block, what `thread` reads or writes is progress, and its stack is reported.
 
-        Unlike `mark`, it does not begin the deadline of the section again.
+        Unlike `mark`, that does not begin the deadline of the section again.
         """
-        self._moved_at = time.monotonic()
+        self._waits_for = thread
+        try:
+            yield
+        finally:
+            self._waits_for = None
 
     def begin_phase(self) -> None:
         """The next step may take much longer than those before it, as the first one of a run."""
@@ -102,7 +109,11 @@ class Activity:
         now, queued = time.monotonic(), procfs.seconds_in_the_queue()
         # Time in which other processes of a busy machine had the processor is not counted.
         self._moved_at = min(now, self._moved_at + queued - self._queued)
-        signs = procfs.signs_of_main_thread()
+        thread = self._waits_for
+        if thread is None:
+            signs = procfs.signs_of_main_thread()
+        else:
+            signs = procfs.moved_by(thread.native_id or 0)
         # A rank that only waits for others makes no progress, whatever it reads and writes.
         if signs != self._signs and not diagnosis.waits(stack):
             self._moved_at = now
@@ -110,7 +121,8 @@ class Activity:
         return now - self._moved_at
 
     def stack(self) -> list[str]:
-        """Where the main thread is, innermost call last."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        """Where the main thread, or the one that it waits for, is; innermost call last."""
+        thread = self._waits_for or threading.main_thread()
+        frame = sys._current_frames().get(thread.ident or 0)
         entries = traceback.extract_stack(frame)[-STACK_DEPTH:] if frame else []
         return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in entries]

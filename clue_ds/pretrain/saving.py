@@ -42,7 +42,7 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice, FileRecord, Manifes
 from clue_ds.checkpoint.snapshot import PendingFile
 from clue_ds.data.stream.samples import STREAM_VERSION
 from clue_ds.errors import UserError, first_line
-from clue_ds.job import diagnosis, preflight, procfs, run_lock, watchdog
+from clue_ds.job import diagnosis, preflight, run_lock, watchdog
 from clue_ds.job.agreement import Agreement
 from clue_ds.pretrain import resume
 from clue_ds.pretrain.engine import Engine, dropout_seed
@@ -50,7 +50,7 @@ from clue_ds.pretrain.resume import RunIdentity
 from clue_ds.pretrain.writers import Writers
 from clue_ds.settings import phases
 
-SECONDS_BETWEEN_LOOKS, SECONDS_BEFORE_A_NOTE = 0.2, 1.0
+SECONDS_BEFORE_A_NOTE = 1.0
 
 # ---------------------------------------------------------------------------------------- saving
 
@@ -143,15 +143,10 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until nothing is being written; UserError on every rank if it can't be written."""
-        thread, watch, signs = self._thread, watchdog.current(), 0
-        while thread is not None and thread.is_alive():
-            if self._agreement.is_waiting:
-                self._agreement.join(thread, SECONDS_BETWEEN_LOOKS)
-                continue
-            thread.join(SECONDS_BETWEEN_LOOKS)
-            before, signs = signs, procfs.moved_by(thread.native_id or 0)
-            if signs != before:
-                watch.moved()
+        thread = self._thread
+        if thread is not None:
+            with watchdog.current().waiting_for(thread):
+                thread.join()
         self._thread = None
         self._raise()
 
