@@ -253,6 +253,23 @@ def test_leftovers_are_removed_and_names_of_others_are_not(tmp_path: Path) -> No
     ]
 
 
+def test_a_damaged_checkpoint_stays_until_enough_newer_ones_are_saved(tmp_path: Path) -> None:
+    for step in (20, 40):
+        publish(tmp_path, step)
+        retention.set_aside(tmp_path / manifest.name(step))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-00000001.damaged").symlink_to(tmp_path / "elsewhere")
+    left = {}
+    for step in (20, 40, 60, 80):
+        publish(tmp_path, step)
+        assert retention.look_after(tmp_path, retention.Rule(2)) == []
+        left[step] = sorted(p.name for p in tmp_path.glob("step-000000?0.damaged"))
+    both = ["step-00000020.damaged", "step-00000040.damaged"]
+    assert left == {20: both, 40: both, 60: both[1:], 80: []}
+    assert kept_steps(tmp_path) == [60, 80]
+    assert (tmp_path / "step-00000001.damaged").is_symlink() and (tmp_path / "elsewhere").is_dir()
+
+
 def test_deleting_goes_on_where_an_earlier_deletion_died(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         publish(tmp_path, step)

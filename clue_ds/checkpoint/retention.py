@@ -2,7 +2,8 @@
 
 Guarantees: the `keep` newest stay, so does every one whose step is a multiple of `keep_every`, and
 with `keep_best` the one with the lowest held-out loss; the newest is never deleted. A process that
-dies while it deletes or saves leaves step-NNNNNNNN.tmp, which the next start of the run removes.
+dies while it deletes or saves leaves step-NNNNNNNN.tmp, which the next start of the run removes. A
+damaged checkpoint (step-NNNNNNNN.damaged) stays until the `keep` newest are all of later steps.
 Names that this project doesn't give are left alone.
 """
 
@@ -19,6 +20,7 @@ from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
 
 LEFTOVER = re.compile(r"step-\d{8}\.tmp")
+DAMAGED = re.compile(r"step-(\d{8})\.damaged")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def look_after(folder: Path, rule: Rule) -> list[str]:
     problems = []
     try:
         problems += delete_old(folder, rule)
+        problems += delete_damaged(folder, rule.newest)
         if rule.best:
             for directory in best(manifests.published(folder)):
                 files.write_text(folder / "best", directory.name + "\n")
@@ -99,6 +102,37 @@ def delete_old(folder: Path, rule: Rule) -> list[str]:
             failures.append(
                 f"can't delete the old checkpoint {directory}: {error}; it takes up room until "
                 "you delete it, and the run goes on"
+            )
+    return failures
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a damaged checkpoint, so that the run can save this step again."""
+    aside = directory.with_name(directory.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+
+
+def delete_damaged(folder: Path, num_newer: int) -> list[str]:
+    """Delete the damaged checkpoints after which `num_newer` others have been published.
+
+    Until then they are there for whoever looks for the cause, or can restore the file that is
+    damaged. Returns a message for each one that could not be deleted.
+    """
+    newest = manifests.published(folder)[:num_newer]
+    if len(newest) < num_newer:
+        return []
+    oldest_step, failures = manifests.step_of(newest[-1]), []
+    for path in sorted(folder.iterdir()):
+        match = DAMAGED.fullmatch(path.name)
+        if match is None or path.is_symlink() or int(match[1]) >= oldest_step:
+            continue
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            failures.append(
+                f"can't delete the damaged checkpoint {path}: {error}; it takes up room until you "
+                "delete it, and the run goes on"
             )
     return failures
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import shutil
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ import torch
 from clue_ds import config as run_config
 from clue_ds import dist
 from clue_ds.checkpoint import manifest as manifests
+from clue_ds.checkpoint import retention
 from clue_ds.checkpoint.manifest import Choice, Manifest
 from clue_ds.config import RunConfig
 from clue_ds.data.stream.samples import STREAM_VERSION
@@ -102,7 +102,8 @@ def choose(identity: RunIdentity) -> Choice | None:
             choice = manifests.newest(identity.config.run_dir)
             if choice is not None:
                 _check_same_run(choice, identity)
-                _set_aside(choice)
+                for directory in choice.skipped:
+                    retention.set_aside(directory)
         except UserError as refusal:
             error = str(refusal)
     dist.agree(error)
@@ -112,7 +113,8 @@ def choose(identity: RunIdentity) -> Choice | None:
 def describe(choice: Choice) -> list[str]:
     """Notes for the user: which checkpoint was chosen, and why not a newer one."""
     skipped = [
-        f"skipped {directory.name} (renamed to {directory.name}.damaged): {reason}"
+        f"skipped {directory.name} (renamed to {directory.name}.damaged, which is deleted when "
+        f"checkpoint.keep newer ones have been saved): {reason}"
         for directory, reason in choice.skipped.items()
     ]
     chosen = f"resuming after step {choice.manifest.step}: the newest intact checkpoint is"
@@ -165,13 +167,6 @@ def regrouped(saved: Manifest, stage: int, offload: bool, num_bytes: int | None)
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
-
-
-def _set_aside(choice: Choice) -> None:
-    for directory in choice.skipped:
-        aside = directory.with_name(directory.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        directory.rename(aside)
 
 
 def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
