@@ -28,6 +28,11 @@ SKIPS = {
     "zero2-bf16": ({"deepspeed": "zero2", "train": {"precision": "bf16"}}, "gradient", 1),
     "in a row": ({"deepspeed": "zero1"}, "output", 9),
 }
+# The loss scale falls from 65,536 to 1 before there is nothing left to lower.
+FP16 = {
+    name: ({"deepspeed": name, "train": {"precision": "fp16", "steps": 40}}, "output", 40)
+    for name in ("zero0", "zero1", "zero3")
+}
 SKIP = {"on_nan": "skip", "max_skipped_steps": 2}
 
 
@@ -57,6 +62,19 @@ def break_rank_1(run: Any, how: str, num_steps: int) -> None:
     run.engine.module.get_submodule(LAYER).register_forward_hook(spoil)
 
 
+def allow_fp16_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed refuses it because it is slow there; what it computes is the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    from clue_ds.pretrain import engine
+
+    accelerator = type(get_accelerator())
+    dtypes = [*get_accelerator().supported_dtypes(), torch.float16]
+    patch.setattr(accelerator, "is_fp16_supported", lambda accelerator: True)
+    patch.setattr(accelerator, "supported_dtypes", lambda accelerator: dtypes)
+    patch.setattr(engine, "_check_precision", lambda precision, device: None)
+
+
 def ranks_meet_it(cases: list[tuple[dict[str, Any], str, int]]) -> list[str | None]:
     """On every rank: the error of each run, or None."""
     from clue_ds import config as run_config
@@ -64,14 +82,17 @@ def ranks_meet_it(cases: list[tuple[dict[str, Any], str, int]]) -> list[str | No
 
     results: list[str | None] = []
     for values, how, num_steps in cases:
-        run = train.build(run_config.validate(values, "test config"))
-        break_rank_1(run, how, num_steps)
-        try:
-            with run.saver:
-                train.train(run)
-            results.append(None)
-        except UserError as error:
-            results.append(str(error))
+        with pytest.MonkeyPatch.context() as patch:
+            if values["train"]["precision"] == "fp16":
+                allow_fp16_on_a_cpu(patch)
+            run = train.build(run_config.validate(values, "test config"))
+            break_rank_1(run, how, num_steps)
+            try:
+                with run.saver:
+                    train.train(run)
+                results.append(None)
+            except UserError as error:
+                results.append(str(error))
         run.loader.close()
         run.writers.close()
     return results
@@ -85,7 +106,7 @@ def outcome(
     folder = tmp_path_factory.mktemp("nonfinite")
     corpus = make_corpus(folder, sample_text)
     cases = []
-    for policy, group in (("stop", STOPS), ("skip", SKIPS)):
+    for policy, group in (("stop", STOPS), ("skip", SKIPS), ("fp16", FP16)):
         for name, (sections, how, num_steps) in group.items():
             own = {**sections.get("train", {}), **(SKIP if policy == "skip" else {})}
             # One line in the end: a run must not notice only when it logs.
@@ -131,4 +152,16 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(outcome: Any) -> None:
     error, folder = outcome["skip in a row"]
     assert error is not None and "not finite at step 5 (samples 32 to 39 of the run)" in error
     assert "train.max_skipped_steps is 2" in error
+    assert not list(folder.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("name", FP16)
+def test_a_loss_scale_that_collapses_in_fp16_names_step_rank_and_tensor(
+    outcome: Any, name: str
+) -> None:
+    error, folder = outcome[f"fp16 {name}"]
+    assert error is not None and error.startswith("fp16 training diverged at step ")
+    assert "the gradient overflows even at the smallest loss scale: " in error
+    assert f"rank 1: the output of {LAYER}" in error and "rank 0" not in error
+    assert "train.precision bf16" in error
     assert not list(folder.glob("checkpoints/*"))

@@ -228,6 +228,8 @@ class Engine:
             raise
         self._deepspeed.skipped_steps += skips
         self.skipped_update = self.skipped_steps > before
+        if self.skipped_update and scale == self._lowest_scale_at_stage_0():
+            raise LossScaleExhausted
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
             if self.stage == 0:  # the unfused optimizer returns the norm of the scaled gradient
@@ -238,6 +240,12 @@ class Engine:
     def loss_scale(self) -> float:
         """What the loss is multiplied by in the backward pass; 1 except in fp16."""
         return float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
+
+    def _lowest_scale_at_stage_0(self) -> float | None:
+        """In fp16 at stage 0, where DeepSpeed would skip updates at this loss scale for ever."""
+        scaling = getattr(self._deepspeed.optimizer, "loss_scale_config", None)
+        is_ours = self.stage == 0 and scaling is not None and scaling.dynamic_loss_scale
+        return float(scaling.min_loss_scale) if is_ours else None
 
     def _own_norm(self) -> Tensor:
         """For fp32 at stage 0, where gradients are whole and averaged when `backward` returns."""

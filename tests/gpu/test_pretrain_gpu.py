@@ -34,6 +34,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"), sample_text)
 
 
+# In every step the output of one layer is infinite.
+OVERFLOWS = """
+import math, sys
+from clue_ds.pretrain import train
+
+build = train.build
+
+def spoiled(config):
+    run = build(config)
+    layer = run.engine.module.get_submodule("bert.encoder.layer.1.intermediate")
+    layer.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    return run
+
+train.build = spoiled
+train.main(sys.argv[1:])
+"""
+
+
 def _losses(run_dir: Path, corpus: Path, device: str, **sections: Any) -> list[float]:
     model = {**NO_DROPOUT, **sections.pop("model", {})}
     config = tiny_config(corpus, run_dir, model=model, **sections)
@@ -59,6 +77,21 @@ def test_losses_equal_the_cpus(
     train = {"precision": precision}
     losses = _losses(tmp_path / "run", corpus, "cuda", deepspeed=deepspeed, train=train)
     assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("deepspeed", ["zero0", "zero2", "zero3"])
+def test_a_loss_scale_that_collapses_in_fp16_names_step_and_tensor(
+    deepspeed: str, tmp_path: Path, corpus: Path
+) -> None:
+    train = {"precision": "fp16", "steps": 60}
+    config = tiny_config(corpus, tmp_path / "run", deepspeed=deepspeed, train=train)
+    run_config.save(config, tmp_path / "in.yaml")
+    command = [sys.executable, "-c", OVERFLOWS, "--config", str(tmp_path / "in.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "fp16 training diverged at step " in done.stderr
+    assert "rank 0: the output of bert.encoder.layer.1.intermediate" in done.stderr
+    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 def test_batches_for_a_gpu_are_pinned_and_the_same(corpus: Path) -> None:
