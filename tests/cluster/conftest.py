@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 CLUE_DS = str(Path(sys.executable).with_name("clue-ds"))
+OWNERS = Path("/run/clue-ds-hosts")
 
 
 def need(*programs: str) -> None:
@@ -62,9 +64,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("hosts")
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no network namespaces")
+    script = HERE / "hosts.sh"
+    subprocess.run([script, "sweep"], check=True, timeout=60)
+    name = subprocess.run([script, "name", folder], check=True, capture_output=True, text=True)
+    OWNERS.mkdir(exist_ok=True)
+    # Held as long as this process lives: a later sweep takes away the hosts of a dead one.
+    owner = open(OWNERS / name.stdout.strip(), "w")
+    fcntl.flock(owner, fcntl.LOCK_EX)
     try:
-        subprocess.run([HERE / "hosts.sh", "up", folder], check=True, timeout=60)
+        subprocess.run([script, "up", folder], check=True, timeout=60)
         (folder / "hostfile").write_text("h1 slots=1\nh2 slots=1\n")
         yield folder
     finally:
-        subprocess.run([HERE / "hosts.sh", "down", folder], timeout=60)
+        subprocess.run([script, "down", folder], timeout=60)
+        Path(owner.name).unlink(missing_ok=True)
+        owner.close()

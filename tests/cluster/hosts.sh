@@ -1,11 +1,35 @@
 #!/usr/bin/env bash
-# Real hosts on this one machine: hosts.sh up|down DIR. Each of h1 and h2 has network, process, host
+# Real hosts on this one machine: hosts.sh up|down|name DIR, hosts.sh sweep. Each of h1 and h2 has network, process, host
 # name, mount and IPC namespaces of its own, its own sshd, /etc/hosts, ~/.ssh and /dev/shm; the
 # file system is otherwise shared, like NFS. The bridge between them lives in a namespace too, so
 # that this machine's network is not touched. DIR/on HOST COMMAND... runs a command on a host.
+# `name` prints the prefix of the namespaces of DIR. `sweep` removes the hosts of dead processes: whoever
+# runs `up` holds a lock on $owners/PREFIX meanwhile, which the kernel releases when the process dies.
 # Needs root and the Debian packages iproute2 openssh-server openssh-client pdsh hostname.
 set -euo pipefail
-action=$1 dir=$2 prefix=clue$((0x$(cksum <<< "$2" | cut -c1-4))) network=10.78.0
+action=$1 dir=${2:-} network=10.78.0 owners=/run/clue-ds-hosts
+prefix=clue$((0x$(cksum <<< "$dir" | cut -c1-4)))
+
+sweep() {
+    for path in /run/netns/clue[0-9]*-*; do
+        [ -e "$path" ] || continue
+        name=${path##*/} owner=$owners/$(basename "${path%%-*}")
+        pids=$(ip netns pids "$name" 2>/dev/null || true)
+        if [ -e "$owner" ]; then
+            flock -n "$owner" true || continue
+            # Nobody but these tests starts anything in a namespace of this name.
+            [ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
+        elif [ -n "$pids" ]; then
+            continue
+        fi
+        ip netns del "$name" 2>/dev/null || true
+    done
+    for owner in "$owners"/clue[0-9]*; do
+        [ -e "$owner" ] && flock -n "$owner" rm -f "$owner" || true
+    done
+}
+if [ "$action" = sweep ]; then sweep; exit 0; fi
+if [ "$action" = name ]; then echo "$prefix"; exit 0; fi
 
 down() {
     for host in h1 h2; do

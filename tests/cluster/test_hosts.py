@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CLUE_DS
+from conftest import CLUE_DS, HERE, OWNERS
 from ranks import read_log, tiny_config
 
 from clue_ds import config as run_config
+from clue_ds.job import procfs
 
 PATIENCE_S = 120
 # So that a test takes seconds; the defaults end a job within two minutes.
@@ -75,6 +76,26 @@ def assert_nothing_left(hosts: Path, *names: str) -> None:
 def link(hosts: Path, state: str) -> None:
     """Take h2's network away, or give it back."""
     subprocess.run([hosts / "on", "h2", "ip", "link", "set", "eth0", state], check=True)
+
+
+def test_hosts_of_a_killed_run_are_removed_and_those_of_a_living_one_stay(
+    hosts: Path, tmp_path: Path
+) -> None:
+    script = HERE / "hosts.sh"
+    child = "import fcntl, os, signal, subprocess, sys; owner = open(sys.argv[1], 'w'); "
+    child += "fcntl.flock(owner, fcntl.LOCK_EX); subprocess.run(sys.argv[2:], check=True); "
+    child += "os.kill(os.getpid(), signal.SIGKILL)"
+    named = subprocess.run([script, "name", tmp_path], capture_output=True, text=True, check=True)
+    prefix = named.stdout.strip()
+    command = [sys.executable, "-c", child, OWNERS / prefix, script, "up", tmp_path]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    first_process = int((tmp_path / "h1.pid").read_text())
+    left = sorted(path.name for path in Path("/run/netns").glob(f"{prefix}-*"))
+    assert left == [f"{prefix}-{name}" for name in ("h1", "h2", "switch")]
+    subprocess.run([script, "sweep"], check=True)
+    assert not list(Path("/run/netns").glob(f"{prefix}-*")) and not (OWNERS / prefix).exists()
+    assert procfs.state(first_process) == "dead"  # also until its parent has noticed
+    assert subprocess.run([hosts / "on", "h1", "ssh", "h2", "true"]).returncode == 0
 
 
 def test_plain_deepspeed_trains_on_two_hosts(corpus: Path, hosts: Path, tmp_path: Path) -> None:
