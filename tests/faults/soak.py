@@ -84,7 +84,7 @@ def happen(kind, seconds):
     elif kind != "one rank" or rank == 1:
         threading.Thread(target=die, args=(seconds,), daemon=True).start()
 
-train_loop, save, step = train.train, train.saving.save, Engine.step
+train_loop, saver, step = train.train, train.saving.Saver, Engine.step
 
 def begin(run):
     done[0] = run.start_step
@@ -108,14 +108,27 @@ def note(writers, text):
     if text.startswith("warning: "):
         say("warning", text)
 
-def timed_save(*arguments, **named):
-    began = time.monotonic()
-    directory = save(*arguments, **named)
-    say("save", time.monotonic() - began)
-    return directory
+inside = [0]
 
+def timed(name):
+    original = getattr(saver, name)
+
+    def call(*arguments, **named):
+        began = time.monotonic()
+        inside[0] += 1
+        try:
+            original(*arguments, **named)
+        finally:
+            inside[0] -= 1
+        if not inside[0]:  # a save waits for the one before it
+            say(name, time.monotonic() - began)
+
+    setattr(saver, name, call)
+
+timed("save")
+timed("wait")
 train.Writers.note = note
-train.train, train.saving.save, Engine.step = begin, timed_save, after_step
+train.train, Engine.step = begin, after_step
 train.main(sys.argv[3:])
 """
 
@@ -172,9 +185,9 @@ class Run:
                 last = values[0]
             elif kind == "warning":
                 self.warnings += values
-            elif kind == "save":
+            elif kind in ("save", "wait"):
                 self.saving += values[0]
-                self.num_saves += 1
+                self.num_saves += kind == "save"
                 last += values[0]
             else:
                 now, step, memory, descriptors = values
