@@ -65,6 +65,17 @@ def test_a_recipe_is_planned_and_fits(name: str, capsys: pytest.CaptureFixture[s
         assert f"(stage 1) fits in {memory:.0f} GiB" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["bert_base_clue", "bert_base_google"])
+def test_the_phases_in_a_recipes_comment_are_those_of_bert(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    found = re.search(r"^# phases:\n(?:#   .*\n)+", text, re.M)
+    assert found is not None
+    lines = [line.removeprefix("# ") for line in found[0].splitlines()]
+    run = run_config.validate(yaml.safe_load(text) | yaml.safe_load("\n".join(lines)), name)
+    assert [part.train.steps for part in run.by_phase()] == [112_500, 12_500]
+    assert [part.data.seq_length for part in run.by_phase()] == [128, 512]
+
+
 @pytest.mark.parametrize("name", presets.NAMES)
 def test_a_recipe_runs_as_it_is_and_says_where_its_numbers_come_from(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text("utf-8")
