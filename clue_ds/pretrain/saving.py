@@ -51,6 +51,7 @@ from clue_ds.pretrain.writers import Writers
 from clue_ds.settings import phases
 
 SECONDS_BEFORE_A_NOTE = 1.0
+SECONDS_BETWEEN_SIGNALS = 0.5  # Python handles a signal when a wait of the main thread ends
 
 # ---------------------------------------------------------------------------------------- saving
 
@@ -146,7 +147,8 @@ class Saver:
         thread = self._thread
         if thread is not None:
             with watchdog.current().waiting_for(thread):
-                thread.join()
+                while thread.is_alive():
+                    thread.join(SECONDS_BETWEEN_SIGNALS)
         self._thread = None
         self._raise()
 
