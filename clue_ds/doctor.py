@@ -135,6 +135,8 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
         return None, "", [Check("bad", str(error))]
     try:
         corpus = batches.open_data(config)
+        for number in range(len(config.phases)):
+            batches.open_data(config.in_phase(number))
         model = config.model.resolve(corpus.vocab_size)
         train.check(config, model, ds_json.read(config.deepspeed))
     except UserError as error:

@@ -263,7 +263,8 @@ def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[di
         )
         result["num_orthogonalized"] = int(dist.all_reduce([len(shapes)])[0])
         if dist.world_size() == SAVED_WORLD_SIZE:
-            identity = resume.RunIdentity(config, MODEL, Path(vocab_file), "none", True, "none")
+            corpora = ((0, "none"),)
+            identity = resume.RunIdentity(config, MODEL, Path(vocab_file), "none", True, corpora)
             with saving.Saver(engine, identity) as saver:
                 saver.save(NUM_STEPS)
         results.append(result)

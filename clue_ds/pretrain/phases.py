@@ -4,15 +4,17 @@ Guarantees: everything that can be wrong with any phase is an error at the start
 batch of a step is a function of the config and the step, so a run resumes at any step, also at the
 first one of a phase; the optimizer's state and the learning-rate schedule go on.
 
-A phase trains on the stream of its settings. One with the seq_length, samples and number of lanes
-(settings/phases.py) of an earlier phase goes on in the order of that one, so a token is still
-seen once an epoch; what the earlier phase left of a batch of the new size is left out. A phase
-without such a predecessor has an order of its own from its start, under a seed of its own: no
+A phase trains on the stream of its settings. One with the seq_length, samples, mixture and number
+of lanes (settings/phases.py) of an earlier phase goes on in the order of that one, so a token is
+still seen once an epoch; what the earlier phase left of a batch of the new size is left out. A
+phase without such a predecessor has an order of its own from its start, under a seed of its own: no
 sample comes twice with the same masks.
 
-Rejected: phases together with train.on_spike rollback (the batches to skip would be counted in two
-streams), and with checkpoint.keep_best (held-out losses of two lengths or mask rates can't be
-compared).
+Rejected: going on in each corpus where a phase with another mixture stopped (lanes stop at
+different places of a cycle, order.py, so up to 1000 samples of each lane would be left out, which
+is more than a small run has); phases together with train.on_spike rollback (the batches to skip
+would be counted in two streams), and with checkpoint.keep_best (held-out losses of two lengths or
+mask rates can't be compared).
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.counter_rng import derive
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.loader import Skip, batch_number
-from clue_ds.data.stream.mixture import Mixture
+from clue_ds.data.stream.mixture import Mixture, corpora_of, names_of
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import batches, ds_json
 from clue_ds.pretrain.engine import Engine
 from clue_ds.pretrain.evaluate import Evaluator
-from clue_ds.settings.phases import KEYS, Part, parts
+from clue_ds.settings.phases import Part, parts
 
 _FIRST_SEED = 1 << 32  # counters below belong to a stream's own keys
 
@@ -70,7 +72,9 @@ class RunPhase:
         """A note for the user: which phase it is, its steps, and what it has for itself."""
         if self.of == 1:
             return []
-        values = ", ".join(f"{key} {self.part.settings[key]}" for key in KEYS)
+        settings = self.part.settings.items()
+        # Without a mixture nobody asks for its shares.
+        values = ", ".join(f"{key} {value}" for key, value in settings if value != {})
         return [
             f"phase {self.part.number + 1} of {self.of}, steps {self.part.begin + 1:,} to "
             f"{self.part.end:,}: {values}"
@@ -94,6 +98,11 @@ def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> N
             ds_json.fill(ds_values, config.deepspeed, own.train, dist.world_size())
         except UserError as refusal:
             raise UserError(f"{where}{refusal}") from None
+    if config.train.objective == "pair" and any(phase.data.mixture for phase in config.phases):
+        raise UserError(
+            "phases can't have a data.mixture with train.objective pair, which reads data.pairs; "
+            "remove it"
+        )
     if len(found) == 1:
         return
     if config.train.on_spike == "rollback":
@@ -125,15 +134,39 @@ def seed_of_order(seed: int, order: int) -> int:
 
 
 def open_phases(config: RunConfig, corpus: Corpus | Mixture | LabelledPairs) -> list[RunPhase]:
-    """All phases of a run, with their streams and evaluators."""
+    """All phases of a run, with their streams and evaluators.
+
+    `corpus`: what phases without a mixture of their own train on.
+    """
     found = []
     all_parts = parts(config.model_dump())
+    opened = {_mixture(config): corpus}
     for part in all_parts:
         own = config.in_phase(part.number)
-        stream = batches.make_stream(own, corpus, seed_of_order(config.seed, part.order))
-        evaluator = batches.make_evaluator(own, corpus)
+        if _mixture(own) not in opened:
+            opened[_mixture(own)] = batches.open_data(own)
+        its_own = opened[_mixture(own)]
+        stream = batches.make_stream(own, its_own, seed_of_order(config.seed, part.order))
+        evaluator = batches.make_evaluator(own, its_own)
         found.append(RunPhase(part, len(all_parts), own, stream, evaluator))
     return found
+
+
+def _mixture(config: RunConfig) -> tuple[tuple[str, float], ...]:
+    return tuple(config.data.mixture.items())
+
+
+def fingerprints(phases: Sequence[RunPhase]) -> tuple[tuple[int, str], ...]:
+    """(begin, fingerprint) of each corpus or mixture that the run reads, in order.
+
+    `begin`: how many steps have been made on others.
+    """
+    found: list[tuple[int, str]] = []
+    for phase in phases:
+        fingerprint = phase.stream.corpus.fingerprint
+        if not found or found[-1][1] != fingerprint:
+            found.append((phase.part.begin, fingerprint))
+    return tuple(found)
 
 
 def at(phases: Sequence[RunPhase], step: int) -> RunPhase:
@@ -144,20 +177,30 @@ def at(phases: Sequence[RunPhase], step: int) -> RunPhase:
 def mixture_samples(phases: Sequence[RunPhase], step: int, skips: Sequence[Skip]) -> dict[str, int]:
     """Log entries: samples of each corpus of a mixture that were trained on in `step` steps; none
     without a mixture."""
-    corpus = phases[0].stream.corpus
-    if not isinstance(corpus, Mixture):
+    directories = [_directories(phase) for phase in phases]
+    places = {place: 0 for of_phase in directories for place in of_phase}
+    if len(places) < 2:
         return {}
-    names = [f"samples_of/{name}" for name in corpus.names()]
-    counts, begin = [0] * len(names), 0
+    begin = 0
     ends = {phase.part.end for phase in phases[:-1]} | {skip.step for skip in skips}
     for end in sorted({end for end in ends if end < step} | {step}):
         phase = at(phases, begin)
         first = phase.batch_number(begin, skips)
         before = phase.stream.samples_by_part(first)
         after = phase.stream.samples_by_part(first + end - begin)
-        counts = [n + a - b for n, a, b in zip(counts, after, before, strict=True)]
+        for place, b, a in zip(directories[phase.part.number], before, after, strict=True):
+            places[place] += a - b
         begin = end
-    return dict(zip(names, counts, strict=True))
+    names = (f"samples_of/{name}" for name in names_of(places))
+    return dict(zip(names, places.values(), strict=True))
+
+
+def _directories(phase: RunPhase) -> list[str]:
+    """Where the corpora of a phase are; none for labelled pairs."""
+    corpus = phase.stream.corpus
+    if isinstance(corpus, LabelledPairs):
+        return []
+    return [str(one.directory) for one in corpora_of(corpus)]
 
 
 def describe(engine: Engine, phase: RunPhase) -> list[str]:

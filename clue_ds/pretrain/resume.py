@@ -15,6 +15,8 @@ it may change without that, as long as neither the old nor the new decay has beg
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import shlex
 from pathlib import Path
@@ -80,14 +82,24 @@ LENGTH = ("train.steps ", "train.decay_steps ")
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """What identifies a run; a checkpoint stores it beside weights and step."""
+    """What identifies a run; a checkpoint stores it beside weights and step.
+
+    `corpora`: (begin, fingerprint) of each corpus or mixture that the run reads, in order.
+    """
 
     config: RunConfig
     model: ModelConfig
     vocab_file: Path
     vocab_sha256: str
     lower_case: bool
-    corpus_fingerprint: str
+    corpora: tuple[tuple[int, str], ...]
+
+    def corpus_fingerprint(self, step: int) -> str:
+        """Of what the first `step` steps are trained on: a corpus's own, if it is only one."""
+        read = [(begin, fingerprint) for begin, fingerprint in self.corpora if begin < step]
+        if len(read) < 2:
+            return self.corpora[0][1]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 
 def choose(identity: RunIdentity) -> Choice | None:
@@ -226,11 +238,12 @@ def _check_same_run(choice: Choice, identity: RunIdentity) -> None:
             f"{where} was trained with another vocabulary than the corpus "
             f"{identity.config.data.corpus} has; give the corpus of that run, {elsewhere}"
         )
-    if saved.corpus_fingerprint != identity.corpus_fingerprint:
+    if saved.corpus_fingerprint != identity.corpus_fingerprint(saved.step):
+        mixture = ", or its mixture in the steps before," if len(identity.corpora) > 1 else ""
         raise UserError(
-            f"the corpus {identity.config.data.corpus} has changed since {where} was saved; "
-            f"restore it, {elsewhere} (model.init {where.parent.parent} starts it from these "
-            "weights)"
+            f"the corpus {identity.config.data.corpus}{mixture} has changed since {where} was "
+            f"saved; restore it, {elsewhere} (model.init {where.parent.parent} starts it from "
+            "these weights)"
         )
     if saved.stream_version != STREAM_VERSION:
         raise UserError(

@@ -349,7 +349,7 @@ def _describe(
         config=identity.config.model_dump(),
         model=dataclasses.asdict(identity.model),
         vocab_sha256=identity.vocab_sha256,
-        corpus_fingerprint=identity.corpus_fingerprint,
+        corpus_fingerprint=identity.corpus_fingerprint(step),
         group_names=engine.group_names,
         versions=preflight.versions(),
         files={},

@@ -252,12 +252,13 @@ def build(config: RunConfig) -> Run:
         vocab_file=corpus.vocab_file,
         vocab_sha256=corpus.vocab_sha256,
         lower_case=corpus.lower_case,
-        corpus_fingerprint=corpus.fingerprint,
+        corpora=phases.fingerprints(all_phases),
     )
     # The ranks connect and compare themselves.
     watch = watchdog.start(config.health)
     device = start()
-    notes = [preflight.check(watch, config, corpus.fingerprint, device)]
+    fingerprint = identity.corpus_fingerprint(config.train.steps)
+    notes = [preflight.check(watch, config, fingerprint, device)]
     # The run starts, or continues from its newest intact checkpoint.
     watch.claim(config.run_dir)
     choice = resume.choose(identity)

@@ -260,6 +260,10 @@ def _corpus(run: Run) -> str:
         rows += _counts(title, Path(place))
     for place, share in data.mixture.items():
         rows += _counts(f"mixed in, {share:.1%} of the samples", Path(place))
+    for number, phase in enumerate(run.config.phases, start=1):
+        for place, share in (phase.data.mixture or {}).items():
+            title = f"mixed in, {share:.1%} of the samples of phase {number}"
+            rows += _counts(title, Path(place))
     if not rows:
         return f"<p>{html.escape(data.corpus)} is not there any more.</p>"
     columns = ["corpus", "directory", "tokens", "documents", "sentences", "shards", "words"]

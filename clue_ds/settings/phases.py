@@ -9,11 +9,12 @@ phase out of those of the run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from clue_ds.data.sampling import RowKind, num_lanes
+from clue_ds.settings import paths
 
 
 class _Changes(BaseModel):
@@ -29,6 +30,9 @@ class PhaseData(_Changes):
     mask_prob: float | None = Field(None, description="replaces data.mask_prob")
     predictions_per_sequence: int | None = Field(
         None, description="replaces data.predictions_per_sequence"
+    )
+    mixture: dict[Annotated[str, AfterValidator(paths.expand)], float] | None = Field(
+        None, description="replaces data.mixture; {} leaves data.corpus alone"
     )
 
 
@@ -119,6 +123,8 @@ def parts(config: Mapping[str, Any]) -> list[Part]:
             settings["data.seq_length"],
             settings["data.samples"],
             num_lanes(size),
+            # In their order, by which each corpus has its key.
+            tuple((settings["data.mixture"] or {}).items()),
         )
         order = orders.setdefault(same, len(orders))
         end = phase.get("until") or steps

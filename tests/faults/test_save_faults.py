@@ -57,7 +57,7 @@ def save(root: Path, step: int, async_save: bool = True) -> None:
         vocab_file=root / "vocab.txt",
         vocab_sha256="0" * 64,
         lower_case=True,
-        corpus_fingerprint="1" * 64,
+        corpora=((0, "1" * 64),),
     )
     engine = SmallEngine(
         weights=torch.full((2_000,), step),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +64,14 @@ class Mixture:
             if one.num_tokens == 0:
                 raise UserError(f"corpus {one.directory} is empty; leave it out of the mixture")
 
-    def names(self) -> list[str]:
-        """A short name for each corpus, in order: its directory's, with a number if it is taken."""
-        names: list[str] = []
-        for one in self.corpora:
-            name = Path(one.directory).resolve().name
-            names.append(f"{name}-{len(names)}" if name in names else name)
-        return names
+
+def names_of(directories: Iterable[str | Path]) -> list[str]:
+    """A short name for each corpus, in order: its directory's, with a number if it is taken."""
+    names: list[str] = []
+    for directory in directories:
+        name = Path(directory).resolve().name
+        names.append(f"{name}-{len(names)}" if name in names else name)
+    return names
 
 
 def open_corpus(directory: str | Path, others: Mapping[str, float]) -> Corpus | Mixture:
