@@ -146,8 +146,11 @@ class TrainSection(Section):
         256, ge=1, description="sequences per optimizer step, all ranks together"
     )
     micro_batch_size: int = Field(32, ge=1, description="sequences per forward pass on one rank")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="type of the weights in forward and backward passes"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="type of the weights in forward and backward passes; auto: that of the "
+        "checkpoint if the run continues, else bf16 if every rank's device is fast in it, else "
+        "fp32",
     )
     optimizer: Literal["adamw", "lamb", "muon"] = Field(
         "adamw", description="muon: for the encoder's matrices, beside adamw; lamb: at ZeRO stage 0"

@@ -90,6 +90,7 @@ train:
   steps: {steps}
   global_batch_size: 32
   micro_batch_size: 16
+  precision: fp32               # the same figures on every machine
   optimizer: muon
   lr: 3.0e-3                    # for the matrices, which Muon updates
   adamw_lr: 1.5e-3              # for everything else, which AdamW updates

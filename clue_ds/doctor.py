@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clue_ds import config as run_config
-from clue_ds import dist, files, plan
+from clue_ds import dist, files
 from clue_ds.checkpoint import manifest, retention
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, watchdog
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json
+from clue_ds.pretrain import auto, ds_json
+from clue_ds.pretrain.auto import memory
 from clue_ds.settings.arguments import refuse_repeated
 
 MIN_TORCH = (2, 10)
@@ -152,8 +153,9 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
 def _room_for_checkpoints(config: RunConfig, model: ModelConfig) -> Check:
     """Whether the disk has space for the checkpoints that don't exist yet."""
     stage = ds_json.zero_stage(ds_json.read(config.deepspeed))
-    num_parameters = plan.count_parameters(model)
-    size = plan.checkpoint_bytes(num_parameters, config.train.precision, stage)
+    num_parameters = memory.count_parameters(model)
+    precision = auto.on_this_machine(config).train.precision
+    size = memory.checkpoint_bytes(num_parameters, precision, stage)
     run_dir = Path(config.run_dir)
     num_existing = len(manifest.published(run_dir / manifest.FOLDER))
     number = max(1, retention.most_on_disk(config) - num_existing)

@@ -1,19 +1,14 @@
 """`clue-ds plan`: calculates what a run will need, before anything is started.
 
-Guarantees: parameters are counted on the real network (on the meta device, which takes no memory),
-and batches by the methods that training uses; checkpoint sizes agree with real checkpoints
-(tests/test_plan.py). Times assume a share of the device's peak, which the output states;
-activations are an estimate.
+Guarantees: memory is calculated by pretrain/auto/memory.py, and batches by the methods that
+training uses. Times assume a share of the device's peak, which the output states.
 
-Formulas: docs/scaling.md. The activation rule is from Korthikanti et al. 2022, "Reducing Activation
-Recomputation in Large Transformer Models", section 4.1, without the attention matrices, which fused
-attention doesn't keep.
+Formulas: docs/scaling.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +20,25 @@ from clue_ds.data import Corpus
 from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import ds_json
+from clue_ds.pretrain import auto, ds_json
+from clue_ds.pretrain.auto.memory import (
+    BYTES_OF,
+    GIB,
+    PROCESS_GIB,
+    RESERVED_GIB,
+    activation_bytes,
+    checkpoint_bytes,
+    copied_bytes,
+    count_parameters,
+    cpu_bytes,
+    gpu_bytes,
+    moment_bytes,
+    muon_gathered_bytes,
+)
 from clue_ds.settings.arguments import refuse_repeated
 
-GIB = 2**30
 STAGES = (0, 1, 2, 3)
-BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
-MASTER_BYTES, MOMENT_BYTES = 4, 8
-# Muon keeps one moment of a matrix. At stages 1 to 3 every rank gathers all of them in bf16.
-MUON_MOMENT_BYTES, MUON_GATHERED_BYTES = 4, 2
-# For the CUDA context, NCCL, cuBLAS, copies of gradients, and fragmentation.
-RESERVED_GIB = 4.0
-# A process without a model: Python, torch, DeepSpeed, numba (measured: docs/scaling.md).
-PROCESS_GIB = 0.4
+WITHOUT_BF16 = "V100"
 
 
 MACHINE_OPTIONS: tuple[tuple[str, type[int] | type[float] | type[str], Any, str], ...] = (
@@ -52,7 +53,10 @@ MACHINE_OPTIONS: tuple[tuple[str, type[int] | type[float] | type[str], Any, str]
 
 @dataclass(frozen=True)
 class Machine:
-    """`peak_flops` is that of one GPU; `bandwidth` is in bytes/s per GPU and direction."""
+    """`peak_flops` is that of one GPU; `bandwidth` is in bytes/s per GPU and direction.
+
+    `has_bf16`: whether `train.precision: auto` is bf16 on these GPUs.
+    """
 
     num_gpus: int
     gpus_per_node: int
@@ -60,130 +64,11 @@ class Machine:
     peak_flops: float
     mfu: float
     bandwidth: float
+    has_bf16: bool = True
 
     @property
     def num_nodes(self) -> int:
         return -(-self.num_gpus // self.gpus_per_node)
-
-
-@functools.cache
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the network in training, heads and vocabulary padding included."""
-    import torch
-
-    from clue_ds.model.bert import BertForPreTraining, pad_vocab
-
-    with torch.device("meta"):
-        network = BertForPreTraining(model, padded_vocab_size=pad_vocab(model).vocab_size)
-    return sum(p.numel() for p in network.parameters())
-
-
-@functools.cache
-def count_muon_parameters(model: ModelConfig) -> int:
-    """Parameters of the matrices that `train.optimizer: muon` updates with Muon."""
-    import torch
-
-    from clue_ds.model.bert import BertForPreTraining
-    from clue_ds.pretrain import optim
-
-    with torch.device("meta"):
-        network = BertForPreTraining(model)
-    return sum(p.numel() for name, p in network.named_parameters() if optim.is_muon(name, p))
-
-
-def moment_bytes(run: RunConfig, model: ModelConfig) -> float:
-    """Bytes that the optimizer's moments take per parameter, on average."""
-    if run.train.optimizer != "muon":
-        return MOMENT_BYTES
-    share = count_muon_parameters(model) / count_parameters(model)
-    return MOMENT_BYTES - (MOMENT_BYTES - MUON_MOMENT_BYTES) * share
-
-
-def state_bytes(
-    num_parameters: int,
-    precision: str,
-    stage: int,
-    num_gpus: int,
-    moments: float = MOMENT_BYTES,
-) -> float:
-    """Weights, gradients, master weights and moments (bytes per parameter) on one GPU."""
-    weights = BYTES_OF[precision]
-    # From stage 1 on, gradients are accumulated in fp32 (pretrain/ds_json.py).
-    grads: float = 4 if stage else BYTES_OF[precision]
-    master = MASTER_BYTES if stage or precision != "fp32" else 0
-    optimizer = (master + moments) / (num_gpus if stage >= 1 else 1)
-    grads /= num_gpus if stage >= 2 else 1
-    return num_parameters * (weights / (num_gpus if stage == 3 else 1) + grads + optimizer)
-
-
-def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
-    """Estimated memory for activations that the backward pass of one micro-batch needs."""
-    from clue_ds.model.bert import pad_vocab
-
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    wide = BYTES_OF[config.train.precision] / 2
-    per_token = 18 * model.hidden_size + 4 * model.intermediate_size
-    predicted = config.train.micro_batch_size * config.data.num_predictions()
-    logits = (
-        predicted * pad_vocab(model).vocab_size * 12
-    )  # in the run's type and in fp32, and their gradient
-    return tokens * per_token * model.num_hidden_layers * wide + logits
-
-
-def gpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_gpus: int) -> float:
-    """Peak memory of one GPU besides RESERVED_GIB: training, or the fp32 model at the start."""
-    num_parameters = count_parameters(model)
-    moments = moment_bytes(run, model)
-    running = state_bytes(num_parameters, run.train.precision, stage, num_gpus, moments)
-    # Muon gathers when the activations are gone.
-    temporary = max(activation_bytes(run, model), muon_gathered_bytes(run, model, stage))
-    # Stage 3, too, receives the whole model before it shards it.
-    return max(running + temporary, 4 * num_parameters)
-
-
-def muon_gathered_bytes(run: RunConfig, model: ModelConfig, stage: int) -> int:
-    """Momentum of all matrices that a rank gathers at each step, in bytes."""
-    if run.train.optimizer != "muon" or stage == 0:
-        return 0
-    return MUON_GATHERED_BYTES * count_muon_parameters(model)
-
-
-def cpu_bytes(run: RunConfig, model: ModelConfig, stage: int, num_ranks: int) -> float:
-    """Peak resident memory of one rank on a CPU: gpu_bytes, the process, and copies of gradients.
-
-    DeepSpeed 0.19.8 copies the gradients into a flat buffer to send them (stage 0). Stages 1 to 3
-    fill a bucket with them, send a copy of it, and keep the rank's own shard; stage 3 also gathers
-    the weights that it has sharded.
-    """
-    grads, own = BYTES_OF[run.train.precision], 4 / num_ranks
-    copies = {0: grads, 1: 2 * grads + own, 2: 3 * grads, 3: 6 * grads}[stage]
-    buffers = copies * count_parameters(model)
-    return PROCESS_GIB * GIB + gpu_bytes(run, model, stage, num_ranks) + buffers
-
-
-def checkpoint_bytes(
-    num_parameters: int, precision: str, stage: int, moments: float = MOMENT_BYTES
-) -> float:
-    """Size of one checkpoint on disk, all ranks together."""
-    master = MASTER_BYTES if stage or precision != "fp32" else 0
-    return num_parameters * (BYTES_OF[precision] + master + moments)
-
-
-def copied_bytes(
-    run: RunConfig, model: ModelConfig, stage: int, num_ranks: int, ranks_per_host: int
-) -> float:
-    """Host memory for the copy that is saved in the background, on rank 0's host; most of all.
-
-    Rank 0 copies the weights, and each rank its part of the optimizer's state (stage 0: rank 0).
-    """
-    if not run.checkpoint.async_save:
-        return 0.0
-    num_parameters, precision = count_parameters(model), run.train.precision
-    moments = moment_bytes(run, model)
-    weights = num_parameters * BYTES_OF[precision]
-    optimizer = checkpoint_bytes(num_parameters, precision, stage, moments) - weights
-    share = ranks_per_host / num_ranks if stage else 1
-    return (weights if stage < 3 else 0) + optimizer * share
 
 
 def communication_bytes(
@@ -200,13 +85,17 @@ def communication_bytes(
     return units * num_parameters * BYTES_OF[precision] * (num_gpus - 1) / num_gpus
 
 
-def recommend(needs_gib: dict[int, float], memory_gib: float) -> int | None:
-    """The lowest stage that fits; None if none does.
+def recommend(
+    needs_gib: dict[int, float], memory_gib: float, precision: str = "fp32"
+) -> int | None:
+    """The lowest stage that fits; None if none does. In bf16, stage 0 only if no other fits.
 
-    Sharding a model that fits only costs time: stage 1 sends half as much again as stage 0.
+    Sharding a model that fits only costs time: stage 1 sends half as much again as stage 0. But in
+    bf16 DeepSpeed's optimizer of stage 0 waits for the GPU twice per parameter and step.
     """
     room = memory_gib - RESERVED_GIB
-    return next((stage for stage in STAGES if needs_gib[stage] <= room), None)
+    stages = (1, 2, 3, 0) if precision == "bf16" else STAGES
+    return next((stage for stage in stages if needs_gib[stage] <= room), None)
 
 
 def plan(
@@ -238,7 +127,8 @@ def plan(
         )
     if gpus < 1 or gpus_per_node < 1 or not 0 < mfu <= 1 or bandwidth <= 0:
         raise UserError("--gpus, --gpus-per-node and --bandwidth must be positive, --mfu in (0, 1]")
-    machine = Machine(gpus, gpus_per_node, gpu_memory, peak, mfu, bandwidth * 1e9)
+    has_bf16 = not gpu.startswith(WITHOUT_BF16)
+    machine = Machine(gpus, gpus_per_node, gpu_memory, peak, mfu, bandwidth * 1e9, has_bf16)
     print("\n".join(describe(run, machine)))
 
 
@@ -268,6 +158,8 @@ def main(argv: list[str]) -> None:
 
 def describe(run: RunConfig, machine: Machine) -> list[str]:
     """The plan, one fact per line."""
+    is_auto = run.train.precision == "auto"
+    run = auto.with_precision(run, "bf16" if machine.has_bf16 else "fp32")
     directory = Path(run.data.corpus)
     corpus = Corpus(directory) if (directory / "corpus.json").is_file() else None
     own = presets.get(run.model.preset).vocab_size
@@ -278,7 +170,7 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     largest = max(parts, key=lambda part: activation_bytes(part, model))
     head = (
         f"{machine.num_gpus} GPUs on {machine.num_nodes} nodes; {num_parameters:,} parameters in "
-        f"{run.train.precision}, ZeRO stage {stage}"
+        f"{run.train.precision}{' (train.precision auto)' if is_auto else ''}, ZeRO stage {stage}"
     )
     return [
         head,
@@ -333,7 +225,7 @@ def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: i
     per_machine = min(machine.gpus_per_node, num_ranks)
     copied = copied_bytes(run, model, stage, num_ranks, per_machine)
     host = per_machine * (PROCESS_GIB + 4 * count_parameters(model) / GIB)
-    best = recommend(needs, machine.memory_gib)
+    best = recommend(needs, machine.memory_gib, run.train.precision)
     if best is None:
         advice = "no stage fits: lower train.micro_batch_size, or use zero1_offload or more GPUs"
     elif best <= 1:

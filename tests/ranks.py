@@ -117,6 +117,7 @@ def tiny_config(corpus: Path | str, run_dir: Path | str, **sections: Any) -> Run
             "micro_batch_size": 2,
             "lr": 2e-3,
             "warmup_steps": 2,
+            "precision": "fp32",
         },
         "evaluate": {},
         "checkpoint": {"every": 3, "keep": 9},

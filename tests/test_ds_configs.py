@@ -50,6 +50,33 @@ def test_our_numbers_fill_the_autos() -> None:
     assert [at(filled, key) for key in OWNED] == [8, 2, 2, 0.5, True, False, "fp32"]
 
 
+def test_the_throughput_timer_is_off_unless_the_file_sets_it() -> None:
+    train = tiny_config("corpus", "run").train
+    filled = ds_json.fill(ds_json.read("zero1"), "zero1", train, world_size=1)
+    assert at(filled, "timers.throughput.enabled") is False
+    own = {"timers": {"throughput": {"enabled": True}}}
+    assert at(ds_json.fill(own, "own", train, world_size=1), "timers.throughput.enabled") is True
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "size"), [(1, 2**20), (2**20 + 1, 2**21), (10**9, 500_000_000)]
+)
+def test_a_bucket_holds_the_gradients_and_not_more(num_parameters: int, size: int) -> None:
+    for stage in (1, 2, 3):
+        values: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+        ds_json.fit_buckets(values, num_parameters)
+        assert at(values, "zero_optimization.reduce_bucket_size") == size
+
+
+def test_a_bucket_size_of_the_file_stays_and_stage_0_has_none() -> None:
+    values: dict[str, Any] = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}}
+    ds_json.fit_buckets(values, 10**6)
+    assert at(values, "zero_optimization.reduce_bucket_size") == 77
+    values = {"zero_optimization": {"stage": 0}}
+    ds_json.fit_buckets(values, 10**6)
+    assert values == {"zero_optimization": {"stage": 0}}
+
+
 def test_numbers_may_be_left_out_or_repeated(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))

@@ -13,6 +13,7 @@ from clue_ds.errors import UserError
 from clue_ds.metrics import flops_per_token
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.bert import pad_vocab
+from clue_ds.pretrain.auto import memory
 
 # Big enough that tensors outweigh the rest of a checkpoint (names, shapes, generator states).
 MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
@@ -28,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
 def test_parameters_are_those_of_the_network() -> None:
     model = presets.get("roberta_tiny_clue")
     network = BertForPreTraining(model, padded_vocab_size=pad_vocab(model).vocab_size)
-    assert plan.count_parameters(model) == sum(p.numel() for p in network.parameters())
+    assert memory.count_parameters(model) == sum(p.numel() for p in network.parameters())
 
 
 CASES = [
@@ -57,29 +58,29 @@ def test_checkpoints_are_as_big_as_planned(corpus: Path, tmp_path: Path) -> None
     assert results == [[None] * len(CASES)] * 2
     vocab_size = len((corpus / "vocab.txt").read_text(encoding="utf-8").splitlines())
     model = configs[0].model.resolve(vocab_size)
-    num_parameters = plan.count_parameters(model)
+    num_parameters = memory.count_parameters(model)
     for config, (json, precision, optimizer) in zip(configs, CASES, strict=True):
         (directory,) = Path(config.run_dir).glob("checkpoints/step-*")
         size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-        moments = plan.moment_bytes(config, model)
-        planned = plan.checkpoint_bytes(num_parameters, precision, int(json[-1]), moments)
+        moments = memory.moment_bytes(config, model)
+        planned = memory.checkpoint_bytes(num_parameters, precision, int(json[-1]), moments)
         case = (json, precision, optimizer)
         assert size == pytest.approx(planned, rel=CHECKPOINT_TOLERANCE), case
 
 
 def test_memory_falls_with_the_stage_and_with_the_number_of_gpus() -> None:
     million = 10**6
-    at_8 = [plan.state_bytes(million, "bf16", stage, 8) / million for stage in plan.STAGES]
+    at_8 = [memory.state_bytes(million, "bf16", stage, 8) / million for stage in plan.STAGES]
     # 2 weights, 2 or 4 gradients, 4 masters, 8 moments.
     assert at_8 == [16, 2 + 4 + 12 / 8, 2 + 4 / 8 + 12 / 8, (2 + 4 + 12) / 8]
-    assert plan.state_bytes(million, "fp32", 0, 1) == 16 * million
+    assert memory.state_bytes(million, "fp32", 0, 1) == 16 * million
 
 
 def test_muon_keeps_one_moment_of_a_matrix_and_gathers_it(corpus: Path, tmp_path: Path) -> None:
     model = presets.get("bert_base_clue")
     # 12 blocks of four 768 x 768 and two 768 x 3072 matrices, and the MLM transform's.
     matrices = 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2
-    assert plan.count_muon_parameters(model) == matrices
+    assert memory.count_muon_parameters(model) == matrices
     adamw, muon = (
         tiny_config(
             corpus,
@@ -89,11 +90,11 @@ def test_muon_keeps_one_moment_of_a_matrix_and_gathers_it(corpus: Path, tmp_path
         )
         for optimizer in ("adamw", "muon")
     )
-    saved = plan.gpu_bytes(adamw, model, 0, 1) - plan.gpu_bytes(muon, model, 0, 1)
+    saved = memory.gpu_bytes(adamw, model, 0, 1) - memory.gpu_bytes(muon, model, 0, 1)
     assert saved == pytest.approx(4 * matrices)
-    assert plan.muon_gathered_bytes(muon, model, 1) == 2 * matrices
-    assert plan.muon_gathered_bytes(muon, model, 0) == 0
-    assert plan.muon_gathered_bytes(adamw, model, 1) == 0
+    assert memory.muon_gathered_bytes(muon, model, 1) == 2 * matrices
+    assert memory.muon_gathered_bytes(muon, model, 0) == 0
+    assert memory.muon_gathered_bytes(adamw, model, 1) == 0
 
 
 def test_what_a_step_sends() -> None:
@@ -109,7 +110,7 @@ def test_what_a_step_sends() -> None:
 
 def test_bert_base_on_64_gpus_as_worked_out_by_hand_in_docs_scaling() -> None:
     model = presets.get("bert_base_clue")
-    assert plan.count_parameters(model) == 92_836_226
+    assert memory.count_parameters(model) == 92_836_226
     sent = plan.communication_bytes(92_836_226, "bf16", 0, 64)
     assert sent / 25e9 == pytest.approx(14.6e-3, abs=0.05e-3)
     flops = 32_768 * flops_per_token(model, 512, 77 / 512)
@@ -120,17 +121,17 @@ def test_memory_counts_the_start_and_the_copies(corpus: Path, tmp_path: Path) ->
     """Bytes per parameter in fp32 on two ranks; measured figures are in docs/scaling.md."""
     run = tiny_config(corpus, tmp_path / "run", model={"preset": "bert_base_clue"})
     model = presets.get("bert_base_clue")
-    number, activations = plan.count_parameters(model), plan.activation_bytes(run, model)
+    number, activations = memory.count_parameters(model), memory.activation_bytes(run, model)
 
     def a_parameter(stage: int) -> float:
-        resident = plan.cpu_bytes(run, model, stage, 2) - plan.PROCESS_GIB * plan.GIB
+        resident = memory.cpu_bytes(run, model, stage, 2) - memory.PROCESS_GIB * memory.GIB
         return (resident - activations) / number
 
     # State, then: gradients once more; a bucket, what is sent of it, and the rank's own half.
     planned = [16 + 4, 14 + 8 + 2, 12 + 12, 10 + 24]
     assert [a_parameter(stage) for stage in plan.STAGES] == pytest.approx(planned)
     # On 512 GPUs stage 3 runs in less than the fp32 model needs that it starts with.
-    assert plan.gpu_bytes(run, model, 3, 512) == 4 * number
+    assert memory.gpu_bytes(run, model, 3, 512) == 4 * number
 
 
 def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
@@ -138,6 +139,8 @@ def test_the_recommendation_is_the_lowest_stage_that_fits() -> None:
     assert plan.recommend({0: 90, 1: 70, 2: 60, 3: 50}, memory_gib=80) == 1
     assert plan.recommend({0: 90, 1: 90, 2: 90, 3: 50}, memory_gib=80) == 3
     assert plan.recommend({0: 90, 1: 90, 2: 90, 3: 90}, memory_gib=80) is None
+    # In bf16 the optimizer of stage 0 waits for the GPU at every parameter.
+    assert plan.recommend({0: 10, 1: 8, 2: 6, 3: 4}, 80, "bf16") == 1
 
 
 def test_without_a_corpus_the_vocabulary_is_the_presets(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from ranks import make_corpus, read_log, run_ranks, tiny_config
 from torch import Tensor
 
 from clue_ds import config as run_config
-from clue_ds import plan
 from clue_ds.checkpoint import manifest
 from clue_ds.checkpoint.snapshot import HostMemory, PendingFile
 from clue_ds.data import Corpus
+from clue_ds.pretrain.auto import memory
 
 STEPS = 2
 CASES = [
@@ -133,7 +133,7 @@ def test_the_copy_takes_as_much_memory_as_planned(saved: Any) -> None:
         config = run_config.load(folder / f"{name}-{precision}" / "config.yaml")
         model = config.model.resolve(Corpus(folder / "corpus").vocab_size)
         stage = int(name[4])
-        planned = [plan.copied_bytes(config, model, stage, 2, ranks) for ranks in (1, 2)]
+        planned = [memory.copied_bytes(config, model, stage, 2, ranks) for ranks in (1, 2)]
         first, second = (sizes[number] for sizes in by_rank)
         # The pooler is not trained, and has no moments.
         assert first == pytest.approx(planned[0], rel=0.1), name

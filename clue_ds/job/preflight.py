@@ -32,6 +32,7 @@ PACKAGES = ("clue_ds", "torch", "deepspeed", "numpy")
 # NCCL maps about this much of /dev/shm per rank; with less it ends with "Bus error".
 SHM_BYTES_PER_RANK = 64 << 20
 SHM = Path("/dev/shm")
+CPUINFO = Path("/proc/cpuinfo")
 # Names in /proc/cpuinfo, of x86 and then of ARM.
 BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -131,14 +132,18 @@ def check(
     return describe(reports)
 
 
-def slow_precision(
-    precision: str, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")
-) -> list[str]:
-    """A warning where this processor computes in bf16 only by converting to fp32 and back."""
-    if precision != "bf16" or device.type != "cpu" or not cpuinfo.is_file():
-        return []
+def has_bf16_units(cpuinfo: Path | None = None) -> bool | None:
+    """Whether this processor has instructions for bf16; None where nothing says so."""
+    cpuinfo = cpuinfo or CPUINFO
+    if not cpuinfo.is_file():
+        return None
     words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
-    if words & BF16_UNITS:
+    return bool(words & BF16_UNITS)
+
+
+def slow_precision(precision: str, device: torch.device, cpuinfo: Path | None = None) -> list[str]:
+    """A warning where this processor computes in bf16 only by converting to fp32 and back."""
+    if precision != "bf16" or device.type != "cpu" or has_bf16_units(cpuinfo) is not False:
         return []
     return [
         "warning: this processor has no instructions for bf16 (avx512_bf16, amx_bf16), which makes "

@@ -125,6 +125,7 @@ class Engine:
         `ds_values`: the DeepSpeed JSON as ds_json.read returns it; `ds_name` names it in errors.
         """
         deepspeed = import_deepspeed()
+        assert train.precision != "auto"  # pretrain/auto has replaced it
         self.precision = train.precision
         _check_precision(self.precision, device)
         self.device = device
@@ -140,6 +141,7 @@ class Engine:
         }
         # Counted now, because at stage 3 a parameter is empty afterwards.
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        ds_json.fit_buckets(values, self.num_parameters)
         self.group_names = optim.group_names(model, train.optimizer)
         model = model.to(device)
         optimizer = optim.build(train, model, self.stage, device, self.offload)

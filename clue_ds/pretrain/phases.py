@@ -19,6 +19,7 @@ mask rates can't be compared).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,15 @@ def fingerprints(phases: Sequence[RunPhase]) -> tuple[tuple[int, str], ...]:
         if not found or found[-1][1] != fingerprint:
             found.append((phase.part.begin, fingerprint))
     return tuple(found)
+
+
+def with_settings(phases: Sequence[RunPhase], config: RunConfig) -> list[RunPhase]:
+    """The phases with the settings of `config`, which differs in how steps are computed only."""
+    own = parts(config.model_dump())
+    return [
+        dataclasses.replace(phase, part=part, config=config.in_phase(part.number))
+        for phase, part in zip(phases, own, strict=True)
+    ]
 
 
 def at(phases: Sequence[RunPhase], step: int) -> RunPhase:

@@ -187,6 +187,8 @@ def differences(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     flat_now = dict(run_config.flatten(now.model_dump(), MAY_CHANGE))
     for key, old in run_config.flatten(saved.model_dump(), MAY_CHANGE):
         new = flat_now[key]
+        if key == "train.precision" and new == "auto":
+            continue  # the run goes on in the precision of the checkpoint
         if old != new and key not in MAY_CHANGE and key not in BY_PHASE:
             changed.append(f"{key} was {old!r}, is now {new!r}")
     changed += _changes_of_the_past(saved, now, step)

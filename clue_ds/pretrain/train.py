@@ -39,6 +39,7 @@ from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import (
+    auto,
     batches,
     ds_json,
     optim,
@@ -262,14 +263,16 @@ def build(config: RunConfig) -> Run:
     # The run starts, or continues from its newest intact checkpoint.
     watch.claim(config.run_dir)
     choice = resume.choose(identity)
+    identity, notes_on_auto = auto.resolve(identity, choice, device)
+    config = identity.config
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
     model, notes_on_model = build_model(identity, choice, corpus)
+    all_phases = phases.with_settings(all_phases, config)
     phase = phases.at(all_phases, start_step)
     engine = Engine(model, phase.config.train, ds_values, config.deepspeed, device)
     notes += phases.describe(engine, phase)
-    notes += [*notes_on_config, *notes_on_model]
-    notes += preflight.slow_precision(config.train.precision, device)
+    notes += [*notes_on_auto, *notes_on_config, *notes_on_model]
     notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     if choice is not None:
@@ -310,7 +313,7 @@ def build(config: RunConfig) -> Run:
 
 def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> None:
     """A UserError for settings that don't fit each other or this machine; needs no other rank."""
-    phases.check(config, model, ds_values)
+    phases.check(auto.on_this_machine(config), model, ds_values)
     ops.choose_kernels(config.model.kernels)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")

@@ -61,6 +61,7 @@ class RanksUpdater:
                 "global_batch_size": batch_size,
                 "micro_batch_size": batch_size // dist.world_size(),
                 "warmup_steps": 0,
+                "precision": "fp32",  # of the weights; the forward pass has its own
                 "weight_decay": weight_decay,
                 "gradient_clipping": gradient_clipping,
             },
