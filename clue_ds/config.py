@@ -70,7 +70,9 @@ class ModelSection(Section):
         "sdpa", description="sdpa (torch's fused attention) or masked_softmax (the reference path)"
     )
     kernels: Kernels = Field(
-        "torch", description="fused operations: torch, or triton, or auto (triton on a GPU)"
+        "auto",
+        description="fused operations: torch, or triton, or auto (on a GPU triton for every "
+        "operation whose kernel agrees with torch there, else torch)",
     )
     compile: bool = Field(
         False, description="apply torch.compile to every block (needs a C++ compiler)"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clue_ds import config as run_config
-from clue_ds import dist, files
+from clue_ds import dist, files, presets
 from clue_ds.checkpoint import manifest, retention
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError, run_module
@@ -33,6 +33,8 @@ from clue_ds.pretrain.auto import memory
 from clue_ds.settings.arguments import refuse_repeated
 
 MIN_TORCH = (2, 10)
+# A run whose sizes are the defaults; nothing is read from these paths.
+NO_RUN = {"run_dir": ".", "data": {"corpus": "."}}
 MIN_OPEN_FILES = 1_024
 MIN_DISK_BYTES = 10 << 30
 PROGRAMS = {
@@ -121,6 +123,32 @@ MACHINE: tuple[Callable[[], Check], ...] = (
     _disk,
     _open_files,
 )
+
+
+def _kernels(config: RunConfig | None) -> list[Check]:
+    """What `model.kernels: auto` takes on this device, a line for each operation.
+
+    At the sizes and in the precision of the run; without one, at those that are the defaults.
+    """
+    import torch
+
+    from clue_ds.pretrain.auto import kernels
+
+    config = auto.on_this_machine(config or RunConfig.model_validate(NO_RUN))
+    model = config.model.resolve(presets.get(config.model.preset).vocab_size)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = kernels.describe(config, model, device)
+    except UserError as error:
+        return [Check("bad", str(error))]
+    if found is None:
+        reason = "kernels need a GPU and the package triton"
+        return [Check("ok", f"model.kernels auto takes torch here: {reason}")]
+    fix = "model.kernels auto takes torch for it; please report this line"
+    return [
+        Check("note", f"kernel {line}: {reason}", fix) if reason else Check("ok", f"kernel {line}")
+        for line, reason in found
+    ]
 
 
 def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]:
@@ -222,7 +250,8 @@ def main(argv: list[str]) -> None:
         if settings:
             config, fingerprint, of_run = _about_run(settings)
             found += of_run
-        checks = [*found, *(_programs() if dist.rank() == 0 else [])]
+        on_rank_0 = [*_programs(), *_kernels(config)] if dist.rank() == 0 else []
+        checks = [*found, *on_rank_0]
         checks += _between_ranks(config, fingerprint, found)
         if dist.rank() == 0:
             print("\n".join(check.line() for check in checks), flush=True)

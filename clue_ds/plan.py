@@ -20,7 +20,7 @@ from clue_ds.data import Corpus
 from clue_ds.errors import UserError
 from clue_ds.metrics import PEAK_FLOPS, flops_per_token, format_seconds
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import auto, ds_json
+from clue_ds.pretrain import ds_json
 from clue_ds.pretrain.auto.memory import (
     BYTES_OF,
     GIB,
@@ -35,6 +35,7 @@ from clue_ds.pretrain.auto.memory import (
     moment_bytes,
     muon_gathered_bytes,
 )
+from clue_ds.pretrain.auto.precision import with_precision
 from clue_ds.settings.arguments import refuse_repeated
 
 STAGES = (0, 1, 2, 3)
@@ -159,7 +160,7 @@ def main(argv: list[str]) -> None:
 def describe(run: RunConfig, machine: Machine) -> list[str]:
     """The plan, one fact per line."""
     is_auto = run.train.precision == "auto"
-    run = auto.with_precision(run, "bf16" if machine.has_bf16 else "fp32")
+    run = with_precision(run, "bf16" if machine.has_bf16 else "fp32")
     directory = Path(run.data.corpus)
     corpus = Corpus(directory) if (directory / "corpus.json").is_file() else None
     own = presets.get(run.model.preset).vocab_size

@@ -13,7 +13,7 @@ else:
     # `functional` comes before its names, because a kernel's module has the name of its operation,
     # and importing the module binds that name here.
     from . import functional, reference  # isort: skip
-    from .backend import available, get_backend, set_backend, use_triton
+    from .backend import available, get_backend, refuse, set_backend, use_triton
     from .functional import (
         bias_dropout_add_layer_norm,
         bias_gelu,
@@ -36,6 +36,7 @@ __all__ = [
     "layer_norm",
     "masked_softmax",
     "reference",
+    "refuse",
     "set_backend",
     "use_triton",
 ]

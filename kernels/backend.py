@@ -1,15 +1,17 @@
 """Which implementation of an operation runs: the Triton kernel or the reference in plain torch.
 
-"auto" takes the kernel for CUDA tensors (except where `is_host_bound`) and the reference for all
-others; "torch" always takes the reference, "triton" always the kernel. A kernel runs on CPU tensors
-only in Triton's interpreter (TRITON_INTERPRET=1 in the environment before `clue_ds.kernels` is
-imported). That is for tests: it is thousands of times slower than torch.
+"auto" takes the kernel for CUDA tensors (except where `is_host_bound`, and for operations that were
+refused) and the reference for all others; "torch" always takes the reference, "triton" always the
+kernel. A kernel runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 in the
+environment before `clue_ds.kernels` is imported). That is for tests: it is thousands of times
+slower than torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ MAX_WIDTH = 4_096
 HOST_BOUND_ELEMENTS = 4_096 * 1_024
 
 _backend = "auto"
+_refused: frozenset[str] = frozenset()
 
 
 def available() -> bool:
@@ -55,13 +58,29 @@ def get_backend() -> str:
     return _backend
 
 
-def use_triton(x: Tensor, width: int) -> bool:
+def refuse(operations: Iterable[str]) -> None:
+    """From now on "auto" takes the reference for exactly these operations, in this process."""
+    global _refused
+    _refused = frozenset(operations)
+
+
+def refused() -> frozenset[str]:
+    """The operations last given to `refuse`."""
+    return _refused
+
+
+def use_triton(x: Tensor, width: int, operation: str = "") -> bool:
     """Whether an operation on `x`, whose rows have `width` elements, runs the Triton kernel."""
     if _backend == "torch" or width > MAX_WIDTH or width == 0:
         return False
     if _backend == "triton":
         return True
-    return x.is_cuda and HAS_TRITON and not INTERPRETED
+    return operation not in _refused and takes_kernels(x.device)
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """Whether "auto" takes kernels for tensors on this device."""
+    return device.type == "cuda" and HAS_TRITON and not INTERPRETED
 
 
 def is_host_bound(x: Tensor, weight: Tensor | None) -> bool:

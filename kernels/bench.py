@@ -289,6 +289,16 @@ def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
     return rows
 
 
+def measure_ours(case: Case, mode: Mode, device: torch.device) -> Row:
+    """The figure of our kernel alone, unchecked; on a GPU from a CUDA graph."""
+    clock = "graph" if device.type == "cuda" else "eager"
+    with _surroundings(device), _backend_of("ours", device.type == "cuda"):
+        copy = statistics.median(_times(_copy(case.num_bytes(mode), device), clock, device))
+        job = _job(_chain(functional, case, device), inputs_of(case, device), mode)
+        times = sorted(_times(job, clock, device))
+    return _row(case, mode, clock, "ours", times, copy)
+
+
 def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
     """The time that a call keeps Python busy; it has no bandwidth."""
     small = case._replace(rows=HOST_ROWS[device.type])

@@ -32,7 +32,7 @@ if HAS_TRITON:
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x [..., H], weight and bias [H] or None -> [..., H]."""
-    if use_triton(x, x.shape[-1]) and not is_host_bound(x, weight):
+    if use_triton(x, x.shape[-1], "layer_norm") and not is_host_bound(x, weight):
         return fused_norm.layer_norm(x, weight, bias, eps)
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -60,7 +60,8 @@ def bias_dropout_add_layer_norm(
     for which the reference needs a seed. With both, the result is (y, sum, mask).
     """
     options = (p, eps, training, prenorm, residual_in_fp32, seed, return_mask)
-    implementation = fused_add_norm if use_triton(x, x.shape[-1]) else reference
+    takes_kernel = use_triton(x, x.shape[-1], "bias_dropout_add_layer_norm")
+    implementation = fused_add_norm if takes_kernel else reference
     return implementation.bias_dropout_add_layer_norm(x, bias, residual, weight, ln_bias, *options)
 
 
@@ -84,7 +85,8 @@ def masked_softmax(
     # The defaults are integers, because torch.compile takes those for constants. It makes a symbol
     # of 1.0, and compiles again when it finds that no operation can take one.
     options = (mask, key_lengths, scale, dropout_p, training, seed)
-    implementation = fused_softmax if use_triton(scores, scores.shape[-1]) else reference
+    takes_kernel = use_triton(scores, scores.shape[-1], "masked_softmax")
+    implementation = fused_softmax if takes_kernel else reference
     return implementation.masked_softmax(scores, *options)
 
 
@@ -97,7 +99,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate {approximate!r} is neither 'none' nor 'tanh'")
     # The kernel splits columns over programs, so no width is too large for it.
-    implementation = fused_gelu if use_triton(x, min(x.shape[-1], 1)) else reference
+    takes_kernel = use_triton(x, min(x.shape[-1], 1), "bias_gelu")
+    implementation = fused_gelu if takes_kernel else reference
     return implementation.bias_gelu(x, bias, approximate)
 
 
@@ -124,5 +127,6 @@ def embedding_layer_norm(
     """
     tables = (word, position, token_type)
     options = (weight, bias, p, eps, training, padding_idx, seed)
-    implementation = fused_embedding if use_triton(word, word.shape[-1]) else reference
+    takes_kernel = use_triton(word, word.shape[-1], "embedding_layer_norm")
+    implementation = fused_embedding if takes_kernel else reference
     return implementation.embedding_layer_norm(input_ids, token_type_ids, *tables, *options)

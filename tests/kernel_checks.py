@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clue_ds.kernels.verify.rule import FACTOR, OUTLIER_ULPS
+
 # 1, 2, 7: below the narrowest tile; 8: exactly that tile; 312, 1000: divisible by 8, not by 16;
 # 769: no two rows are aligned alike; 1536: 25% of a tile is padding; 2048, 4096: several warps per
 # row.
@@ -17,11 +19,6 @@ WIDTHS = (1, 2, 7, 8, 64, 312, 384, 512, 640, 768, 769, 1000, 1024, 1536, 2048, 
 ROWS = (0, 1, 3, 127, 128, 129)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# The error rule: the RMS error, compared with fp64, is at most this many times that of torch's own
-# operation in the same dtypes. RMS and not the maximum, because in fp32 both errors are a unit in
-# the last place or less, and the worst of some thousand elements is a matter of chance and not of
-# the arithmetic (maxima differ by a factor of up to 3.2 where RMS errors agree within 10%).
-FACTOR = 1.25
 # An RMS over three rows is a matter of chance too, since a row's statistics affect all of the row.
 # Shapes with fewer rows or columns than this are drawn again until there were so many in total. A
 # launch in the interpreter takes 0.1 s.
@@ -33,10 +30,6 @@ FLOOR = 2.0**-26
 # torch's with 2 threads and less than torch's with 1). With fewer columns than this, only the
 # maximum is checked, with a floor of fp32 noise.
 NARROW, NARROW_FLOOR = 16, 2.0**-22
-# RMS could hide a single wrong element, so none may be off by more than FACTOR times torch's worst
-# plus one unit in the last place of the largest value (4 units in fp32, for the reason above).
-OUTLIER_ULPS = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
-
 GUARD = 64  # elements; a multiple of 16 bytes, so that views stay as aligned as fresh tensors
 
 

@@ -17,7 +17,8 @@ from clue_ds import plan
 from clue_ds.checkpoint import manifest
 from clue_ds.config import RunConfig
 from clue_ds.job import preflight
-from clue_ds.pretrain import auto, resume
+from clue_ds.pretrain import resume
+from clue_ds.pretrain.auto.precision import precision_on
 
 TEXT = "今天的天气很好。\n我们一起去公园。\n\n公园里有很多花。\n大家都很高兴。\n"
 WITH, WITHOUT = "flags : fpu avx512f avx512_bf16 amx_bf16\n", "flags : fpu avx2 avx512f\n"
@@ -39,11 +40,11 @@ def test_auto_is_the_default() -> None:
 def test_a_cpu_computes_in_bf16_if_it_has_the_instructions(tmp_path: Path) -> None:
     cpuinfo, cpu = tmp_path / "cpuinfo", torch.device("cpu")
     cpuinfo.write_text(WITH)
-    assert auto.precision_on(cpu, cpuinfo)[0] == "bf16"
+    assert precision_on(cpu, cpuinfo)[0] == "bf16"
     cpuinfo.write_text(WITHOUT)
-    precision, reason = auto.precision_on(cpu, cpuinfo)
+    precision, reason = precision_on(cpu, cpuinfo)
     assert precision == "fp32" and "no instructions for bf16" in reason
-    assert auto.precision_on(cpu, tmp_path / "none")[0] == "fp32"
+    assert precision_on(cpu, tmp_path / "none")[0] == "fp32"
 
 
 def run_twice(corpus: str, folder: str) -> list[dict[str, str]]:

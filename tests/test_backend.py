@@ -108,7 +108,7 @@ def test_auto_leaves_small_eager_layer_norms_to_torch(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only GPUs have this rule: here the limit is lowered and `auto` acts as if there were one."""
-    monkeypatch.setattr(functional, "use_triton", lambda x, width: True)
+    monkeypatch.setattr(functional, "use_triton", lambda *x_width_and_operation: True)
     monkeypatch.setattr(backend, "HOST_BOUND_ELEMENTS", 64)
     weight, bias = torch.randn(2, 16, device=kernel_device)
     taken = []

@@ -11,7 +11,8 @@ B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidd
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,13 @@ from torch import Tensor
 
 from clue_ds import kernels
 from clue_ds.errors import UserError
-from clue_ds.presets import Attention, Kernels
+from clue_ds.kernels import backend, verify
+from clue_ds.kernels.verify import Shapes as Sizes
+from clue_ds.kernels.verify import Verdict
+from clue_ds.presets import Attention, Kernels, ModelConfig
+
+if TYPE_CHECKING:
+    from clue_ds.kernels.bench import Row as Rate
 
 # `kernels`, or their torch references. A model uses the kernels only when a run asks for them.
 _operations: Any = kernels.reference
@@ -37,8 +44,48 @@ def choose_kernels(name: Kernels) -> None:
     _operations = kernels.reference if name == "torch" else kernels
 
 
-def _takes_kernel(x: Tensor, width: int) -> bool:
-    return _operations is kernels and kernels.use_triton(x, width)
+def sizes(config: ModelConfig, num_sequences: int, seq_length: int) -> Sizes:
+    """The sizes at which a network calls the operations on such micro-batches."""
+    return Sizes(
+        num_sequences=num_sequences,
+        seq_length=seq_length,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        approximate=config.gelu_approximation,
+        p=config.hidden_dropout_prob,
+    )
+
+
+def check_kernels(of: Sizes, dtype: torch.dtype, device: torch.device) -> list[Verdict] | None:
+    """Each kernel compared with torch on this device, or what the user's cache says of that.
+
+    None where `auto` takes no kernel: on a CPU, or without Triton. UserError when a kernel has left
+    the device unusable.
+    """
+    if not backend.takes_kernels(device):
+        return None
+    try:
+        return verify.remembered(of, dtype, device)
+    except verify.DeviceFailed as error:
+        raise UserError(f"model.kernels: {error}; set model.kernels torch") from None
+
+
+def kernel_rates(of: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Rate]:
+    """Bandwidth of each kernel on this device, forward and backward."""
+    from clue_ds.kernels.verify import rates
+
+    return rates.rates(of, dtype, device)
+
+
+def refuse_kernels(operations: Iterable[str]) -> None:
+    """From now on `auto` takes torch for exactly these operations, in this process."""
+    kernels.refuse(operations)
+
+
+def _takes_kernel(x: Tensor, width: int, operation: str) -> bool:
+    return _operations is kernels and kernels.use_triton(x, width, operation)
 
 
 def embedding_layer_norm(*tables_and_options: Any, **options: Any) -> Tensor:
@@ -53,7 +100,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def dense_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """GELU(x W^T + bias): x [..., I], weight [O, I] -> [..., O]."""
-    if _takes_kernel(x, weight.shape[0]):
+    if _takes_kernel(x, weight.shape[0], "bias_gelu"):
         return _operations.bias_gelu(F.linear(x, weight), bias, approximate)
     return _operations.bias_gelu(F.linear(x, weight, bias), None, approximate)
 
@@ -70,7 +117,8 @@ def dense_dropout_add_layer_norm(
     training: bool,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x W^T + bias)): x [..., I], weight [H, I] -> [..., H]."""
-    gemm_bias, kernel_bias = (None, bias) if _takes_kernel(x, weight.shape[0]) else (bias, None)
+    takes_kernel = _takes_kernel(x, weight.shape[0], "bias_dropout_add_layer_norm")
+    gemm_bias, kernel_bias = (None, bias) if takes_kernel else (bias, None)
     return _operations.bias_dropout_add_layer_norm(
         F.linear(x, weight, gemm_bias), kernel_bias, residual, ln_weight, ln_bias, p, eps, training
     )

@@ -1,55 +1,24 @@
 """What `auto` means for a run: settings that are chosen from its devices.
 
 Guarantees: all ranks choose the same; a run that continues keeps the precision of its checkpoint;
-what was chosen replaces `auto` in the config of the run, so that the log, RUN/config.yaml and the
-checkpoints name the value, and one note says why.
-
-Precision is bf16 where every rank's device computes in it faster than in fp32. On a CPU that is
-decided by the instructions that it has, and not by a measurement, because two starts of one run
-must choose the same. fp16 is never chosen: it needs a loss scale, and may skip updates.
+the value replaces `auto` in the config of the run, so that the log, RUN/config.yaml and the
+checkpoints name it (model.kernels stays `auto` there, because it is chosen for each operation), and
+one note says what was chosen and why.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from clue_ds import dist
-from clue_ds.config import RunConfig, TrainSection
-from clue_ds.job import preflight
+from clue_ds.config import RunConfig
+from clue_ds.pretrain.auto import kernels, precision
 
-if TYPE_CHECKING:  # `clue-ds plan --help` imports this module, and torch takes a second
+if TYPE_CHECKING:  # `clue-ds plan --help` imports this package, and torch takes a second
     import torch
 
     from clue_ds.checkpoint.manifest import Choice
     from clue_ds.pretrain.resume import RunIdentity
-
-
-def precision_on(device: torch.device, cpuinfo: Path | None = None) -> tuple[str, str]:
-    """The precision that `auto` means on this device, and why."""
-    import torch
-
-    if device.type != "cuda":
-        if preflight.has_bf16_units(cpuinfo):
-            return "bf16", "this processor has instructions for bf16"
-        return "fp32", "this processor has no instructions for bf16 (avx512_bf16, amx_bf16)"
-    name = torch.cuda.get_device_name(device)
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", f"the {name} computes in it"
-    return "fp32", f"the {name} has no bf16; fp16 is faster there, and may skip updates"
-
-
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """The config with `precision` in place of `auto`; a precision that the user set stays."""
-    return config.model_copy(update={"train": train_with(config.train, precision)})
-
-
-def train_with(train: TrainSection, precision: str) -> TrainSection:
-    """The same for the section `train` alone."""
-    if train.precision != "auto":
-        return train
-    return train.model_copy(update={"precision": precision})
 
 
 def on_this_machine(config: RunConfig) -> RunConfig:
@@ -57,7 +26,7 @@ def on_this_machine(config: RunConfig) -> RunConfig:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return with_precision(config, precision_on(device)[0])
+    return precision.with_precision(config, precision.precision_on(device)[0])
 
 
 def resolve(
@@ -67,38 +36,6 @@ def resolve(
 
     Every rank must call it. `choice`: the checkpoint that the run continues from.
     """
-    config, notes = identity.config, []
-    if config.train.precision == "auto":
-        precision, reason = _agreed_precision(choice, device)
-        config = with_precision(config, precision)
-        notes.append(f"train.precision auto is {precision}: {reason}")
-    else:
-        notes += preflight.slow_precision(config.train.precision, device)
-    notes += _slow_stage(config)
+    config, notes = precision.choose(identity.config, choice, device)
+    notes += kernels.choose(config, identity.model, device)
     return dataclasses.replace(identity, config=config), notes
-
-
-def _agreed_precision(choice: Choice | None, device: torch.device) -> tuple[str, str]:
-    if choice is not None:
-        return choice.manifest.precision, "the run continues in the precision of its checkpoint"
-    answers: list[Any] = dist.all_gather(precision_on(device))
-    slow = (rank for rank, (precision, _) in enumerate(answers) if precision == "fp32")
-    rank = next(slow, 0)
-    precision, reason = answers[rank]
-    return precision, reason if rank == 0 else f"on rank {rank}, {reason}"
-
-
-def _slow_stage(config: RunConfig) -> list[str]:
-    """A warning for bf16 at ZeRO stage 0, whose optimizer waits for the device at every parameter.
-
-    Counted in DeepSpeed 0.19.8 in one step of roberta_tiny_clue: 153 waits at stage 0, 4 at stage
-    1; of bert_base: 409 and 4.
-    """
-    from clue_ds.pretrain import ds_json
-
-    if config.train.precision != "bf16" or ds_json.zero_stage(ds_json.read(config.deepspeed)):
-        return []
-    return [
-        "warning: in bf16 at ZeRO stage 0 DeepSpeed waits for the device twice per parameter and "
-        "step; set deepspeed zero1, which is faster on one rank too"
-    ]
