@@ -42,6 +42,7 @@ from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
 from clue_ds.model.bert import without_full_lengths
+from clue_ds.model.cuda_graph import LAST_STAGE, GraphedForward
 from clue_ds.pretrain import ds_json, muon, optim
 
 # DeepSpeed's own variable, in minutes, with DeepSpeed's default.
@@ -144,6 +145,10 @@ class Engine:
         ds_json.fit_buckets(values, self.num_parameters)
         self.group_names = optim.group_names(model, train.optimizer)
         model = model.to(device)
+        self._graph: GraphedForward | None = None
+        if train.cuda_graph == "auto" and device.type == "cuda" and self.stage <= LAST_STAGE:
+            self._graph = GraphedForward(model)
+            model.forward = self._graph  # type: ignore[assignment, method-assign]
         optimizer = optim.build(train, model, self.stage, device, self.offload)
         self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
         self.module: nn.Module = self._deepspeed.module
@@ -188,6 +193,16 @@ class Engine:
 
     def _device_random_state(self) -> Tensor | None:
         return torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether micro-batches are replayed as CUDA graphs."""
+        return self._graph is not None and self._graph.active
+
+    def leave_graphs(self) -> None:
+        """From now on run the model itself, whose modules can then be watched."""
+        if self._graph is not None:
+            self._graph.active = False
 
     def repeat_dropout(self) -> None:
         """Put the random generators back to the beginning of the step."""

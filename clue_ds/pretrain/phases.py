@@ -218,9 +218,10 @@ def describe(engine: Engine, phase: RunPhase) -> list[str]:
     train, length, stream = phase.config.train, phase.config.data.seq_length, phase.stream
     order = "lanes" if stream.uses_lanes else "shuffle"
     log = phase.config.log
+    graphs = ", CUDA graphs" if engine.uses_graphs else ""
     return [
         f"{engine.num_parameters:,} parameters in {train.precision}, ZeRO stage "
-        f"{engine.stage}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
+        f"{engine.stage}{graphs}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
         f"micro-batches x {train.micro_batch_size} sequences of {length}; "
         f"{stream.corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
         f"{stream.steps_per_epoch:,} steps per epoch; order {order}",

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (imports come after the check that pretraining's packages are installed)
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.init import initialize
 from clue_ds.presets import get
+from clue_ds.pretrain import ds_json
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
@@ -69,12 +71,24 @@ def cpu_losses(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[f
     return _losses(tmp_path_factory.mktemp("cpu") / "run", corpus, "cpu", deepspeed="zero0")
 
 
+def _small_loss_scale(deepspeed: str, directory: Path) -> str:
+    """A copy of a shipped DeepSpeed JSON; at its initial scale of 65536 the first steps overflow,
+    which skips their updates."""
+    values = ds_json.read(deepspeed)
+    values["fp16"]["initial_scale_power"] = 8
+    path = directory / f"{deepspeed}.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
 @pytest.mark.parametrize("precision", LOSS_TOLERANCE)
 @pytest.mark.parametrize("deepspeed", CONFIGS)
 def test_losses_equal_the_cpus(
     deepspeed: str, precision: str, tmp_path: Path, corpus: Path, cpu_losses: list[float]
 ) -> None:
     train = {"precision": precision}
+    if precision == "fp16":
+        deepspeed = _small_loss_scale(deepspeed, tmp_path)
     losses = _losses(tmp_path / "run", corpus, "cuda", deepspeed=deepspeed, train=train)
     assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE[precision])
 
@@ -109,6 +123,26 @@ def test_compiled_blocks_compute_the_same(
 ) -> None:
     losses = _losses(tmp_path / "run", corpus, "cuda", model={"compile": True})
     assert losses == pytest.approx(cpu_losses, abs=LOSS_TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("deepspeed", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")]
+)
+def test_graphs_change_nothing(
+    deepspeed: str, precision: str, accumulation: int, tmp_path: Path, corpus: Path
+) -> None:
+    """With dropout: a replayed graph draws the masks that the step draws without one."""
+    size = tiny_config(corpus, tmp_path).train.global_batch_size // accumulation
+
+    def losses(cuda_graph: str) -> list[float]:
+        train = {"precision": precision, "micro_batch_size": size, "cuda_graph": cuda_graph}
+        model = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+        return _losses(
+            tmp_path / cuda_graph, corpus, "cuda", deepspeed=deepspeed, train=train, model=model
+        )
+
+    assert losses("auto") == pytest.approx(losses("off"), abs=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "masked_softmax"])

@@ -117,6 +117,7 @@ def first_not_finite(engine: Engine, micro_batches: list[dict[str, Tensor]]) -> 
     for name, parameter in engine.module.named_parameters():
         if not _is_finite(getattr(parameter, "ds_tensor", parameter)):
             return f"the weights {name} themselves"
+    engine.leave_graphs()
     engine.repeat_dropout()
     found = [_in_micro_batch(engine, micro_batch) for micro_batch in micro_batches]
     return next((what for what in found if what is not None), None)

@@ -1,0 +1,142 @@
+"""Forward and backward pass of a micro-batch as two CUDA graphs, replayed by the host in 1 ms.
+
+A step of a small model has a thousand launches, and a host needs about 10 us for each: on an H200
+the host, not the GPU, set the pace of BERT-base at 32,768 tokens (docs/performance.md).
+
+Guarantees: the same kernels on the same numbers in the same order as without graphs, with the same
+dropout masks (a graph reads the generator's state when it is replayed); a shape of micro-batch that
+was not seen yet runs without a graph once, which also compiles what is compiled; evaluation never
+runs in a graph.
+
+Stages 0 to 2 only: ZeRO-3 gathers weights in the forward pass, at addresses that change.
+
+Rejected: torch.cuda.make_graphed_callables. Its gradients share memory with the graph, so that
+those of a second micro-batch would overwrite the ones that they are to be added to; and it
+differentiates by the parameters themselves. DeepSpeed keeps the autograd node of each, which
+belongs to the default stream, and a stream that is being captured must not wait for that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from clue_ds.model.bert import PreTrainingOutput
+
+LAST_STAGE = 2
+# Passes on a side stream before the capture, as CUDA wants them: libraries make their workspaces.
+WARM_UP_PASSES = 2
+# Every graph keeps the activations of its micro-batch. A run has one shape, and a phase another.
+MAX_GRAPHS = 4
+
+
+class GraphedForward:
+    """Takes the place of `model.forward`; `active` False runs the model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.active = True
+        self._model = model
+        self._forward: Callable[..., PreTrainingOutput] = model.forward
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._graphs: dict[Any, _Graph | None] = {}  # None: seen once
+
+    def __call__(self, **inputs: Tensor) -> PreTrainingOutput:
+        if not (self.active and self._model.training and torch.is_grad_enabled()):
+            return self._forward(**inputs)
+        key = tuple((name, t.shape, t.dtype) for name, t in sorted(inputs.items()))
+        if key not in self._graphs:
+            if len(self._graphs) < MAX_GRAPHS:
+                self._graphs[key] = None
+            return self._forward(**inputs)
+        graph = self._graphs[key]
+        if graph is None:
+            body = _Body(self._model, self._forward)
+            graph = self._graphs[key] = _Graph(body, self._parameters, inputs)
+        for name, tensor in inputs.items():
+            graph.inputs[name].copy_(tensor, non_blocking=True)
+        return graph.rebuild(_Replay.apply(graph, *self._parameters.values()))  # type: ignore[no-untyped-call]
+
+
+class _Body(nn.Module):
+    """`forward` of `model`, without the hooks that DeepSpeed has put around it."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., PreTrainingOutput]) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, **inputs: Tensor) -> PreTrainingOutput:
+        return self._forward(**inputs)
+
+
+class _Graph:
+    """The two graphs of one shape, and the tensors they read and write."""
+
+    def __init__(
+        self, body: _Body, parameters: dict[str, nn.Parameter], inputs: dict[str, Tensor]
+    ) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # The parameters' memory under nodes of autograd that belong to this stream.
+            twins = {f"model.{n}": nn.Parameter(p.detach()) for n, p in parameters.items()}
+            leaves = list(twins.values())
+
+            def forward() -> PreTrainingOutput:
+                return functional_call(body, twins, (), self.inputs)
+
+            for _ in range(WARM_UP_PASSES):
+                loss = forward().loss
+                assert loss is not None
+                torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+            del loss
+        torch.cuda.current_stream().wait_stream(stream)
+
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: meanwhile the loader's thread may pin memory, and NCCL's look at events.
+        options: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward_graph, **options):
+            output = forward()
+            assert output.loss is not None
+            self.loss_gradient = torch.ones_like(output.loss)
+        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **options):
+            self.gradients = torch.autograd.grad(output.loss, leaves, self.loss_gradient)
+        self.output = PreTrainingOutput(*(None if t is None else t.detach() for t in output))
+        torch.cuda.set_rng_state(random_state)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """Copies of the output's tensors, because the next replay overwrites them."""
+        return tuple(tensor.clone() for tensor in self.output if tensor is not None)
+
+    def rebuild(self, results: tuple[Tensor, ...]) -> PreTrainingOutput:
+        """The output that `results` are the tensors of."""
+        present = iter(results)
+        return PreTrainingOutput(*(None if t is None else next(present) for t in self.output))
+
+
+class _Replay(torch.autograd.Function):
+    """(graph, *parameters) -> the output's tensors, the loss first."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph = graph
+        graph.forward_graph.replay()
+        results = graph.results()
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *others: Tensor) -> tuple[Any, ...]:
+        graph: _Graph = ctx.graph
+        graph.loss_gradient.copy_(loss_gradient)
+        graph.backward_graph.replay()
+        # Copies, in a few launches: autograd may keep them as `grad` until the next replay.
+        return None, *torch._foreach_mul(graph.gradients, 1.0)
