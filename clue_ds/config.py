@@ -75,7 +75,9 @@ class ModelSection(Section):
         "operation whose kernel agrees with torch there, else torch)",
     )
     compile: bool = Field(
-        False, description="apply torch.compile to every block (needs a C++ compiler)"
+        False,
+        description="apply torch.compile to embeddings, blocks, and the MLM head with its loss "
+        "(needs a C++ compiler; not with ZeRO stage 3)",
     )
 
     def resolve(self, vocab_size: int) -> ModelConfig:

@@ -129,6 +129,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "seq_length 64 exceeds the model's positions; set it to 32 or less",
     ),
     "no corpus": ({"data": {"corpus": "nowhere"}}, "nowhere"),
+    "compiled at stage 3": (
+        {"deepspeed": "zero3", "model": {"compile": True}},
+        "model.compile is true, but DeepSpeed JSON zero3 has ZeRO stage 3",
+    ),
     "stage": ({"deepspeed": "zero9"}, "neither one of zero0"),
 }
 

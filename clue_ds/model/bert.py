@@ -14,7 +14,7 @@ Rejected: leaving out the pooler and the NSP head (others continue pretraining w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 
 VOCAB_MULTIPLE = 64
+MAX_COMPILED_SHAPES = 64  # of one function; torch's own limit is 8
 
 
 class PreTrainingOutput(NamedTuple):
@@ -226,13 +227,24 @@ class BertForPreTraining(nn.Module):
             initialize(self, torch.initial_seed())
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile every block of the encoder; inductor needs a C++ compiler on a CPU.
+        """torch.compile the embeddings, every block, and the MLM head with its loss.
 
         Shapes are compiled as static, because all batches of pretraining have one shape; blocks of
-        the same shape share their code.
+        the same shape share their code. Inductor needs a C++ compiler on a CPU. Call it after
+        `ops.choose_kernels`.
         """
-        for block in self.bert.encoder.layer:
-            block.compile(backend=backend, dynamic=False)
+        options: dict[str, Any] = {"backend": backend, "dynamic": False}
+        if backend == "inductor" and ops.uses_kernels():
+            # Inductor pads the rows of what it writes (1,248 columns become 1,280), and copies
+            # them before each operation of ours, which takes only rows without gaps.
+            options["options"] = {"comprehensive_padding": False}
+        # Training and evaluation, full rows and padded ones, and every length of a run's phases
+        # need code of their own. Above the limit, torch runs the eager code without a word.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, MAX_COMPILED_SHAPES)
+        for part in (self.bert.embeddings, *self.bert.encoder.layer):
+            part.compile(**options)
+        self._predict = torch.compile(self._predict, **options)  # type: ignore[method-assign]
 
     def forward(
         self,
@@ -264,10 +276,10 @@ class BertForPreTraining(nn.Module):
             assert masked_positions is not None, "labels belong to masked_positions"
             if next_sentence_label is None:
                 hidden = self.bert(*inputs, rows=masked_positions, cu_seqlens=cu_seqlens)
-                return self._loss(self.cls.predictions(hidden), masked_labels)
+                return self._predict(hidden, masked_labels)
             # Position 0 goes before the predicted ones, because the pooler reads [CLS].
             hidden = self.bert(*inputs, rows=F.pad(masked_positions, (1, 0)))
-            mlm = self._loss(self.cls.predictions(hidden[:, 1:]), masked_labels)
+            mlm = self._predict(hidden[:, 1:], masked_labels)
             return self._add_pairs(mlm, self.bert.pooler(hidden[:, 0]), next_sentence_label)
         # Without labels the pooler always runs, so [CLS] is kept here too.
         if masked_positions is None:
@@ -279,6 +291,10 @@ class BertForPreTraining(nn.Module):
         logits = self.cls.predictions(predicted)[..., : self.config.vocab_size]
         relationship = self.cls.seq_relationship(self.bert.pooler(hidden[:, 0]))
         return PreTrainingOutput(None, None, None, logits, relationship)
+
+    def _predict(self, hidden: Tensor, labels: Tensor) -> PreTrainingOutput:
+        """The MLM head and its loss: hidden [B, P, H], labels [B, P]."""
+        return self._loss(self.cls.predictions(hidden), labels)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> PreTrainingOutput:
         """logits [B, P, padded V], labels [B, P]."""

@@ -84,6 +84,11 @@ def refuse_kernels(operations: Iterable[str]) -> None:
     kernels.refuse(operations)
 
 
+def uses_kernels() -> bool:
+    """Whether operations of this process may run as kernels of ours."""
+    return _operations is kernels and kernels.available()
+
+
 def _takes_kernel(x: Tensor, width: int, operation: str) -> bool:
     return _operations is kernels and kernels.use_triton(x, width, operation)
 
@@ -100,9 +105,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def dense_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """GELU(x W^T + bias): x [..., I], weight [O, I] -> [..., O]."""
-    if _takes_kernel(x, weight.shape[0], "bias_gelu"):
+    # Inductor fuses GELU and its derivative with their neighbours, which it can't do with ours.
+    if not torch.compiler.is_compiling() and _takes_kernel(x, weight.shape[0], "bias_gelu"):
         return _operations.bias_gelu(F.linear(x, weight), bias, approximate)
-    return _operations.bias_gelu(F.linear(x, weight, bias), None, approximate)
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
 def dense_dropout_add_layer_norm(

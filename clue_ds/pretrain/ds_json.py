@@ -13,7 +13,7 @@ import importlib.resources
 import json
 from typing import Any
 
-from clue_ds.config import TrainSection
+from clue_ds.config import RunConfig, TrainSection
 from clue_ds.errors import UserError, existing_file
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
@@ -54,6 +54,16 @@ def offloads(values: dict[str, Any]) -> bool:
     """Whether the optimizer states are kept in the host's memory."""
     section = values.get("zero_optimization", {}).get("offload_optimizer") or {}
     return section.get("device", "none") != "none"
+
+
+def check_compile(config: RunConfig, values: dict[str, Any]) -> None:
+    """UserError for `model.compile` at stage 3, which torch 2.13 can't trace."""
+    if config.model.compile and zero_stage(values) == 3:
+        raise UserError(
+            f"model.compile is true, but DeepSpeed JSON {config.deepspeed} has ZeRO stage 3, which "
+            "gathers parameters in a way that torch.compile can't follow; set model.compile to "
+            "false, or take a DeepSpeed JSON of stage 0, 1 or 2"
+        )
 
 
 def our_numbers(train: TrainSection, world_size: int, stage: int) -> dict[str, Any]:

@@ -315,6 +315,7 @@ def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> N
     """A UserError for settings that don't fit each other or this machine; needs no other rank."""
     phases.check(auto.on_this_machine(config), model, ds_values)
     ops.choose_kernels(config.model.kernels)
+    ds_json.check_compile(config, ds_values)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
 
