@@ -4,156 +4,51 @@ Both sides see the same rows and predict the same tokens with the same optimizer
 dropout. They run in one process and take turns after every step, in alternating order, so that a
 machine that slows down slows both. Before the timing, both must compute the same loss from the same
 weights with dropout off. On CUDA each side gets bf16 autocast, torch.compile, fused AdamW, SDPA and
-the micro-batch size that is fastest for it.
+as many rows per step as fit. Where every row is full, the peer runs without an attention mask and,
+as one more contender, with it; the ratio is against the one without.
 
 Rejected: two processes one after the other (the load of a shared machine varies by more than the
-difference that is measured), and giving the peer our MLM head, which computes masked positions
-only (transformers has none, and that is part of the comparison).
+difference that is measured); giving the peer our MLM head, which computes masked positions only
+(transformers has none, and that is part of the comparison); trying several micro-batch sizes, each
+of which torch.compile would compile anew (a larger one was never slower).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
-from torch import Tensor, nn
 
 from clue_ds import presets
 from clue_ds.benchmarks.description import write_results
-from clue_ds.data import Corpus, SampleStream
-from clue_ds.data.sampling import IGNORED_LABEL, num_predictions
+from clue_ds.benchmarks.flops import executed_flops, gemm_rate
+from clue_ds.benchmarks.sides import (
+    IGNORED_LABEL,
+    Batch,
+    Setting,
+    Side,
+    check_same_loss,
+    corpus_rows,
+    for_both,
+    make_ours,
+    make_peer,
+    random_rows,
+    without_mask,
+)
+from clue_ds.data import Corpus
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import pad_vocab, without_full_lengths
-from clue_ds.model.weights import trim_vocab
-from clue_ds.presets import ModelConfig
+from clue_ds.model.bert import without_full_lengths
 
-MASK_PROB = 0.15
-FIRST_REAL_ID = 104  # below are the special tokens of Google's and CLUE's vocabularies
 WARMUP_STEPS = 3
-SEARCH_STEPS = 5
-SEARCHED_SIZES = tuple(2**n for n in range(5, 12))  # 32 to 2,048 sequences
 CPU_MICRO_BATCH_SIZE = 32
-# Relative difference of losses from equal weights: fp32 sums are in another order, and bf16 keeps 8
-# bits of every activation.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both sides share."""
-
-    config: ModelConfig
-    device: torch.device
-    precision: str
-    compile: bool
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-class Side(NamedTuple):
-    """One side of the comparison: its network and how it computes the loss of a batch."""
-
-    name: str
-    network: nn.Module
-    loss: Callable[[Batch], Tensor]
-
-
-def make_ours(setting: Setting, seed: int) -> Side:
-    torch.manual_seed(seed)
-    rows = pad_vocab(setting.config).vocab_size
-    network = BertForPreTraining(setting.config, padded_vocab_size=rows).to(setting.device)
-
-    def loss(batch: Batch) -> Tensor:
-        return network(
-            batch["input_ids"],
-            lengths=batch.get("lengths"),
-            masked_positions=batch["masked_positions"],
-            masked_labels=batch["masked_labels"],
-        ).loss
-
-    return Side("clue_ds", network, loss)
-
-
-def make_peer(setting: Setting, ours: nn.Module) -> Side:
-    """transformers' BertForMaskedLM with our weights."""
-    config = setting.config
-    values: dict[str, Any] = dataclasses.asdict(config) | {"attn_implementation": "sdpa"}
-    network: nn.Module = transformers.BertForMaskedLM(transformers.BertConfig(**values))
-    network.to(setting.device)
-    state = trim_vocab(ours.state_dict(), config.vocab_size)
-    network.load_state_dict({name: state[name] for name in network.state_dict()})
-
-    def loss(batch: Batch) -> Tensor:
-        return network(
-            batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-        ).loss
-
-    return Side("transformers BertForMaskedLM", network, loss)
-
-
-def random_rows(config: ModelConfig, num_rows: int, seq_length: int, seed: int) -> Batch:
-    """Full rows of random tokens, of which a fixed number is to be predicted."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_rows, seq_length)
-    input_ids = torch.randint(FIRST_REAL_ID, config.vocab_size, shape, generator=generator)
-    order = torch.rand(shape, generator=generator).argsort(1)
-    positions = order[:, : num_predictions(seq_length, MASK_PROB)].sort(1).values
-    return {
-        "input_ids": input_ids,
-        "lengths": torch.full((num_rows,), seq_length),
-        "masked_positions": positions,
-        "masked_labels": input_ids.gather(1, positions),
-    }
-
-
-def corpus_rows(corpus: Path, num_rows: int, seq_length: int, seed: int) -> Batch:
-    """The first samples of a corpus, as training would see them."""
-    return SampleStream(Corpus(corpus), seq_length, num_rows, seed).batch(0)
-
-
-def for_both(rows: Batch, device: torch.device) -> Batch:
-    """Add what the peer reads: labels for all positions and an attention mask."""
-    labels = torch.full_like(rows["input_ids"], IGNORED_LABEL)
-    used = rows["masked_labels"] != IGNORED_LABEL
-    row_index = torch.arange(len(labels))[:, None].expand_as(used)
-    labels[row_index[used], rows["masked_positions"][used]] = rows["masked_labels"][used]
-    seq_length = labels.shape[1]
-    mask = (torch.arange(seq_length) < rows["lengths"][:, None]).long()
-    batch = {**rows, "labels": labels, "attention_mask": mask}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def check_same_loss(ours: Side, peer: Side, batch: Batch, setting: Setting) -> tuple[float, float]:
-    """Both losses with dropout off; RuntimeError if they differ, as timing is then pointless."""
-    losses = []
-    for side in (ours, peer):
-        side.network.eval()
-        with torch.no_grad(), setting.autocast():
-            losses.append(side.loss(batch).float().item())
-        side.network.train()
-    num_slots = batch["masked_labels"].numel()
-    num_used = int((batch["masked_labels"] != IGNORED_LABEL).sum())
-    # Our loss is divided by the number of all slots, the peer's by the number of used ones.
-    mine, theirs = losses[0] * num_slots / num_used, losses[1]
-    if abs(mine - theirs) > LOSS_TOLERANCE[setting.precision] * theirs:
-        raise RuntimeError(f"the two sides compute different losses: {mine} and {theirs}")
-    return mine, theirs
+MOST_TOKENS = 131_072  # in a step on CUDA, where it no longer gets faster with more
+FILLED = 0.85  # of the free memory; compiled code needs less than the eager step that is measured
 
 
 class Trainer:
@@ -189,25 +84,37 @@ class Trainer:
         if self.setting.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def best_size(self, sizes: tuple[int, ...]) -> int:
-        """The size with the most rows per second; the search ends at the first that doesn't fit."""
-        rates: dict[int, float] = {}
-        for size in sizes:
-            try:
-                times = [self.step(size) for _ in range(WARMUP_STEPS + SEARCH_STEPS)]
-            except torch.OutOfMemoryError:
-                self.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                break
-            rates[size] = size / float(np.median(times[WARMUP_STEPS:]))
-        return max(rates, key=rates.__getitem__)
+    def flops_per_row(self, num_rows: int = 8) -> float:
+        """Executed FLOPs of a row in an eager step; the network must not be compiled yet."""
+        batch = without_full_lengths({k: v[:num_rows] for k, v in self.rows.items()})
+        with self.setting.autocast():
+            total = executed_flops(lambda: self.side.loss(batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        return total / len(batch["input_ids"])
+
+    def fitting_size(self) -> int:
+        """The largest power of two of rows that fits into the GPU, up to MOST_TOKENS tokens.
+
+        Memory grows with the number of rows in a straight line, which two small eager steps show.
+        """
+        peaks = []
+        for size in (8, 16):
+            torch.cuda.empty_cache()
+            self.step(size)  # the first one makes the optimizer's state
+            torch.cuda.reset_peak_memory_stats()
+            self.step(size)
+            peaks.append(torch.cuda.max_memory_allocated())
+        per_row = max(1.0, (peaks[1] - peaks[0]) / 8)
+        torch.cuda.empty_cache()
+        fixed = peaks[0] - 8 * per_row - torch.cuda.memory_allocated()
+        room = FILLED * torch.cuda.mem_get_info()[0] - fixed
+        most = min(room / per_row, MOST_TOKENS / self.rows["input_ids"].shape[1])
+        return 1 << max(0, int(most).bit_length() - 1)
 
 
 def compile_sides(ours: Side, peer: Side) -> None:
-    """torch.compile both as their users would: our blocks, and the peer's whole network."""
+    """torch.compile both as their users would: our parts, and the peer's whole network."""
     assert isinstance(ours.network, BertForPreTraining)
-    # After 8 shapes, the default limit, torch falls back to eager; the search tries more.
-    torch._dynamo.config.recompile_limit = 64
     ours.network.compile_blocks()
     peer.network.compile(dynamic=False)
 
@@ -218,22 +125,24 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
-def measure(
-    trainers: tuple[Trainer, Trainer], sizes: tuple[int, int], steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each of `steps` steps of both sides, which alternate."""
+def measure(trainers: list[Trainer], sizes: list[int], steps: int) -> np.ndarray:
+    """Seconds [trainers, steps] of each step of all, which take turns."""
     for trainer, size in zip(trainers, sizes, strict=True):
         for _ in range(WARMUP_STEPS):
             trainer.step(size)
-    seconds = np.empty((2, steps))
+    order = list(range(len(trainers)))
+    seconds = np.empty((len(trainers), steps))
     for step in range(steps):
-        for side in (0, 1) if step % 2 == 0 else (1, 0):
+        for side in order if step % 2 == 0 else reversed(order):
             seconds[side, step] = trainers[side].step(sizes[side])
-    return seconds[0], seconds[1]
+    return seconds
 
 
-def report(setting: Setting, trainer: Trainer, size: int, seconds: np.ndarray) -> dict[str, Any]:
-    """The figures of one side."""
+def report(
+    trainer: Trainer, size: int, seconds: np.ndarray, flops_per_row: float, gemm: float
+) -> dict[str, Any]:
+    """The figures of one side; `gemm` is the rate of the fastest matrix product."""
+    setting = trainer.setting
     lengths = trainer.rows["lengths"].double()
     tokens = float(lengths.mean()) * size
     s_eff = float(lengths.square().sum() / lengths.sum())
@@ -241,12 +150,17 @@ def report(setting: Setting, trainer: Trainer, size: int, seconds: np.ndarray) -
     peak = peak_flops(setting.device)
     num_predicted = float((trainer.rows["masked_labels"] != IGNORED_LABEL).sum())
     flops = flops_per_token(setting.config, s_eff, num_predicted / float(lengths.sum()))
+    executed = flops_per_row * size / float(np.median(seconds))
     return {
         "name": trainer.side.name,
         "micro_batch_size": size,
         "tokens_per_second": spread(rates),
         "milliseconds_per_step": spread(1000 * seconds),
         "mfu": None if peak is None else float(np.median(rates)) * flops / peak,
+        # Hardware FLOPs utilization: what was executed, of the same peak.
+        "hfu": None if peak is None else executed / peak,
+        "executed_flops_per_second": executed,
+        "share_of_gemm_rate": executed / gemm,
     }
 
 
@@ -267,7 +181,8 @@ def pretrain(
     Args:
         preset: the model, with dropout 0.1.
         seq_length: tokens per sequence.
-        micro_batch_size: sequences per step; default 32 on a CPU, the fastest of each side on CUDA.
+        micro_batch_size: sequences per step; default 32 on a CPU, on CUDA as many as fit, up to
+            131,072 tokens.
         steps: timed steps of each side.
         precision: fp32, or bf16 autocast; default fp32 on a CPU, bf16 on CUDA.
         threads: number of torch's threads on a CPU; default torch's own.
@@ -285,12 +200,10 @@ def pretrain(
         config = config.replace(vocab_size=Corpus(corpus).vocab_size)
     use_compile = on_gpu if compile == "auto" else compile == "yes"
     setting = Setting(config, device, precision or ("bf16" if on_gpu else "fp32"), use_compile)
-    if micro_batch_size is not None:
-        sizes: tuple[int, ...] = (micro_batch_size,)
-    else:
-        sizes = SEARCHED_SIZES if on_gpu else (CPU_MICRO_BATCH_SIZE,)
+    size = micro_batch_size if on_gpu else micro_batch_size or CPU_MICRO_BATCH_SIZE
     make_rows = partial(random_rows, config) if corpus is None else partial(corpus_rows, corpus)
-    rows = for_both(make_rows(2 * max(sizes), seq_length, seed), device)
+    num_rows = 2 * (size or max(16, MOST_TOKENS // seq_length))
+    rows = for_both(make_rows(num_rows, seq_length, seed), device)
     result = {
         "benchmark": "pretrain",
         "setting": {
@@ -305,7 +218,7 @@ def pretrain(
             "steps": steps,
             "seed": seed,
         },
-        **compare(setting, rows, sizes, steps, seed),
+        **compare(setting, rows, size, steps, seed),
     }
     show(result)
     if output is not None:
@@ -313,36 +226,55 @@ def pretrain(
 
 
 def compare(
-    setting: Setting, rows: Batch, sizes: tuple[int, ...], steps: int, seed: int
+    setting: Setting, rows: Batch, size: int | None, steps: int, seed: int
 ) -> dict[str, Any]:
-    """Both sides' figures and their ratio; each side uses the fastest of `sizes`."""
+    """The figures of all sides, and our ratio to the peer; without `size` each takes what fits."""
     ours = make_ours(setting, seed)
     peer = make_peer(setting, ours.network)
     few = {name: tensor[:8] for name, tensor in rows.items()}
     losses = check_same_loss(ours, peer, few, setting)
+    sides = [ours, peer]
+    if bool((rows["lengths"] == rows["input_ids"].shape[1]).all()):
+        sides = [ours, without_mask(peer), peer._replace(name=f"{peer.name}, mask of ones")]
+    trainers = [Trainer(side, setting, rows) for side in sides]
+    flops = [trainer.flops_per_row() for trainer in trainers]
+    sizes = [trainer.fitting_size() if size is None else size for trainer in trainers]
     if setting.compile:
         compile_sides(ours, peer)
-    trainers = (Trainer(ours, setting, rows), Trainer(peer, setting, rows))
-    best = tuple(t.best_size(sizes) if len(sizes) > 1 else sizes[0] for t in trainers)
-    seconds = measure(trainers, (best[0], best[1]), steps)
-    sides = [report(setting, *values) for values in zip(trainers, best, seconds, strict=True)]
-    rates = [size / time for size, time in zip(best, seconds, strict=True)]
+    seconds = measure(trainers, sizes, steps)
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    gemm = gemm_rate(setting.device, dtype)
+    figures = [
+        report(*values, gemm) for values in zip(trainers, sizes, seconds, flops, strict=True)
+    ]
+    rates = [size / time for size, time in zip(sizes, seconds, strict=True)]
     return {
         "loss_with_dropout_off": {"ours": losses[0], "peer": losses[1]},
-        "ours": sides[0],
-        "peer": sides[1],
+        "gemm_flops_per_second": gemm,
+        "ours": figures[0],
+        "peer": figures[1],
+        "peer_with_mask": figures[2] if len(figures) > 2 else None,
         "ratio": spread(rates[0] / rates[1]),
+        "ratio_to_peer_with_mask": spread(rates[0] / rates[2]) if len(rates) > 2 else None,
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console()
-    for side in (result["ours"], result["peer"]):
+    console = Console(width=160)
+    for side in (result["ours"], result["peer"], result["peer_with_mask"]):
+        if side is None:
+            continue
         rate = side["tokens_per_second"]
-        mfu = "" if side["mfu"] is None else f", MFU {100 * side['mfu']:.1f}%"
+        used = f"{100 * side['share_of_gemm_rate']:.0f}% of GEMM rate"
+        if side["mfu"] is not None:
+            used = f"MFU {100 * side['mfu']:.1f}%, executed {100 * side['hfu']:.1f}%, {used}"
         console.print(
-            f"{side['name']:<30} {rate['median']:>12,.0f} tokens/s "
-            f"({rate['p20']:,.0f} to {rate['p80']:,.0f}; batch {side['micro_batch_size']}{mfu})"
+            f"{side['name']:<42} {rate['median']:>12,.0f} tokens/s "
+            f"({rate['p20']:,.0f} to {rate['p80']:,.0f}; batch {side['micro_batch_size']}, {used})"
         )
-    ratio = result["ratio"]
-    console.print(f"ratio {ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
+    for name, key in (("ratio", "ratio"), ("with the mask", "ratio_to_peer_with_mask")):
+        if (ratio := result[key]) is not None:
+            console.print(
+                f"{name} {ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+            )
+    console.print(f"fastest matrix product: {result['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s")

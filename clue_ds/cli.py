@@ -36,6 +36,7 @@ _SUBJECTS = {
     "saving": "what a checkpoint costs training, against DeepSpeed's own",
     "scaling": "several ranks and ZeRO stages against one rank",
     "kernels": "fused kernels against torch, on a GPU",
+    "gpu": "all that a new GPU machine should be asked first, in minutes, with a page",
     "finetune": "against transformers' Trainer",
     "evidence": "curves of pretraining and fine-tuning, with a plot",
     "demo": "the demo with several seeds, and what pretraining gained",

@@ -216,11 +216,12 @@ def _apex(case: Case) -> dict[str, Forward]:
     return {"apex": lambda x, w, b: norm(x, w, b, (case.hidden,), eps=EPS)}
 
 
-def check(case: Case, device: torch.device) -> None:
-    """Compare every provider's result and gradients, without dropout, with fp32 torch.
+def errors(case: Case, device: torch.device, only: str | None = None) -> dict[str, float]:
+    """Largest difference of each provider's result and gradients, without dropout, from fp32 torch.
 
-    Raises AssertionError for a provider that is off by more than TOLERANCE.
+    `only` names the one provider that is compared; on a CPU it then runs in the interpreter.
     """
+    runs_kernels = device.type == "cuda" or (only is not None and available())
     quiet = case._replace(p=0.0, rows=min(case.rows, 257))
     leaves = inputs_of(quiet, device)
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
@@ -229,14 +230,25 @@ def check(case: Case, device: torch.device) -> None:
         out = forward(*tensors)
         return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out) / quiet.rows**0.5)]
 
-    expected = run(_chain(reference, quiet, device), wide)
+    expected, worst = run(_chain(reference, quiet, device), wide), {}
     for name, forward in providers(quiet, device).items():
-        with _backend_of(name, device.type == "cuda"):
-            found = run(forward, leaves)
-        for mine, exact in zip(found, expected, strict=True):
-            largest = max(exact.abs().max().item(), NEARLY_ZERO)
-            error = (mine.float() - exact).abs().max().item() / largest
-            assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.1%} on {quiet}"
+        if only in (None, name):
+            with _backend_of(name, runs_kernels):
+                found = run(forward, leaves)
+            pairs = zip(found, expected, strict=True)
+            worst[name] = max(_relative_error(mine, exact) for mine, exact in pairs)
+    return worst
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    largest = max(exact.abs().max().item(), NEARLY_ZERO)
+    return (found.float() - exact).abs().max().item() / largest
+
+
+def check(case: Case, device: torch.device) -> None:
+    """AssertionError for a provider that is off by more than TOLERANCE."""
+    for name, error in errors(case, device).items():
+        assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.1%} on {case}"
 
 
 @contextlib.contextmanager

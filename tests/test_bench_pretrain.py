@@ -48,6 +48,16 @@ def test_both_sides_compute_the_same_loss_and_a_wrong_one_is_caught() -> None:
         bench.check_same_loss(ours, peer, batch, SETTING)
 
 
+def test_a_batch_with_short_rows_keeps_the_peers_mask(tmp_path: Path) -> None:
+    rows = bench.random_rows(CONFIG, 4, 32, seed=1)
+    rows["lengths"][1] = 20
+    rows["masked_labels"][rows["masked_positions"] >= rows["lengths"][:, None]] = IGNORED_LABEL
+    both = bench.for_both(rows, torch.device("cpu"))
+    result = bench.compare(SETTING, both, 2, steps=1, seed=1)
+    assert result["peer"]["name"] == "transformers BertForMaskedLM"
+    assert result["peer_with_mask"] is None and result["ratio_to_peer_with_mask"] is None
+
+
 def test_verb_writes_figures_with_their_environment(tmp_path: Path) -> None:
     output = tmp_path / "results" / "pretrain.json"
     argv = ["bench", "pretrain", "--seq-length", "16", "--micro-batch-size", "2", "--steps", "3"]
@@ -57,6 +67,18 @@ def test_verb_writes_figures_with_their_environment(tmp_path: Path) -> None:
     result = json.loads(output.read_text(encoding="utf-8"))
     assert result["environment"]["versions"]["torch"]
     assert result["setting"]["preset"] == "roberta_tiny_clue"
+    # Every row is full, so the peer runs without a mask, and beside that with one.
+    assert result["peer"]["name"].endswith("no mask")
+    assert result["peer_with_mask"]["name"].endswith("mask of ones")
+    assert result["ours"]["mfu"] is None and 0 < result["ours"]["share_of_gemm_rate"]
+    # We leave out work at positions that are not predicted; the peer does it all.
+    per_step = {
+        side: result[side]["executed_flops_per_second"]
+        * result[side]["milliseconds_per_step"]["median"]
+        for side in ("ours", "peer", "peer_with_mask")
+    }
+    assert per_step["ours"] < 0.75 * per_step["peer"]
+    assert per_step["peer"] == pytest.approx(per_step["peer_with_mask"])
     for side in ("ours", "peer"):
         rate, time = result[side]["tokens_per_second"], result[side]["milliseconds_per_step"]
         assert rate["p20"] <= rate["median"] <= rate["p80"]

@@ -108,6 +108,7 @@ LAW: dict[str, set[str]] = {
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule")),
     },
     "clue_ds.benchmarks": {
+        "clue_ds.config",
         "clue_ds.data",
         "clue_ds.model",
         "clue_ds.metrics",
@@ -149,7 +150,7 @@ LAW: dict[str, set[str]] = {
 # Foreign packages that few modules may import.
 ONLY_IN = {
     "deepspeed": {"clue_ds.pretrain.engine", "clue_ds.checkpoint"},
-    "triton": {"clue_ds.kernels"},
+    "triton": {"clue_ds.kernels", "clue_ds.benchmarks.fake_gpu"},
     "tensorflow": set(),
 }
 MAX_FILES = 14
