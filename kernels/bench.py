@@ -217,7 +217,7 @@ def _apex(case: Case) -> dict[str, Forward]:
 
 
 def errors(case: Case, device: torch.device, only: str | None = None) -> dict[str, float]:
-    """Largest difference of each provider's result and gradients, without dropout, from fp32 torch.
+    """Largest error of each provider against fp32 torch, without dropout: a share (see TOLERANCE).
 
     `only` names the one provider that is compared; on a CPU it then runs in the interpreter.
     """

@@ -105,10 +105,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def dense_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """GELU(x W^T + bias): x [..., I], weight [O, I] -> [..., O]."""
-    # Inductor fuses GELU and its derivative with their neighbours, which it can't do with ours.
-    if not torch.compiler.is_compiling() and _takes_kernel(x, weight.shape[0], "bias_gelu"):
+    if _takes_kernel(x, weight.shape[0], "bias_gelu"):
         return _operations.bias_gelu(F.linear(x, weight), bias, approximate)
-    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    return _operations.bias_gelu(F.linear(x, weight, bias), None, approximate)
 
 
 def dense_dropout_add_layer_norm(
