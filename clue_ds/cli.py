@@ -33,6 +33,7 @@ _SUBJECTS = {
     "cold": "a corpus larger than memory, read from a cold disk",
     "scale": "seconds and memory to open a corpus of 100 GB",
     "pretrain": "tokens per second against a plain training loop",
+    "padding": "tokens per second without padding against padded rows",
     "saving": "what a checkpoint costs training, against DeepSpeed's own",
     "scaling": "several ranks and ZeRO stages against one rank",
     "kernels": "fused kernels against torch, on a GPU",

@@ -101,6 +101,11 @@ class DataSection(Section):
         "one document), packed (several documents, each attending only to itself); "
         "train.objective nsp and sop make pairs instead",
     )
+    padding: Literal["auto", "keep", "remove"] = Field(
+        "auto",
+        description="padding behind the last token of a row: remove (rows lie end to end in one "
+        "buffer), keep, or auto (remove where rows differ in length or hold several documents)",
+    )
     pairs: list[PathText] = Field(
         [], description="for objective pair: files of JSON lines with sentence1, sentence2, label"
     )

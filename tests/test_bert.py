@@ -17,7 +17,8 @@ from transformers import BertForPreTraining as Peer
 from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import key_mask, pad_vocab, without_full_lengths
+from clue_ds.model.bert import pad_vocab
+from clue_ds.model.masks import key_mask, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 

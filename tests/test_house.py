@@ -80,6 +80,7 @@ LAW: dict[str, set[str]] = {
     },
     "clue_ds.model": {"clue_ds.config"},
     "clue_ds.model.ops": {"clue_ds.kernels"},
+    "clue_ds.model.packed_attention": {"clue_ds.kernels", "clue_ds.model.ops"},
     # What the ranks of a job owe each other, whatever they compute.
     "clue_ds.job": {"clue_ds.config", "clue_ds.dist", "clue_ds.launcher.contract"},
     "clue_ds.checkpoint": {"clue_ds.config", "clue_ds.model"},

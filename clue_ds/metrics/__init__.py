@@ -138,7 +138,9 @@ class Meter:
         lengths = batch["lengths"].double()
         self._num_tokens += float(lengths.sum())
         # Attention costs the square of a sequence's length, and packed rows hold several sequences.
-        sequences = batch["cu_seqlens"].diff().double() if "cu_seqlens" in batch else lengths
+        # The lengths of a flat batch (data/flat.py) are those of its sequences.
+        is_packed = "cu_seqlens" in batch and "bounds" not in batch
+        sequences = batch["cu_seqlens"].diff().double() if is_packed else lengths
         self._sum_squares += float(sequences.square().sum())
         self._num_predicted += float((batch["masked_labels"] >= 0).sum())
 

@@ -25,6 +25,8 @@ from clue_ds.errors import UserError
 from clue_ds.model import ops
 from clue_ds.model.blocks import BertLayer, Dense, Table
 from clue_ds.model.init import initialize
+from clue_ds.model.masks import key_mask, split_rows
+from clue_ds.model.packed_attention import Layout
 from clue_ds.presets import ModelConfig
 
 VOCAB_MULTIPLE = 64
@@ -61,11 +63,13 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         """ids [B, S] -> [B, S, H]; without `position_ids` positions count from 0 in each row."""
         if position_ids is not None:
-            # Packed rows: positions start again at each sequence. The fused operation takes
-            # positions 0 to S - 1 only, so the three embeddings are summed here.
-            assert token_type_ids is None, "rows of several sequences have one segment type"
+            # Positions start again at each sequence. The fused operation takes positions 0 to
+            # S - 1 only, so the three embeddings are summed here.
             summed = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-            summed = summed + self.token_type_embeddings.weight[0]
+            if token_type_ids is None:
+                summed = summed + self.token_type_embeddings.weight[0]
+            else:
+                summed = summed + self.token_type_embeddings(token_type_ids)
             norm = self.LayerNorm
             normalized = ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
             return ops.dropout(normalized, self.p, self.training)
@@ -90,10 +94,16 @@ class Encoder(nn.Module):
         blocks = (BertLayer(config, backend) for _ in range(config.num_hidden_layers))
         self.layer = nn.ModuleList(blocks)
 
-    def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        keep: Tensor | None,
+        rows: Tensor | None,
+        layout: Layout | None = None,
+    ) -> Tensor:
         for block in self.layer[:-1]:
-            hidden = block(hidden, keep)
-        return self.layer[-1](hidden, keep, rows)
+            hidden = block(hidden, keep, None, layout)
+        return self.layer[-1](hidden, keep, rows, layout)
 
 
 class Pooler(nn.Module):
@@ -120,6 +130,7 @@ class BertModel(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config, padded_vocab_size or config.vocab_size)
         self.encoder = Encoder(config, attention)
+        self.attention: ops.Attention = attention
         self.pooler = Pooler(config)
 
     def forward(
@@ -151,6 +162,18 @@ class BertModel(nn.Module):
             return self.encoder(self.embeddings(input_ids, None, position_ids), keep, rows)
         keep = key_mask(lengths, attention_mask, seq_length)
         return self.encoder(self.embeddings(input_ids, token_type_ids), keep, rows)
+
+    def flat(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        rows: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """Hidden states [R, H] at the tokens `rows` [R] of sequences laid end to end, ids [T]."""
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
+        return self.encoder(embedded, None, rows, layout)
 
 
 class PredictionTransform(nn.Module):
@@ -256,6 +279,9 @@ class BertForPreTraining(nn.Module):
         masked_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_predictions: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> PreTrainingOutput:
         """Logits, or the MLM loss, of int64 ids [B, S] (see BertModel for the other inputs).
 
@@ -270,7 +296,19 @@ class BertForPreTraining(nn.Module):
         With `next_sentence_label` [B] (-100: no pair) as well, pooler and NSP head run, and `loss`
         is mlm_weight times the MLM loss plus the sum of the pairs' cross entropies / B. `pair_sums`
         [3] holds that sum, the number of pairs predicted correctly, and the number of pairs.
+
+        With `bounds` the batch is flat: sequences laid end to end, as data/flat.py makes them. The
+        loss is that of the padded rows: `bounds` has B * P as its divisor.
         """
+        if bounds is not None:
+            assert masked_positions is not None and masked_labels is not None
+            assert position_ids is not None and cu_predictions is not None
+            longest, most, num_slots = bounds.tolist()
+            layout = Layout(cu_seqlens, cu_predictions, longest, most, self.bert.attention)
+            hidden = self.bert.flat(
+                input_ids, token_type_ids, position_ids, masked_positions, layout
+            )
+            return self._flat_loss(hidden, masked_labels, layout, num_slots, next_sentence_label)
         inputs = (input_ids, token_type_ids, lengths, attention_mask)
         if masked_labels is not None:
             assert masked_positions is not None, "labels belong to masked_positions"
@@ -295,6 +333,25 @@ class BertForPreTraining(nn.Module):
     def _predict(self, hidden: Tensor, labels: Tensor) -> PreTrainingOutput:
         """The MLM head and its loss: hidden [B, P, H], labels [B, P]."""
         return self._loss(self.cls.predictions(hidden), labels)
+
+    def _flat_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        layout: Layout,
+        num_slots: int,
+        pairs: Tensor | None,
+    ) -> PreTrainingOutput:
+        """hidden [R, H] at the queries, labels [R], pairs [B]."""
+        mlm = self._predict(hidden[None], labels[None])
+        assert mlm.loss is not None
+        # It was divided by the number of queries, which differs from batch to batch.
+        mlm = mlm._replace(loss=mlm.loss * (len(labels) / num_slots))
+        if pairs is None:
+            return mlm
+        # Each row is a sequence, and its first query is its [CLS].
+        first = hidden.index_select(0, layout.cu_predictions[: len(pairs)])
+        return self._add_pairs(mlm, self.bert.pooler(first), pairs)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> PreTrainingOutput:
         """logits [B, P, padded V], labels [B, P]."""
@@ -324,50 +381,6 @@ class BertForPreTraining(nn.Module):
         assert mlm.loss is not None
         loss = self.mlm_weight * mlm.loss + summed / len(labels)
         return mlm._replace(loss=loss, pair_sums=sums)
-
-
-def key_mask(
-    lengths: Tensor | None, attention_mask: Tensor | None, seq_length: int
-) -> Tensor | None:
-    """bool [B, 1, 1, S], True for keys that count; None when all do (attention is then cheaper).
-
-    On a GPU it is None only when neither argument is given, because finding out whether all keys
-    count would synchronize with the GPU.
-    """
-    assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
-    if lengths is not None:
-        keep = torch.arange(seq_length, device=lengths.device) < lengths[:, None]
-    elif attention_mask is not None:
-        keep = attention_mask.bool()
-    else:
-        return None
-    if keep.device.type == "cpu" and bool(keep.all()):
-        return None
-    return keep[:, None, None, :]
-
-
-def without_full_lengths(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch in host memory, without its `lengths` [B] if every row is full."""
-    lengths, seq_length = batch.get("lengths"), batch["input_ids"].shape[1]
-    if lengths is None or bool((lengths < seq_length).any()):
-        return batch
-    return {name: tensor for name, tensor in batch.items() if name != "lengths"}
-
-
-def split_rows(cu_seqlens: Tensor, seq_length: int) -> tuple[Tensor, Tensor]:
-    """position_ids [B, S] and attention mask of packed rows, which hold several sequences.
-
-    The mask is bool [B, 1, S, S], True where query and key are in the same sequence. Padding counts
-    as one more sequence, because softmax needs at least one key; its results are not used.
-    """
-    places = torch.arange(seq_length, device=cu_seqlens.device).expand(len(cu_seqlens), -1)
-    # Sequence i of a row covers positions cu_seqlens[i] to cu_seqlens[i + 1] - 1, so the number of
-    # ends that are not after a position is the number of its sequence.
-    number = torch.searchsorted(cu_seqlens[:, 1:].contiguous(), places.contiguous(), right=True)
-    # [B, 1, S, 1] == [B, 1, 1, S] -> [B, 1, S, S]
-    same = number[:, None, :, None] == number[:, None, None, :]
-    # Positions are counted from the start of their sequence.
-    return places - cu_seqlens.gather(1, number), same
 
 
 def pad_vocab(config: ModelConfig) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 B: sequences   S: positions   R: positions that are needed (`rows`), S or fewer   T: S or R
 H: hidden size   N: heads   D: head size, H / N
+In a flat batch, whose sequences lie end to end, T is the number of tokens and R that of queries.
 
 A block computes query, key and value in one GEMM and reads its children's parameters itself: the
 nn.Linear and nn.LayerNorm modules below only hold parameters, and their own forward doesn't run
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clue_ds.model import ops
+from clue_ds.model.packed_attention import Layout, packed_attention
 from clue_ds.presets import ModelConfig
 
 
@@ -121,6 +123,25 @@ class Attention(nn.Module):
         context = ops.attention(query, key, value, keep, self.p, self.training, self.backend)
         return self.output(context.transpose(1, 2).flatten(2), residual)
 
+    def flat(self, hidden: Tensor, layout: Layout, rows: Tensor | None) -> Tensor:
+        """hidden [T, H] of sequences laid end to end -> [T, H], or [R, H] at tokens `rows` [R]."""
+        here = self.self
+        if rows is None:
+            residual, query = hidden, None
+            tokens = self._project_flat(hidden, here.query, here.key, here.value)
+        else:
+            residual = hidden.index_select(0, rows)
+            query = self._project_flat(residual, here.query)[:, 0]
+            tokens = self._project_flat(hidden, here.key, here.value)
+        context = packed_attention(tokens, layout, self.p, self.training, query)
+        return self.output(context.flatten(1), residual)
+
+    def _project_flat(self, x: Tensor, *projections: nn.Linear) -> Tensor:
+        """x [T, H] through k projections in one GEMM -> [T, k, N, D]."""
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
+        return F.linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, -1))
+
 
 class BertLayer(nn.Module):
     """One block: attention, then the feed-forward network, each with add and LayerNorm."""
@@ -131,9 +152,21 @@ class BertLayer(nn.Module):
         self.intermediate = DenseGelu(config.hidden_size, config.intermediate_size, config)
         self.output = DenseAddNorm(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, keep: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], or [B, R, H] at the positions `rows` [B, R]."""
-        attended = self.attention(hidden, keep, rows)
+    def forward(
+        self,
+        hidden: Tensor,
+        keep: Tensor | None,
+        rows: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H], or [B, R, H] at the positions `rows` [B, R].
+
+        With a `layout` of sequences laid end to end: hidden [T, H] -> [T, H], or [R, H] at `rows`.
+        """
+        if layout is None:
+            attended = self.attention(hidden, keep, rows)
+        else:
+            attended = self.attention.flat(hidden, layout, rows)
         return self.output(self.intermediate(attended), attended)
 
 

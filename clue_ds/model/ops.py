@@ -93,6 +93,11 @@ def _takes_kernel(x: Tensor, width: int, operation: str) -> bool:
     return _operations is kernels and kernels.use_triton(x, width, operation)
 
 
+def takes_attention(x: Tensor) -> bool:
+    """Whether attention on packed sequences `x` [..., D] runs as a kernel of ours."""
+    return _takes_kernel(x, x.shape[-1], "attention")
+
+
 def embedding_layer_norm(*tables_and_options: Any, **options: Any) -> Tensor:
     """`clue_ds.kernels.embedding_layer_norm`, or its reference."""
     return _operations.embedding_layer_norm(*tables_and_options, **options)

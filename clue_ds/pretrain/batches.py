@@ -6,11 +6,16 @@ text is cut into samples and masked like the training text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.corpus import HELD_OUT
+from clue_ds.data.flat import FlatStream
 from clue_ds.data.sampling import Kind
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture, open_corpus
@@ -58,7 +63,14 @@ def make_stream(
     """The batches that this run makes of `corpus`; `seed` replaces that of the config."""
     data, objective = config.data, config.train.objective
     kind: Kind = objective if objective in PAIR_KINDS else data.samples  # type: ignore[assignment]
-    return SampleStream(
+    make: Callable[..., SampleStream] = SampleStream
+    if removes_padding(config):
+        # A GPU's allocator, and compiled code, are made for few shapes; a CPU saves every token.
+        is_static = torch.cuda.is_available() or config.model.compile
+        make = partial(
+            FlatStream, micro_batch_size=config.train.micro_batch_size, is_static=is_static
+        )
+    return make(
         corpus,
         data.seq_length,
         config.train.global_batch_size,
@@ -70,6 +82,18 @@ def make_stream(
         samples=kind,
         order="shuffle" if objective == "pair" else data.order,
     )
+
+
+def removes_padding(config: RunConfig) -> bool:
+    """Whether rows are laid end to end without their padding (`data.padding`).
+
+    Windows have no padding to remove, but for the last one of a shard. masked_softmax is the
+    reference path of attention, and computes padded rows unless it is told otherwise.
+    """
+    if config.data.padding != "auto":
+        return config.data.padding == "remove"
+    has_padding = config.train.objective != "mlm" or config.data.samples != "windows"
+    return has_padding and config.model.attention != "masked_softmax"
 
 
 def make_evaluator(

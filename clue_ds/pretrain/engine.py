@@ -39,10 +39,11 @@ from clue_ds.checkpoint.manifest import FROZEN, TAG, Choice
 from clue_ds.checkpoint.shards import COUNTERS, SavedState
 from clue_ds.checkpoint.snapshot import Capture, PendingFile
 from clue_ds.config import TrainSection
+from clue_ds.data import flat
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
-from clue_ds.model.bert import without_full_lengths
 from clue_ds.model.cuda_graph import LAST_STAGE, GraphedForward
+from clue_ds.model.masks import without_full_lengths
 from clue_ds.pretrain import ds_json, muon, optim
 
 # DeepSpeed's own variable, in minutes, with DeepSpeed's default.
@@ -182,12 +183,17 @@ class Engine:
         self.gradient_accumulation_steps = number
 
     def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """A rank's batch [B, ...], moved to its device and cut into the step's micro-batches."""
+        """A rank's batch, padded or flat, moved to its device and cut into micro-batches."""
+        number = self.gradient_accumulation_steps
+        stays = flat.ON_HOST if flat.is_flat(batch) else ()
         moved = {
-            k: v.to(self.device, non_blocking=True) for k, v in without_full_lengths(batch).items()
+            k: v if k in stays else v.to(self.device, non_blocking=True)
+            for k, v in without_full_lengths(batch).items()
         }
         self._random_state = torch.get_rng_state(), self._device_random_state()
-        number = self.gradient_accumulation_steps
+        if flat.is_flat(batch):
+            assert len(batch["sizes"]) == number, "the stream was made for other micro-batches"
+            return flat.split(moved)
         chunks = {k: v.chunk(number) for k, v in moved.items()}
         return [{k: v[i] for k, v in chunks.items()} for i in range(number)]
 

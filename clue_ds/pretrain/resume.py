@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "deepspeed",  # another stage or offload is regrouped by Engine.load
     "data.corpus",  # compared by its fingerprint
     "data.mixture",  # part of that fingerprint, with its shares
+    "data.padding",  # the same rows, and the same update up to the order of its sums
     "train.micro_batch_size",
     "train.on_nan",
     "train.max_skipped_steps",
