@@ -140,6 +140,31 @@ def test_dropout_of_the_loop_leaves_its_gradient_right() -> None:
     assert torch.autograd.gradcheck(attend, (kv, query.requires_grad_()), fast_mode=True)
 
 
+def test_flash_attention_is_registered_with_its_gradient(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, in the form in which FlashAttention takes it: every weight that rows
+    without padding reach gets a gradient. The numbers need a GPU (tests/gpu)."""
+    config = ModelConfig(
+        vocab_size=corpus.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    with torch.device("meta"):
+        model = BertForPreTraining(config).bfloat16()
+    assert packed_attention.choose(torch.empty(3, 2, 8), "sdpa") == "rows"
+    half = torch.empty(3, 2, 8, device="meta", dtype=torch.bfloat16)
+    assert packed_attention.choose(half, "sdpa") == "flash"
+    assert packed_attention.choose(half[..., :6], "sdpa") == "dense"
+    batch = split(flat_stream(corpus, "documents").batch(0))[0]
+    inputs = {n: t if n == "bounds" else t.to("meta") for n, t in batch.items()}
+    model(**inputs).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert all("pooler" in n or "seq_relationship" in n for n in missing)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
