@@ -31,8 +31,8 @@ from clue_ds.model.bert import PreTrainingOutput
 LAST_STAGE = 2
 # Passes on a side stream before the capture, as CUDA wants them: libraries make their workspaces.
 WARM_UP_PASSES = 2
-# Every graph keeps the activations of its micro-batch. A run has one shape, and a phase another.
-MAX_GRAPHS = 4
+# Rows without padding have 16 shapes (data/flat.py), and each phase of a run has its own.
+MAX_GRAPHS = 64
 
 
 class GraphedForward:
@@ -44,22 +44,30 @@ class GraphedForward:
         self._forward: Callable[..., PreTrainingOutput] = model.forward
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._graphs: dict[Any, _Graph | None] = {}  # None: seen once
+        # One pool of memory for all graphs: no two are ever between forward and backward pass.
+        self._pool: Any = None
 
     def __call__(self, **inputs: Tensor) -> PreTrainingOutput:
         if not (self.active and self._model.training and torch.is_grad_enabled()):
             return self._forward(**inputs)
-        key = tuple((name, t.shape, t.dtype) for name, t in sorted(inputs.items()))
+        key = tuple(_key(name, tensor) for name, tensor in sorted(inputs.items()))
         if key not in self._graphs:
             if len(self._graphs) < MAX_GRAPHS:
                 self._graphs[key] = None
             return self._forward(**inputs)
         graph = self._graphs[key]
         if graph is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             body = _Body(self._model, self._forward)
-            graph = self._graphs[key] = _Graph(body, self._parameters, inputs)
+            graph = self._graphs[key] = _Graph(body, self._parameters, inputs, self._pool)
         for name, tensor in inputs.items():
             graph.inputs[name].copy_(tensor, non_blocking=True)
         return graph.rebuild(_Replay.apply(graph, *self._parameters.values()))  # type: ignore[no-untyped-call]
+
+
+def _key(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """What a graph depends on. Values on the host become constants of the graph."""
+    return name, tensor.shape, tensor.dtype, () if tensor.is_cuda else tuple(tensor.tolist())
 
 
 class _Body(nn.Module):
@@ -78,7 +86,11 @@ class _Graph:
     """The two graphs of one shape, and the tensors they read and write."""
 
     def __init__(
-        self, body: _Body, parameters: dict[str, nn.Parameter], inputs: dict[str, Tensor]
+        self,
+        body: _Body,
+        parameters: dict[str, nn.Parameter],
+        inputs: dict[str, Tensor],
+        pool: Any,
     ) -> None:
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         random_state = torch.cuda.get_rng_state()
@@ -101,12 +113,16 @@ class _Graph:
 
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: meanwhile the loader's thread may pin memory, and NCCL's look at events.
-        options: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
+        options: dict[str, Any] = {
+            "pool": pool,
+            "stream": stream,
+            "capture_error_mode": "thread_local",
+        }
         with torch.cuda.graph(self.forward_graph, **options):
             output = forward()
             assert output.loss is not None
             self.loss_gradient = torch.ones_like(output.loss)
-        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **options):
+        with torch.cuda.graph(self.backward_graph, **options):
             self.gradients = torch.autograd.grad(output.loss, leaves, self.loss_gradient)
         self.output = PreTrainingOutput(*(None if t is None else t.detach() for t in output))
         torch.cuda.set_rng_state(random_state)
