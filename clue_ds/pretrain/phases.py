@@ -30,6 +30,7 @@ from clue_ds import dist
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.counter_rng import derive
+from clue_ds.data.flat import FlatStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.loader import Skip, batch_number
 from clue_ds.data.stream.mixture import Mixture, corpora_of, names_of
@@ -173,10 +174,16 @@ def fingerprints(phases: Sequence[RunPhase]) -> tuple[tuple[int, str], ...]:
 def with_settings(phases: Sequence[RunPhase], config: RunConfig) -> list[RunPhase]:
     """The phases with the settings of `config`, which differs in how steps are computed only."""
     own = parts(config.model_dump())
-    return [
+    changed = [
         dataclasses.replace(phase, part=part, config=config.in_phase(part.number))
         for phase, part in zip(phases, own, strict=True)
     ]
+    for phase in changed:
+        streams = [phase.stream] + ([phase.evaluator.stream] if phase.evaluator else [])
+        for stream in streams:
+            if isinstance(stream, FlatStream):
+                stream.micro_batch_size = phase.config.train.micro_batch_size
+    return changed
 
 
 def at(phases: Sequence[RunPhase], step: int) -> RunPhase:
