@@ -15,6 +15,8 @@ else:
     from . import functional, reference  # isort: skip
     from .backend import available, get_backend, refuse, set_backend, use_triton
     from .functional import (
+        attention,
+        attention_to,
         bias_dropout_add_layer_norm,
         bias_gelu,
         embedding_layer_norm,
@@ -27,6 +29,8 @@ __all__ = [
     "FusedLayerNorm",
     "FusedScaleMaskSoftmax",
     "apply_kernels_to_bert",
+    "attention",
+    "attention_to",
     "available",
     "bias_dropout_add_layer_norm",
     "bias_gelu",

@@ -1,7 +1,8 @@
 """The public operations: each runs as a Triton kernel or in plain torch (`reference`).
 
 M: rows (any leading dimensions, packed tokens [T, H] too)   H: hidden size
-B: sequences   N: heads   Q, K: query and key positions
+B, S: sequences   N: heads   Q, K: query and key positions   D: head size
+T: tokens of all sequences, one after another   R: queries of all sequences
 
 Both compute in fp32 whatever the inputs' dtype, and return the first tensor's dtype. Activations
 may be fp32, fp16 or bf16, with parameters of the same or another of these dtypes. A dropout mask
@@ -23,6 +24,7 @@ from . import reference
 from .backend import HAS_TRITON, is_host_bound, use_triton
 
 if HAS_TRITON:
+    from . import attention as fused_attention
     from . import bias_dropout_add_layer_norm as fused_add_norm
     from . import bias_gelu as fused_gelu
     from . import embedding_layer_norm as fused_embedding
@@ -130,3 +132,56 @@ def embedding_layer_norm(
     takes_kernel = use_triton(word, word.shape[-1], "embedding_layer_norm")
     implementation = fused_embedding if takes_kernel else reference
     return implementation.embedding_layer_norm(input_ids, token_type_ids, *tables, *options)
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Attention within each of the packed sequences: qkv [T, 3, N, D] -> [T, N, D].
+
+    Sequence i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1]. `cu_seqlens` is int32
+    [S + 1], ascending from 0 to T, so that every token lies in a sequence: a token outside would
+    keep whatever its memory held. Sequences may be empty. None may be longer than `max_seqlen`,
+    which is a number on the host, so that nothing waits for the device.
+
+    Scores are scaled by D ** -0.5. With a seed, the row (token, head) and the column (position of
+    the key in its sequence) decide whether a probability is dropped. `qkv` may have any strides;
+    its gradient is one contiguous tensor. The kernel takes even head sizes to 64, and the
+    reference takes all others.
+    """
+    implementation = fused_attention if _takes_heads(qkv) else reference
+    return implementation.attention(qkv, cu_seqlens, max_seqlen, dropout_p, training, seed)
+
+
+def attention_to(
+    query: Tensor,
+    kv: Tensor,
+    cu_queries: Tensor,
+    cu_seqlens: Tensor,
+    max_queries: int,
+    max_seqlen: int,
+    dropout_p: float = 0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """`attention` with queries of their own: query [R, N, D], kv [T, 2, N, D] -> [R, N, D].
+
+    Query i sees the keys of its sequence. `cu_queries`, int32 [S + 1] from 0 to R, says where the
+    queries of each sequence begin, and `max_queries` how many one has at most. The row of a
+    dropout mask is (i, head). A query whose sequence has no keys gets zeros. Query, key and value
+    have one dtype.
+    """
+    offsets = (cu_queries, cu_seqlens, max_queries, max_seqlen)
+    implementation = fused_attention if _takes_heads(query) else reference
+    return implementation.attention_to(query, kv, *offsets, dropout_p, training, seed)
+
+
+def _takes_heads(x: Tensor) -> bool:
+    """Whether attention on `x`, whose last dimension is the head size, runs the kernel."""
+    head_size = x.shape[-1]
+    return use_triton(x, head_size) and fused_attention.supports(head_size)

@@ -1,7 +1,8 @@
 """The fused operations of a BERT encoder in plain torch: what every kernel must compute.
 
 M: rows, usually batch x sequence (any leading dimensions will do)   H: hidden size
-V: vocabulary   B: sequences   N: attention heads   Q, K: query and key positions
+V: vocabulary   B, S: sequences   N: attention heads   Q, K: query and key positions
+T: tokens of all sequences, one after another   R: queries of all sequences   D: head size
 
 Guarantees: statistics and softmax are computed in fp32 whatever the dtype of the inputs; the result
 has the dtype of the first input; a softmax row whose keys are all masked is zeros with zero
@@ -220,3 +221,66 @@ def embedding_layer_norm(
     else:
         summed = summed + F.embedding(token_type_ids, token_type)
     return dropout(layer_norm(summed, weight, bias, eps), p, training, seed)
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Attention within each of the packed sequences: qkv [T, 3, N, D] -> [T, N, D].
+
+    Sequence i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1]; cu_seqlens is [S + 1], from 0
+    to T. No sequence is longer than `max_seqlen`. Scores are scaled by D ** -0.5.
+    """
+    lengths = (max_seqlen, max_seqlen)
+    return attention_to(
+        qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *lengths, dropout_p, training, seed
+    )
+
+
+def attention_to(
+    query: Tensor,
+    kv: Tensor,
+    cu_queries: Tensor,
+    cu_seqlens: Tensor,
+    max_queries: int,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """The same with queries of their own: query [R, N, D], kv [T, 2, N, D] -> [R, N, D].
+
+    Query i sees the keys of its sequence, which cu_queries says as cu_seqlens does for keys. A
+    query whose sequence has no keys gets zeros. With a seed, row (i, head) and column (position of
+    the key in its sequence) decide whether a probability is dropped.
+    """
+    num_queries, num_heads, head_size = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if not num_queries or not kv.shape[0]:
+        return torch.zeros_like(query) + query[:0].sum() + kv[:0].sum()
+    # Sequences as rows of a padded batch; what is taken beyond an end is masked or dropped again.
+    rows, keys = (
+        (start[:-1, None] + torch.arange(longest, device=query.device)).clamp(max=len(x) - 1)
+        for start, longest, x in ((cu_queries, max_queries, query), (cu_seqlens, max_seqlen, kv))
+    )
+    q = query.to(wide)[rows].transpose(1, 2)  # [S, N, Q, D]
+    k, v = kv.to(wide)[keys].permute(2, 0, 3, 1, 4)  # [S, N, K, D] each
+    lengths = cu_seqlens.diff()
+    scores = q @ k.transpose(-1, -2)
+    probabilities = masked_softmax(scores, key_lengths=lengths, scale=head_size**-0.5)
+    if seed is None:
+        probabilities = dropout(probabilities, dropout_p, training)
+    elif training and dropout_p > 0.0:
+        num_dropped, scale = dropout_threshold(dropout_p)
+        shape = torch.Size((num_queries, num_heads, max_seqlen))
+        keep = philox_keep(shape, num_dropped, seed)[rows].transpose(1, 2)
+        probabilities = torch.where(keep.to(scores.device), probabilities * scale, 0.0)
+    padded = (probabilities @ v).transpose(1, 2)  # [S, Q, N, D]
+    index = torch.arange(num_queries, device=query.device)
+    sequence = torch.searchsorted(cu_queries.contiguous(), index.to(cu_queries), right=True) - 1
+    return padded[sequence, index - cu_queries[sequence]].to(query.dtype)

@@ -109,6 +109,25 @@ def check_last_masks(num_rows: int, width: int, device: torch.device) -> None:
     assert 0.4 < last.float().mean().item() < 0.6 and not torch.equal(last[0], last[1])
 
 
+def check_last_sequence(num_tokens: int, num_heads: int, length: int, device: torch.device) -> None:
+    """Compare attention's result and gradient in the last sequence; the others are zeros."""
+    torch.manual_seed(0)
+    last = slice(num_tokens - length, num_tokens)
+    qkv = torch.zeros(num_tokens, 3, num_heads, 64, device=device, dtype=torch.bfloat16)
+    qkv[last] = torch.randn(length, 3, num_heads, 64, device=device).bfloat16()
+    starts = torch.arange(0, num_tokens + 1, length, device=device, dtype=torch.int32)
+    small = qkv[last].clone().requires_grad_()
+    expected = reference.attention(small, starts[:2], length)
+    dy = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad(expected, small, dy)
+    out = kernels.attention(qkv.requires_grad_(), starts, length)
+    torch.testing.assert_close(out[last], expected, rtol=2**-6, atol=2**-6)
+    dout = torch.zeros_like(out)
+    dout[last] = dy
+    (found,) = torch.autograd.grad(out, qkv, dout)
+    torch.testing.assert_close(found[last], wanted, rtol=2**-5, atol=2**-5)
+
+
 def losses_of(
     backend: str, dropout: float, device: torch.device, num_steps: int, **sizes: int
 ) -> Tensor:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_checks import OPERATIONS, check_all_rows, check_last_masks, check_last_rows, losses_of
+from device_checks import (
+    OPERATIONS,
+    check_all_rows,
+    check_last_masks,
+    check_last_rows,
+    check_last_sequence,
+    losses_of,
+)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -15,6 +22,10 @@ def test_rows(op: str, kernel_device: torch.device) -> None:
 
 def test_masks_of_the_last_rows(kernel_device: torch.device) -> None:
     check_last_masks(65, 256, kernel_device)
+
+
+def test_last_of_many_sequences(kernel_device: torch.device) -> None:
+    check_last_sequence(35, 2, 7, kernel_device)
 
 
 def test_training_takes_the_same_steps(kernel_device: torch.device) -> None:

@@ -33,6 +33,15 @@ def _ids(device: torch.device) -> Tensor:
     return torch.tensor([[1, 4, 1], [0, 2, 3]], device=device)
 
 
+def _starts(device: torch.device, first: int, total: int) -> Tensor:
+    """Offsets of two sequences: `first` tokens, and the rest of `total`."""
+    return torch.tensor([0, first, total], dtype=torch.int32, device=device)
+
+
+def _offsets(x: Tensor, first: int) -> Tensor:
+    return _starts(x.device, first, x.shape[0])
+
+
 CASES = {
     "layer_norm": Case(
         lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),
@@ -71,6 +80,20 @@ CASES = {
         [(6, 5), (4, 5), (2, 5), (5,), (5,)],
         "embedding_layer_norm",
         lambda device: (_seed(device), 0.3, 1e-5, -1),
+    ),
+    "attention": Case(
+        lambda qkv: kernels.attention(qkv, _offsets(qkv, 5), 5, 0.3, seed=SEED),
+        [(7, 3, 2, 6)],
+        "attention",
+        lambda device: (_starts(device, 5, 7), _seed(device), 5, 0.3),
+    ),
+    "attention_to": Case(
+        lambda q, kv: kernels.attention_to(
+            q, kv, _offsets(q, 1), _offsets(kv, 5), 2, 5, 0.3, seed=SEED
+        ),
+        [(3, 2, 6), (7, 2, 2, 6)],
+        "attention_to",
+        lambda device: (_starts(device, 1, 3), _starts(device, 5, 7), _seed(device), 2, 5, 0.3),
     ),
 }  # fmt: skip
 
@@ -159,6 +182,17 @@ GROWING: dict[str, tuple[Callable[..., Tensor], Callable[[int], Any]]] = {
                 *_leaves((6, n + 4), (16, n + 4), (2, n + 4), (n + 4,), (n + 4,))(device),
             ]
         ),
+    ),
+    # Heads have one size in a model; the number of tokens and the longest sequence change.
+    "attention": (
+        lambda qkv: kernels.attention(qkv, _offsets(qkv, 1), qkv.shape[0], 0.3, seed=SEED),
+        lambda n: _leaves((n + 1, 3, 2, 6)),
+    ),
+    "attention_to": (
+        lambda q, kv: kernels.attention_to(
+            q, kv, _offsets(q, 1), _offsets(kv, 1), q.shape[0], kv.shape[0], 0.3, seed=SEED
+        ),
+        lambda n: _leaves((n, 2, 6), (n + 1, 2, 2, 6)),
     ),
 }
 

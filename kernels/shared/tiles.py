@@ -154,14 +154,27 @@ def keep_tile(
     FIRST_COLUMN: tl.constexpr = 0,
 ) -> tl.tensor:
     """bool [ROWS, BLOCK], False where an element is dropped; FIRST_COLUMN is a multiple of 8."""
+    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
+    return keep_rows(seed, rows, FIRST_COLUMN // COLUMNS_PER_COUNTER, NUM_DROPPED, ROWS, BLOCK)
+
+
+@triton.jit
+def keep_rows(
+    seed: tl.tensor,
+    rows: tl.tensor,
+    first_group: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The same for any `rows`, int64 [ROWS], and the columns from 8 x `first_group`."""
     if NUM_DROPPED == DROPOUT_LEVELS:
         return tl.zeros((ROWS, BLOCK), tl.int1)
     # One counter (column / 8, low and high half of the row, 0) for eight columns: the 128 bits that
     # Philox makes of it are eight draws of 16 bits. That costs 14 instructions per element; a
     # `tl.rand` for each element costs 61. Seven rounds are the fewest that pass BigCrush.
     GROUPS: tl.constexpr = BLOCK // COLUMNS_PER_COUNTER
-    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
-    groups = (tl.arange(0, GROUPS) + FIRST_COLUMN // COLUMNS_PER_COUNTER).to(tl.uint32)
+    groups = (tl.arange(0, GROUPS) + first_group).to(tl.uint32)
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
     column = zero + groups[None, :]
     row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
