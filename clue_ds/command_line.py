@@ -41,7 +41,8 @@ def parse(argv: list[str], prog: str) -> RunConfig:
         description=(
             f"{RunConfig.__doc__} Write them in a YAML file (--config RUN.yaml), one level of "
             "nesting for each dot, or on the command line, which wins. Words may be joined by "
-            "dashes or underscores."
+            "dashes or underscores. `clue-ds pretrain --dry-run` prints what every `auto` is on "
+            "these devices, and trains nothing."
         ),
         args=argv,
         default=default,

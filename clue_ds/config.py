@@ -154,7 +154,12 @@ class TrainSection(Section):
     global_batch_size: int = Field(
         256, ge=1, description="sequences per optimizer step, all ranks together"
     )
-    micro_batch_size: int = Field(32, ge=1, description="sequences per forward pass on one rank")
+    micro_batch_size: batch_sizes.MicroBatch = Field(
+        "auto",
+        description="sequences per forward pass on one rank; auto: that of the checkpoint if the "
+        "run continues, else the largest power of two that divides global_batch_size / ranks and "
+        "fits into every GPU's memory (on a CPU: up to 32)",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="type of the weights in forward and backward passes; auto: that of the "
@@ -218,15 +223,16 @@ class TrainSection(Section):
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per step on each rank; a UserError if the batch sizes don't divide."""
-        per_pass = self.micro_batch_size * world_size
-        if self.global_batch_size % per_pass:
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is not divisible by "
-                f"train.micro_batch_size {self.micro_batch_size} x {world_size} ranks = "
-                f"{per_pass}; "
-                + batch_sizes.ways(self.global_batch_size, self.micro_batch_size, world_size)
-            )
-        return self.global_batch_size // per_pass
+        return batch_sizes.num_micro_batches(self.global_batch_size, self.micro_batch(), world_size)
+
+    def micro_batch(self) -> int:
+        """micro_batch_size as a number; pretrain/auto has replaced `auto` before."""
+        assert self.micro_batch_size != "auto"
+        return self.micro_batch_size
+
+    def share(self, world_size: int) -> int:
+        """Sequences per step on each rank; a UserError if the ranks don't divide the batch."""
+        return batch_sizes.num_micro_batches(self.global_batch_size, 1, world_size)
 
 
 class EvaluateSection(Section):

@@ -156,7 +156,7 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
 
     `settings`: as on the command line of `clue-ds pretrain`.
     """
-    from clue_ds.pretrain import batches, train
+    from clue_ds.pretrain import batches, setup, train
 
     try:
         config = train.parse(settings, "clue-ds doctor")
@@ -167,7 +167,7 @@ def _about_run(settings: list[str]) -> tuple[RunConfig | None, str, list[Check]]
         for number in range(len(config.phases)):
             batches.open_data(config.in_phase(number))
         model = config.model.resolve(corpus.vocab_size)
-        train.check(config, model, ds_json.read(config.deepspeed))
+        setup.check(config, model, ds_json.read(config.deepspeed))
     except UserError as error:
         return config, "", [Check("bad", str(error))]
     checks = [

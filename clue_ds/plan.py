@@ -35,6 +35,7 @@ from clue_ds.pretrain.auto.memory import (
     moment_bytes,
     muon_gathered_bytes,
 )
+from clue_ds.pretrain.auto.micro_batch import largest_that_fits, with_sizes
 from clue_ds.pretrain.auto.precision import with_precision
 from clue_ds.settings.arguments import refuse_repeated
 
@@ -167,6 +168,7 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     model = run.model.resolve(own if corpus is None else corpus.vocab_size)
     num_parameters = count_parameters(model)
     stage = ds_json.zero_stage(ds_json.read(run.deepspeed))
+    run, has_auto = _with_micro_batches(run, machine, model, stage)
     parts = run.by_phase()
     largest = max(parts, key=lambda part: activation_bytes(part, model))
     head = (
@@ -175,7 +177,7 @@ def describe(run: RunConfig, machine: Machine) -> list[str]:
     )
     return [
         head,
-        *_batch_lines(parts, machine, model, corpus),
+        *_batch_lines(parts, machine, model, corpus, has_auto),
         *_memory_lines(largest, machine, model, stage),
         *_disk_lines(run, model, stage, corpus, directory),
         *_time_lines(parts, machine, model, num_parameters, stage),
@@ -188,10 +190,37 @@ def _phase_line(parts: list[RunConfig], number: int) -> list[str]:
     return [f"phase {number + 1:<5} {steps:,} steps of length {length}"] if len(parts) > 1 else []
 
 
+def _with_micro_batches(
+    run: RunConfig, machine: Machine, model: ModelConfig, stage: int
+) -> tuple[RunConfig, bool]:
+    """The run with an estimate for each `train.micro_batch_size: auto`, and whether it has any."""
+    room, sizes, has_auto = (machine.memory_gib - RESERVED_GIB) * GIB, [], False
+    for number in range(max(1, len(run.phases))):
+        own = run.in_phase(number)
+        if own.train.micro_batch_size != "auto":
+            sizes.append(own.train.micro_batch())
+            continue
+
+        def peak(size: int, own: RunConfig = own) -> float:
+            train = own.train.model_copy(update={"micro_batch_size": size})
+            tried = own.model_copy(update={"train": train})
+            return gpu_bytes(tried, model, stage, machine.num_gpus)
+
+        fit = largest_that_fits(own.train.share(machine.num_gpus), peak, room)
+        sizes.append(1 if fit is None else fit.size)
+        has_auto = True
+    return with_sizes(run, sizes), has_auto
+
+
 def _batch_lines(
-    parts: list[RunConfig], machine: Machine, model: ModelConfig, corpus: Corpus | None
+    parts: list[RunConfig],
+    machine: Machine,
+    model: ModelConfig,
+    corpus: Corpus | None,
+    is_auto: bool,
 ) -> list[str]:
     lines, steps, total = [], 0, 0
+    note = " (train.micro_batch_size auto, estimated; a run measures it)" if is_auto else ""
     for number, run in enumerate(parts):
         train = run.train
         num_micro_batches = train.gradient_accumulation_steps(machine.num_gpus)
@@ -200,7 +229,7 @@ def _batch_lines(
         lines += [
             *_phase_line(parts, number),
             f"batch       {train.global_batch_size} sequences = {machine.num_gpus} ranks x "
-            f"{num_micro_batches} micro-batches x {train.micro_batch_size}",
+            f"{num_micro_batches} micro-batches x {train.micro_batch()}{note}",
             f"step        {train.global_batch_size:,} samples, {tokens:,} tokens",
         ]
     lines.append(f"run         {steps:,} steps, {total:,} tokens")

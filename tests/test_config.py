@@ -107,7 +107,8 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_accumulation_follows_from_the_batch_sizes() -> None:
     train = config.validate(MINIMAL, "test").train
-    assert (train.global_batch_size, train.micro_batch_size) == (256, 32)
+    assert (train.global_batch_size, train.micro_batch_size) == (256, "auto")
+    train = train.model_copy(update={"micro_batch_size": 32})
     assert [train.gradient_accumulation_steps(world_size) for world_size in (1, 2, 8)] == [8, 4, 1]
     with pytest.raises(UserError, match="set train.global_batch_size to 192 or 288"):
         train.gradient_accumulation_steps(3)

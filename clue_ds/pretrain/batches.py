@@ -67,9 +67,9 @@ def make_stream(
     if removes_padding(config):
         # A GPU's allocator, and compiled code, are made for few shapes; a CPU saves every token.
         is_static = torch.cuda.is_available() or config.model.compile
-        make = partial(
-            FlatStream, micro_batch_size=config.train.micro_batch_size, is_static=is_static
-        )
+        # What `auto` is isn't known yet; phases.with_settings replaces the 1.
+        size = 1 if config.train.micro_batch_size == "auto" else config.train.micro_batch()
+        make = partial(FlatStream, micro_batch_size=size, is_static=is_static)
     return make(
         corpus,
         data.seq_length,

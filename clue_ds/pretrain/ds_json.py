@@ -72,7 +72,7 @@ def our_numbers(train: TrainSection, world_size: int, stage: int) -> dict[str, A
     accumulate_in = train.precision if stage == 0 else "fp32"
     return {
         "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch(),
         "gradient_accumulation_steps": train.gradient_accumulation_steps(world_size),
         "gradient_clipping": train.gradient_clipping,
         "bf16.enabled": train.precision == "bf16",

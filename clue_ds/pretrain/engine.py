@@ -172,7 +172,7 @@ class Engine:
     def change_batch(self, train: TrainSection) -> None:
         """Use these batch sizes from the next step on."""
         engine, number = self._deepspeed, train.gradient_accumulation_steps(dist.world_size())
-        engine.set_train_micro_batch_size(train.micro_batch_size)
+        engine.set_train_micro_batch_size(train.micro_batch())
         engine.set_train_batch_size(train.global_batch_size)
         assert engine.gradient_accumulation_steps() == number
         # DeepSpeed finds the last micro-batch of a step by counting all micro-batches of the run,

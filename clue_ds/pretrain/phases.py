@@ -182,7 +182,7 @@ def with_settings(phases: Sequence[RunPhase], config: RunConfig) -> list[RunPhas
         streams = [phase.stream] + ([phase.evaluator.stream] if phase.evaluator else [])
         for stream in streams:
             if isinstance(stream, FlatStream):
-                stream.micro_batch_size = phase.config.train.micro_batch_size
+                stream.micro_batch_size = phase.config.train.micro_batch()
     return changed
 
 
@@ -229,7 +229,7 @@ def describe(engine: Engine, phase: RunPhase) -> list[str]:
     return [
         f"{engine.num_parameters:,} parameters in {train.precision}, ZeRO stage "
         f"{engine.stage}{graphs}, {dist.world_size()} ranks x {engine.gradient_accumulation_steps} "
-        f"micro-batches x {train.micro_batch_size} sequences of {length}; "
+        f"micro-batches x {train.micro_batch()} sequences of {length}; "
         f"{stream.corpus.num_tokens:,} tokens = {stream.num_samples:,} samples, "
         f"{stream.steps_per_epoch:,} steps per epoch; order {order}",
         f"one step is {train.global_batch_size:,} sequences of up to {length} tokens, at most "

@@ -103,11 +103,12 @@ class RunIdentity:
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 
-def choose(identity: RunIdentity) -> Choice | None:
+def choose(identity: RunIdentity, sets_aside: bool = True) -> Choice | None:
     """The checkpoint that this run continues from; None when it starts from the beginning.
 
-    Rank 0 reads and compares the files, and all ranks get its answer. Damaged directories are
-    renamed to step-N.damaged. UserError when the newest checkpoint belongs to a different run.
+    Rank 0 reads and compares the files, and all ranks get its answer. With `sets_aside` damaged
+    directories are renamed to step-N.damaged. UserError when the newest checkpoint belongs to a
+    different run.
     """
     choice, error = None, None
     if dist.rank() == 0:
@@ -115,7 +116,7 @@ def choose(identity: RunIdentity) -> Choice | None:
             choice = manifests.newest(identity.config.run_dir)
             if choice is not None:
                 _check_same_run(choice, identity)
-                for directory in choice.skipped:
+                for directory in choice.skipped if sets_aside else ():
                     retention.set_aside(directory)
         except UserError as refusal:
             error = str(refusal)

@@ -8,6 +8,7 @@ Works under the deepspeed launcher, torchrun and mpirun, and without any of them
 
     clue-ds launch --local 2 -- pretrain --config run.yaml
     clue-ds pretrain --config run.yaml --train.steps 100
+    clue-ds pretrain --config run.yaml --dry-run
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clue_ds import command_line, dist
 from clue_ds import config as run_config
-from clue_ds.checkpoint import retention, room
+from clue_ds.checkpoint import room
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
@@ -34,19 +34,17 @@ from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
 from clue_ds.job.slow_rank import SlowRanks
 from clue_ds.metrics import Meter, Pulse
-from clue_ds.model import ops
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
-from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import (
     auto,
     batches,
-    ds_json,
     optim,
     phases,
     resume,
     saving,
     schedule,
+    setup,
     start_weights,
 )
 from clue_ds.pretrain.anomalies import spikes
@@ -54,6 +52,7 @@ from clue_ds.pretrain.anomalies.nonfinite import NonFiniteSteps
 from clue_ds.pretrain.anomalies.spikes import Spikes
 from clue_ds.pretrain.engine import Engine, LossScaleExhausted, dropout_seed, start
 from clue_ds.pretrain.phases import RunPhase
+from clue_ds.pretrain.setup import dry_run
 from clue_ds.pretrain.writers import Writers
 from clue_ds.settings import program
 from clue_ds.settings.phases import num_samples
@@ -91,7 +90,12 @@ class Run:
 def main(argv: list[str]) -> None:
     """Pretrain an encoder on a corpus (`clue-ds pretrain --help` lists every setting)."""
     with watchdog.reporting(), dist.report_errors_once():
-        config = parse(argv)
+        words = [word for word in argv if word not in ("--dry-run", "--dry_run")]
+        config = parse(words)
+        if words != argv:
+            dry_run.run(config)
+            dist.report_end(stopped=False)
+            return
         run = build(config)
         with run.saver:
             done = train(run)
@@ -239,22 +243,9 @@ def parse(argv: list[str], prog: str = "clue-ds pretrain") -> RunConfig:
 def build(config: RunConfig) -> Run:
     """Check that corpus, model and batch sizes fit, then start ranks, model and data."""
     # What one rank can check alone.
-    corpus = batches.open_data(config)
-    config, notes_on_config = start_weights.adopt_activation(config)
-    model_config = config.model.resolve(corpus.vocab_size)
-    ds_values = ds_json.read(config.deepspeed)
-    check(config, model_config, ds_values)
-    all_phases = phases.open_phases(config, corpus)
-    retention.check(config, has_held_out=all_phases[0].evaluator is not None)
-    spikes.check_retention(config)
-    identity = resume.RunIdentity(
-        config=config,
-        model=model_config,
-        vocab_file=corpus.vocab_file,
-        vocab_sha256=corpus.vocab_sha256,
-        lower_case=corpus.lower_case,
-        corpora=phases.fingerprints(all_phases),
-    )
+    checked = setup.prepare(config)
+    identity, corpus, ds_values = checked.identity, checked.corpus, checked.ds_values
+    config, all_phases = identity.config, checked.phases
     # The ranks connect and compare themselves.
     watch = watchdog.start(config.health)
     device = start()
@@ -263,7 +254,8 @@ def build(config: RunConfig) -> Run:
     # The run starts, or continues from its newest intact checkpoint.
     watch.claim(config.run_dir)
     choice = resume.choose(identity)
-    identity, notes_on_auto = auto.resolve(identity, choice, device)
+    streams = [phase.stream for phase in all_phases]
+    identity, notes_on_auto = auto.resolve(identity, choice, device, streams)
     config = identity.config
     start_step = 0 if choice is None else choice.manifest.step
     stop.check_progress(config.run_dir, start_step)
@@ -272,7 +264,7 @@ def build(config: RunConfig) -> Run:
     phase = phases.at(all_phases, start_step)
     engine = Engine(model, phase.config.train, ds_values, config.deepspeed, device)
     notes += phases.describe(engine, phase)
-    notes += [*notes_on_auto, *notes_on_config, *notes_on_model]
+    notes += [*notes_on_auto, *checked.notes, *notes_on_model]
     notes += prepare_run_dir(config, engine)
     writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
     if choice is not None:
@@ -292,7 +284,7 @@ def build(config: RunConfig) -> Run:
     seen.resume(phase.part, start_step)
     rank, world_size, first = dist.rank(), dist.world_size(), phase.part.batch(start_step)
     loader = Loader(phase.stream, rank, world_size, first, device, seen.skips)
-    meter = Meter(model_config, device)
+    meter = Meter(identity.model, device)
     return Run(
         config,
         identity,
@@ -309,15 +301,6 @@ def build(config: RunConfig) -> Run:
         SlowRanks(watch.hosts, device, waits_in_forward=engine.stage == 3),
         saving.Saver(engine, identity, writers, watch.stop.ask),
     )
-
-
-def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> None:
-    """A UserError for settings that don't fit each other or this machine; needs no other rank."""
-    phases.check(auto.on_this_machine(config), model, ds_values)
-    ops.choose_kernels(config.model.kernels)
-    ds_json.check_compile(config, ds_values)
-    if Path(config.run_dir).is_file():
-        raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
 
 
 def build_model(

@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from clue_ds.errors import UserError, shorten
+
+
+def num_micro_batches(batch: int, micro: int, world_size: int) -> int:
+    """Micro-batches per step on each rank; a UserError if the sizes don't divide."""
+    per_pass = micro * world_size
+    if batch % per_pass:
+        of_micro = "" if micro == 1 else f"train.micro_batch_size {micro} x "
+        result = "" if micro == 1 else f" = {per_pass}"
+        raise UserError(
+            f"train.global_batch_size {batch} is not divisible by {of_micro}{world_size} ranks"
+            f"{result}; {ways(batch, micro, world_size)}"
+        )
+    return batch // per_pass
+
 
 def ways(batch: int, micro: int, world_size: int) -> str:
     """What to do when `batch` is not divisible by `micro` x `world_size`: the nearest that fit."""
@@ -30,3 +49,28 @@ def _nearest(number: int, wanted: int) -> str:
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     below = [n for n in divisors if n < wanted][-1:]
     return " or ".join(map(str, below + [n for n in divisors if n > wanted][:1]))
+
+
+def largest_power(number: int, most: int) -> int:
+    """The largest power of two that divides `number` and is at most `most`."""
+    power = number & -number
+    while power > most:
+        power //= 2
+    return power
+
+
+_NUMBER = TypeAdapter(Annotated[int, Field(ge=1)])
+
+
+def number_or_auto(value: Any) -> Any:
+    """A pydantic validator: a number of at least 1, or `auto`."""
+    if value == "auto":
+        return value
+    try:
+        return _NUMBER.validate_python(value)
+    except ValidationError:
+        raise ValueError(f"give a number of at least 1, or auto (got {shorten(value)})") from None
+
+
+# Sequences per forward pass on one rank.
+MicroBatch = Annotated[int | Literal["auto"], BeforeValidator(number_or_auto)]

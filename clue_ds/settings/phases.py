@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from clue_ds.data.sampling import RowKind, num_lanes
 from clue_ds.settings import paths
+from clue_ds.settings.batch_sizes import MicroBatch
 
 
 class _Changes(BaseModel):
@@ -40,7 +41,7 @@ class PhaseTrain(_Changes):
     """What a phase may change of `train`; null keeps what the top level says."""
 
     global_batch_size: int | None = Field(None, description="replaces train.global_batch_size")
-    micro_batch_size: int | None = Field(None, description="replaces train.micro_batch_size")
+    micro_batch_size: MicroBatch | None = Field(None, description="replaces train.micro_batch_size")
 
 
 class Phase(_Changes):

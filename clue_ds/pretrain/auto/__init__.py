@@ -1,6 +1,7 @@
 """What `auto` means for a run: settings that are chosen from its devices.
 
-Guarantees: all ranks choose the same; a run that continues keeps the precision of its checkpoint;
+Guarantees: all ranks choose the same; a run that continues keeps the precision of its checkpoint,
+and its micro-batches, if the ranks still divide the batch by them and they fit on every GPU;
 the value replaces `auto` in the config of the run, so that the log, RUN/config.yaml and the
 checkpoints name it (model.kernels stays `auto` there, because it is chosen for each operation), and
 one note says what was chosen and why.
@@ -9,33 +10,46 @@ one note says what was chosen and why.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clue_ds import dist
 from clue_ds.config import RunConfig
-from clue_ds.pretrain.auto import kernels, precision
+from clue_ds.pretrain.auto import kernels, micro_batch, precision
 
 if TYPE_CHECKING:  # `clue-ds plan --help` imports this package, and torch takes a second
     import torch
 
     from clue_ds.checkpoint.manifest import Choice
+    from clue_ds.data import SampleStream
     from clue_ds.pretrain.resume import RunIdentity
 
 
 def on_this_machine(config: RunConfig) -> RunConfig:
-    """The config as this machine alone would resolve it, before ranks and checkpoint are known."""
+    """The config as this machine alone would resolve it, before ranks and checkpoint are known.
+
+    On a GPU nothing is tried yet: the size of micro-batches is that of a CPU.
+    """
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return precision.with_precision(config, precision.precision_on(device)[0])
+    config = precision.with_precision(config, precision.precision_on(device)[0])
+    return micro_batch.without_trial(config, dist.world_size())
 
 
 def resolve(
-    identity: RunIdentity, choice: Choice | None, device: torch.device
+    identity: RunIdentity,
+    choice: Choice | None,
+    device: torch.device,
+    streams: Sequence[SampleStream],
 ) -> tuple[RunIdentity, list[str]]:
     """The run with a value in place of every `auto`, and notes for the user.
 
-    Every rank must call it. `choice`: the checkpoint that the run continues from.
+    Every rank must call it. `choice`: the checkpoint that the run continues from. `streams`: of
+    each phase.
     """
     config, notes = precision.choose(identity.config, choice, device)
     notes += kernels.choose(config, identity.model, device)
-    return dataclasses.replace(identity, config=config), notes
+    identity = dataclasses.replace(identity, config=config)
+    config, notes_on_size = micro_batch.choose(identity, choice, device, streams)
+    return dataclasses.replace(identity, config=config), notes + notes_on_size

@@ -68,7 +68,9 @@ def sizes_of(config: RunConfig, model: ModelConfig) -> list[ops.Sizes]:
     found = []
     for number in range(max(1, len(config.phases))):
         own = config.in_phase(number)
-        sizes = ops.sizes(model, own.train.micro_batch_size, own.data.seq_length)
+        micro = own.train.micro_batch_size
+        rows = own.train.global_batch_size if micro == "auto" else micro
+        sizes = ops.sizes(model, rows, own.data.seq_length)
         found += [] if sizes in found else [sizes]
     return found
 

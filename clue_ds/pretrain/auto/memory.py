@@ -80,10 +80,11 @@ def activation_bytes(config: RunConfig, model: ModelConfig) -> float:
     """Estimated memory for activations that the backward pass of one micro-batch needs."""
     from clue_ds.model.bert import pad_vocab
 
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    rows = config.train.micro_batch()
+    tokens = rows * config.data.seq_length
     wide = BYTES_OF[config.train.precision] / 2
     per_token = 18 * model.hidden_size + 4 * model.intermediate_size
-    predicted = config.train.micro_batch_size * config.data.num_predictions()
+    predicted = rows * config.data.num_predictions()
     logits = (
         predicted * pad_vocab(model).vocab_size * 12
     )  # in the run's type and in fp32, and their gradient
