@@ -128,3 +128,51 @@ def test_attention_backends_agree_with_and_without_a_mask() -> None:
         sdpa = ops.attention(query, key, value, mask, 0.1, False, "sdpa")
         softmax = ops.attention(query, key, value, mask, 0.1, False, "masked_softmax")
         torch.testing.assert_close(sdpa, softmax, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_attention_on_a_gpu_pads_heads_without_changing_a_number(has_mask: bool) -> None:
+    """What runs on a GPU, on tensors of a CPU: head size 26 fits none of torch's fused kernels."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 9, 26, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    keep = (torch.arange(9) < torch.tensor([[9], [5]]))[:, None, None] if has_mask else None
+    padded = ops._fused_attention(*inputs, keep, 0.0)
+    plain = F.scaled_dot_product_attention(*inputs, attn_mask=keep)
+    torch.testing.assert_close(padded, plain)
+    upstream = torch.randn_like(plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(padded, inputs, upstream),
+        torch.autograd.grad(plain, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("p", "takes_cudnn"), [(0.0, True), (0.1, False), (0.125, True), (0.0625, True), (0.06, False)]
+)
+def test_cudnn_gets_only_the_dropout_rates_that_it_can_draw(
+    p: float, takes_cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def attention(query: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), query.shape[-1]))
+        return query
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    query = torch.empty(1, 2, 4, 26, device="meta")
+    assert ops.attention(query, query, query, None, p, True, "sdpa").shape == query.shape
+    assert seen == [(takes_cudnn, 32)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_attention_without_cudnn_compiles_in_one_piece() -> None:
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        return ops._fused_attention(x, x, x, None, 0.1)
+
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 2, 4, 26)
+    assert compiled(x).shape == x.shape
+    torch.compiler.reset()

@@ -11,12 +11,14 @@ B: sequences   Q, K: query and key positions   N: heads   D: head size   H: hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clue_ds import kernels
 from clue_ds.errors import UserError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _operations: Any = kernels.reference
 
 dropout = kernels.reference.dropout
+# Flash first; what is last serves inputs that no fused kernel takes, such as fp64.
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def choose_kernels(name: Kernels) -> None:
@@ -134,6 +138,44 @@ def dense_dropout_add_layer_norm(
     )
 
 
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, p: float
+) -> Tensor:
+    """torch's fused attention on a GPU, by a backend that drops with probability p exactly.
+
+    cuDNN draws its masks in steps of 1/16; torch 2.11 gives it other probabilities, too, and 0.1 is
+    then silently rounded. Where cuDNN is out, torch takes flash, then efficient attention. A head
+    size like 26 is padded with zeros to a multiple of 8: with a mask, or in fp32, no fused kernel
+    takes another, and torch would materialize the scores in fp32.
+    """
+    size = query.shape[-1]
+    if padding := -size % 8:
+        query, key, value = (F.pad(t, (0, padding)) for t in (query, key, value))
+    with contextlib.nullcontext() if (16 * p).is_integer() else _without_cudnn():
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=keep, dropout_p=p, scale=size**-0.5
+        )
+    return context[..., :size]
+
+
+def _without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Within: torch's attention takes no kernel of cuDNN."""
+    if torch.compiler.is_compiling():
+        return sdpa_kernel(WITHOUT_CUDNN)
+    return _with_cudnn_off()
+
+
+@contextlib.contextmanager
+def _with_cudnn_off() -> Iterator[None]:
+    # sdpa_kernel does the same in eager code, but it takes tens of microseconds.
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -149,8 +191,10 @@ def attention(
     key may be attended to, and None keeps all keys. Each query must keep at least one key.
     """
     p = p if training else 0.0
-    if backend == "sdpa" and (p == 0.0 or query.device.type != "cpu"):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=p)
+    if backend == "sdpa" and query.device.type != "cpu":
+        return _fused_attention(query, key, value, keep, p)
+    if backend == "sdpa" and p == 0.0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
     # SDPA with dropout on a CPU comes here too: torch would also materialize the scores, and it
     # draws dropout masks more slowly. The scale multiplies the query, which has a fifth of the
     # scores' elements or fewer.

@@ -179,22 +179,27 @@ class SampleStream:
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
         """Rank `rank`'s rows of the global batch of `step`, int64.
 
-        With B = global_batch_size // world_size: input_ids, token_type_ids [B, S]; lengths [B];
-        masked_positions, masked_labels [B, P], where unused slots have position 0 and label -100.
-        nsp, sop and labelled pairs add next_sentence_label [B]. In nsp and sop it is 0 when text B
-        follows text A, 1 when it is of another document (nsp) or comes before A (sop), -100 when
-        there is no B. packed adds cu_seqlens [B, D + 1]: where the row's sequences begin, and the
-        row's length in all further entries.
-
-        For kinds without pairs, token_type_ids is zero and batches share its memory: don't write.
+        With B = global_batch_size // world_size: input_ids [B, S]; lengths [B]; masked_positions,
+        masked_labels [B, P], where unused slots have position 0 and label -100. nsp, sop and
+        labelled pairs add token_type_ids [B, S] (for other kinds every type is 0) and
+        next_sentence_label [B]. In nsp and sop that is 0 when text B follows text A, 1 when it is
+        of another document (nsp) or comes before A (sop), -100 when there is no B. packed adds
+        cu_seqlens [B, D + 1]: where the row's sequences begin, and the row's length in all further
+        entries.
         """
         from torch import from_numpy
 
         arrays = self.arrays(step, rank, world_size)
+        if "next_sentence_label" not in arrays:
+            del arrays["token_type_ids"]
         return {name: from_numpy(array) for name, array in arrays.items()}
 
     def arrays(self, step: int, rank: int = 0, world_size: int = 1) -> dict[str, np.ndarray]:
-        """The arrays whose memory the tensors of `batch` share; imports no torch."""
+        """The arrays whose memory the tensors of `batch` share; imports no torch.
+
+        They always have token_type_ids. For kinds without pairs these are zeros, whose memory all
+        batches share: don't write.
+        """
         size = self.batch_size(world_size)
         assert 0 <= rank < world_size and step >= 0
         shape, slots = (size, self.seq_length), (size, self.num_predictions)
