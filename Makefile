@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 CLIENTS := .venv-clients
+DOCS   := .venv-docs
 BIN    := $(VENV)/bin
 TEST_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,7 +26,7 @@ BENCH_VOCAB ?= $(BENCH_DATA)/vocab/vocab_google_chinese.txt
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
-.PHONY: help demo sample test test-cluster test-clients test-gpu soak bench lint clean
+.PHONY: help demo sample test test-cluster test-clients test-gpu soak bench lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -97,8 +98,11 @@ lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an instal
 	rm -rf build/tree build/lib build/bdist.* && $(PIP) install --quiet --no-deps --target build/tree .
 	$(BIN)/mypy build/tree/clue_ds
 
-clean:  ## the environment and build products
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
+docs: $(DOCS)/.done  ## the documentation as a site in build/site; strict: a broken link or anchor ends it
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python docs/render_site.py $(ARGS)
+
+clean:  ## the environments and build products
+	rm -rf $(VENV) $(CLIENTS) $(DOCS) build dist *.egg-info
 
 # torch comes first, because anything else that needs it would choose a build for us. Without a GPU we
 # ask for the CPU build by its label and take the registry's default where it has no build so labelled.
@@ -127,6 +131,11 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $(VENV)/.demo $@
+
+$(DOCS)/.done: docs/site/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
 
 # Peers of the loader benchmark that want other versions than ours.
 $(CLIENTS)/streaming/.done:

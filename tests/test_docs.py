@@ -19,7 +19,7 @@ from clue_ds.config import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "docs/tasks/*.md", "*/README*.md")
+    for pattern in ("*.md", "docs/*.md", "docs/tasks/*.md", "docs/api/*.md", "*/README*.md")
     for page in ROOT.glob(pattern)
 )
 README = (ROOT / "README.md").read_text("utf-8")

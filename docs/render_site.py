@@ -1,0 +1,277 @@
+"""Render the documentation site: `make docs` runs this in an environment that has the extra `docs`.
+
+The pages are the Markdown files of the repository, as GitHub shows them. This program copies them
+into one tree per language, in which every link leads to another page of the site, and MkDocs
+(strict, so that a broken link or anchor ends it) makes HTML of each tree:
+
+    build/site/          English
+    build/site/zh-CN/    Chinese: X.zh-CN.md, or the part of X.md that follows the heading 中文;
+                         a page that has neither is there in English, and says so
+
+A link to code leads to a page with that file (`source/`), so the site is complete in itself: it
+fetches no font and no script from elsewhere. With `--repository URL`, such links go to
+URL/blob/main/FILE instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pymdownx.slugs import slugify
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "docs" / "site"
+LANGUAGES = ("en", "zh-CN")
+CHINESE = ".zh-CN.md"
+# Pages that are not in docs/, and what they are called on the site.
+ELSEWHERE = {
+    "README.md": "quickstart.md",
+    "recipes/README.md": "recipes.md",
+    "slurm/README.md": "slurm.md",
+    "kernels/README.md": "kernels.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+# Packages that install under another path than the one they have here (setup.cfg, package_dir).
+MAPPED = {"kernels": "clue_ds/kernels", "launcher": "clue_ds/launcher"}
+NO_CHINESE = """!!! note "本页暂时只有英文"
+    中文页面目前覆盖从准备数据到微调、排错的主要流程，其余页面以英文显示。
+
+"""
+FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
+# A line break behind Chinese punctuation, or between two Chinese characters, inside a paragraph.
+CHINESE_BREAK = re.compile(
+    r"(?<=[，。；：、！？）》”])\n *(?![-*#|>\d\n ]|$)"
+    r"|(?<=[\u4e00-\u9fff])\n *(?=[\u4e00-\u9fff（《“])"
+)
+LANGUAGE_OF_CODE = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml"}
+
+
+def site_paths() -> dict[str, str]:
+    """Every English page of the repository -> its path on the site."""
+    pages = {f"docs/{p.relative_to(ROOT / 'docs')}" for p in (ROOT / "docs").rglob("*.md")}
+    own = {page: page.removeprefix("docs/") for page in pages if not page.endswith(CHINESE)}
+    return own | ELSEWHERE
+
+
+def chinese_of(page: str) -> str | None:
+    """The Chinese text of an English page: that of a file beside it, or its part 中文."""
+    beside = ROOT / page.replace(".md", CHINESE)
+    if beside.is_file():
+        return beside.read_text("utf-8")
+    parts = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
+    return parts[1] if len(parts) > 1 else None
+
+
+def text_of(page: str, language: str, title: str) -> str:
+    """The Markdown of `page` in one language, with the links that it has in the repository."""
+    if language == "en":
+        text = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)[0]
+        return text.replace("[中文](#中文). ", "")
+    chinese = chinese_of(page)
+    if chinese is None:
+        heading, newline, rest = text_of(page, "en", title).partition("\n")
+        return f"{heading}{newline}\n{NO_CHINESE}{rest}"
+    return chinese if chinese.lstrip().startswith("# ") else f"# {title}\n\n{chinese}"
+
+
+def anchors(text: str) -> list[str]:
+    """The anchors of a page's headings, which are the same on GitHub and on the site."""
+    headings = re.findall(r"^#+ (.+)$", "".join(FENCE.split(text)[::2]), re.MULTILINE)
+    return [slugify(case="lower")(heading.replace("`", ""), "-") for heading in headings]
+
+
+def chinese_anchor(page: str, anchor: str) -> str:
+    """Where the Chinese page has what the English page has at `anchor`: headings correspond."""
+    chinese = chinese_of(page)
+    if chinese is None:
+        return anchor
+    ours, theirs = anchors((ROOT / page).read_text("utf-8")), anchors(chinese)
+    return theirs[ours.index(anchor)] if len(ours) == len(theirs) and anchor in ours else anchor
+
+
+class Links:
+    """Turns the links of a page of the repository into links of the site."""
+
+    def __init__(self, language: str, repository: str | None) -> None:
+        self.language = language
+        self.repository = repository
+        self.paths = site_paths()
+        self.code: set[str] = set()
+        self.pictures: set[str] = set()
+
+    def rewrite(self, text: str, page: str) -> str:
+        parts = FENCE.split(text)
+        parts[::2] = [
+            LINK.sub(lambda m: f"{m[1]}({self._target(m[2], page)})", _joined(_lists(part)))
+            for part in parts[::2]
+        ]
+        return "".join(parts)
+
+    def _target(self, target: str, page: str) -> str:
+        path, hash_, anchor = target.partition("#")
+        if "://" in target or not path or target.startswith("mailto:"):
+            return target
+        found = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+        is_chinese = found.endswith(CHINESE)
+        found = found.replace(CHINESE, ".md")
+        here = self.paths[page]
+        if hash_ and found in self.paths and self.language != "en" and not is_chinese:
+            anchor = chinese_anchor(found, anchor)
+        if found in self.paths:
+            if is_chinese and self.language == "en":
+                return self._url(f"zh-CN/{self.paths[found]}", here) + hash_ + anchor
+            if page.endswith("README.md") and found == page:  # "English: README.md" in Chinese
+                return self._url(f"../{self.paths[found]}", here)
+            return posixpath.relpath(self.paths[found], posixpath.dirname(here)) + hash_ + anchor
+        if found.endswith((".png", ".svg")):
+            self.pictures.add(found)
+            return posixpath.relpath(f"pictures/{found}", posixpath.dirname(here))
+        if self.repository:
+            return f"{self.repository}/blob/main/{found}"
+        self.code.add(found)
+        up = "" if self.language == "en" else "../"
+        return self._url(f"{up}source/{found}.md", here)
+
+    def _url(self, path: str, here: str) -> str:
+        """The address of a page of any language, as seen from the page `here` of this one."""
+        depth = 0 if here == "index.md" else here.count("/") + 1
+        return "../" * depth + path.removesuffix(".md").removesuffix("index") + "/"
+
+
+def _lists(text: str) -> str:
+    """Blank lines before lists and doubled indents, which Python-Markdown needs and GitHub not."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        item = re.match(r"( *)(?:[-*]|\d+\.) ", line)
+        before = lines[-1] if lines else ""
+        if item and before.strip() and not re.match(r" *(?:[-*]|\d+\.) | {2,}\S", before):
+            lines.append("")
+        lines.append(" " * len(item[1]) + line if item else line)
+    return "\n".join(lines)
+
+
+def _joined(text: str) -> str:
+    """Chinese lines without the space that a browser puts where a line of a paragraph ends."""
+    return CHINESE_BREAK.sub("", text)
+
+
+def code_page(path: str) -> str:
+    """A page with a file of the repository, or with the list of a folder's files."""
+    place = ROOT / path
+    hidden = "---\nsearch:\n  exclude: true\n---\n"
+    if not place.is_dir():
+        kind = LANGUAGE_OF_CODE.get(place.suffix, "text")
+        return f"{hidden}# {path}\n\n````{kind}\n{place.read_text('utf-8')}````\n"
+    rows = []
+    for entry in sorted(place.iterdir()):
+        if entry.suffix == ".py" or entry.suffix in LANGUAGE_OF_CODE or entry.suffix == ".json":
+            lines = entry.read_text("utf-8").splitlines() or [""]
+            first = lines[0].strip('"# ') if entry.suffix == ".py" else ""
+            rows.append(f"| `{entry.name}` | {first} |")
+    return f"{hidden}# {path}/\n\n| file | what it does |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def stage(language: str, tree: Path, repository: str | None) -> tuple[list[Any], set[str]]:
+    """Write the pages of one language below `tree`; returns MkDocs' navigation and linked code."""
+    number = LANGUAGES.index(language)
+    links = Links(language, repository)
+    titles: dict[str, str] = {}
+
+    def walk(entries: list[dict[str, Any]]) -> list[Any]:
+        shown = []
+        for entry in entries:
+            title = entry["title"][number]
+            if "pages" in entry:
+                shown.append({title: walk(entry["pages"])})
+            else:
+                titles[entry["page"]] = title
+                shown.append({title: links.paths[entry["page"]]})
+        return shown
+
+    navigation = walk(yaml.safe_load((SITE / "navigation.yaml").read_text("utf-8")))
+    for page, path in links.paths.items():
+        _write(tree / path, links.rewrite(text_of(page, language, titles[page]), page))
+    for picture in links.pictures:
+        (tree / "pictures" / picture).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / picture, tree / "pictures" / picture)
+    shutil.copytree(SITE / "assets", tree / "assets", dirs_exist_ok=True)
+    return navigation, links.code
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+def installed_tree(folder: Path) -> None:
+    """The packages as they are when installed, for the API pages: only read, never imported."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for here, there in {"clue_ds": "clue_ds", **MAPPED}.items():
+        shutil.copytree(ROOT / here, folder / there, ignore=ignore, dirs_exist_ok=True)
+
+
+def config_of(language: str, work: Path, output: Path, navigation: list[Any]) -> Path:
+    """The MkDocs file of one language, on top of docs/site/mkdocs.yml."""
+    is_english = language == "en"
+    theme = {"language": "en" if is_english else "zh", "custom_dir": str(SITE / "theme")}
+    config = {
+        "INHERIT": str(SITE / "mkdocs.yml"),
+        "docs_dir": str(work / language),
+        "site_dir": str(output if is_english else output / language),
+        "nav": navigation,
+        "theme": theme,
+        "plugins": {"mkdocstrings": {"handlers": {"python": {"paths": [str(work / "tree")]}}}},
+        "extra": {"other": "zh-CN/" if is_english else "../", "root": "" if is_english else "../"},
+        "not_in_nav": "source/",
+    }
+    path = work / f"{language}.yml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), "utf-8")
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "site")
+    parser.add_argument("--repository", help="the address of the repository, for links to code")
+    arguments = parser.parse_args()
+    work, output = ROOT / "build" / "docs", arguments.output.resolve()
+    for folder in (work, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    installed_tree(work / "tree")
+    navigation: dict[str, list[Any]] = {}
+    code: set[str] = set()
+    for language in LANGUAGES:
+        navigation[language], linked = stage(language, work / language, arguments.repository)
+        code |= linked
+    for path in sorted(code):
+        _write(work / "en" / "source" / f"{path}.md", code_page(path))
+    for language in LANGUAGES:
+        config = config_of(language, work, output, navigation[language])
+        command = [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "-f",
+            str(config),
+        ]
+        if subprocess.run(command, cwd=work / "tree").returncode:
+            return 1
+    print(f"the site is in {output}; look at it with: python3 -m http.server --directory {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
