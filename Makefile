@@ -99,7 +99,7 @@ lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an instal
 	$(BIN)/mypy build/tree/clue_ds
 
 docs: $(DOCS)/.done  ## the documentation as a site in build/site; strict: a broken link or anchor ends it
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python docs/render_site.py $(ARGS)
+	$(DOCS)/bin/python docs/render_site.py $(ARGS)
 
 clean:  ## the environments and build products
 	rm -rf $(VENV) $(CLIENTS) $(DOCS) build dist *.egg-info

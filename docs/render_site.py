@@ -16,6 +16,7 @@ URL/blob/main/FILE instead.
 from __future__ import annotations
 
 import argparse
+import os
 import posixpath
 import re
 import shutil
@@ -122,6 +123,8 @@ class Links:
         if "://" in target or not path or target.startswith("mailto:"):
             return target
         found = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+        if not (ROOT / found).exists():
+            sys.exit(f"{page} links to {target}, and there is no {found}; correct the link")
         is_chinese = found.endswith(CHINESE)
         found = found.replace(CHINESE, ".md")
         here = self.paths[page]
@@ -255,6 +258,7 @@ def main() -> int:
         code |= linked
     for path in sorted(code):
         _write(work / "en" / "source" / f"{path}.md", code_page(path))
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement, and not about us
     for language in LANGUAGES:
         config = config_of(language, work, output, navigation[language])
         command = [
@@ -267,7 +271,7 @@ def main() -> int:
             "-f",
             str(config),
         ]
-        if subprocess.run(command, cwd=work / "tree").returncode:
+        if subprocess.run(command, cwd=work / "tree", env=environment).returncode:
             return 1
     print(f"the site is in {output}; look at it with: python3 -m http.server --directory {output}")
     return 0
