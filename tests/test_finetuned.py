@@ -24,6 +24,7 @@ from clue_ds.presets import ModelConfig
 from clue_ds.tasks import Predictor, kinds, registry
 from clue_ds.tasks.kinds import Example
 from clue_ds.tasks.kinds.choice import Question
+from clue_ds.tasks.predict.command import predict
 
 CONFIG = ModelConfig(
     vocab_size=60,
@@ -172,11 +173,72 @@ def test_onnx_answers_what_transformers_does(name: str, vocab_file: Path, tmp_pa
         torch.testing.assert_close(torch.from_numpy(value), right[key], atol=2e-3, rtol=1e-4)
 
 
+# The YAML file of a user's own task with field names of its own, and a record of its files.
+OWN_TASKS: dict[str, tuple[str, dict[str, object]]] = {
+    "classify": (
+        "text: [review]\nlabels: [好, 坏]\nlabel: tone\n",
+        {"id": "a", "review": TEXTS[1]},
+    ),
+    "pair": (
+        "text: [question, answer]\nlabels: [好, 坏]\n",
+        {"question": QUESTION, "answer": TEXTS[0]},
+    ),
+    "choice": (
+        "kind: choice\ntext: passage\nquestion: asked\nchoices: options\n",
+        {"passage": TEXTS, "asked": QUESTION, "options": TEXTS[:3]},
+    ),
+    "choice without question": (
+        "kind: choice\ntext: passage\nchoices: options\n",
+        {"passage": TEXTS[1], "options": TEXTS[:2]},
+    ),
+    "cloze": (
+        "kind: cloze\ncontent: passages\ncandidates: idioms\nblank: __\n",
+        {"passages": [f"{TEXTS[1]}__{TEXTS[2]}__"], "idioms": TEXTS[:3]},
+    ),
+    "tag": ("kind: tag\nlabels: [人, 地]\ntext: body\n", {"body": TEXTS[1]}),
+    "pointer": ("kind: tag\nhead: pointer\nlabels: [人, 地]\ntext: body\n", {"body": TEXTS[1]}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_TASKS)
+def test_a_model_knows_what_its_users_own_task_reads(
+    name: str, vocab_file: Path, tmp_path: Path
+) -> None:
+    """predict answers the same with and without the task's file, also after an export."""
+    yaml, record = OWN_TASKS[name]
+    (tmp_path / "own.yaml").write_text(f"name: own\n{yaml}", encoding="utf-8")
+    task = registry.get(tmp_path / "own.yaml")
+    kind = kinds.of(task)
+    about = finetuned.describe(
+        task.labels,
+        architecture=kind.architecture,
+        task="own",
+        max_length=28,
+        options=task.options,
+        reads=kinds.reads(task),
+    )
+    state = dict(kind.network(CONFIG, 3).state_dict())
+    place = export.save(CONFIG, state, vocab_file, tmp_path / "model", finetuned=about)
+    assert main(["export", str(place), "--zip", "--output", str(tmp_path / "m.zip")]) == 0
+    (tmp_path / "in.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    found = []
+    for number, (where, given) in enumerate(
+        [(place, tmp_path / "own.yaml"), (place, None), (place, "own"), (tmp_path / "m.zip", None)]
+    ):
+        output = tmp_path / f"{number}.jsonl"
+        predict(where, given and str(given), file=tmp_path / "in.jsonl", output=output)
+        found.append(output.read_text(encoding="utf-8"))
+        predictor = Predictor(where)
+        assert predictor.task is not None and predictor.task.fields == task.fields
+    assert len(set(found)) == 1, found
+
+
 @pytest.mark.parametrize("layout", ["tf", "onnx", "uer"])
 def test_the_pointer_head_is_refused_by_layouts_without_it(
     layout: str, vocab_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kind = kinds.of(kinds.unnamed_task(finetuned.ENTITY_POINTER, "own"))
+    pointer = FineTuned((), task="own", architecture=finetuned.ENTITY_POINTER)
+    kind = kinds.of(kinds.unnamed_task(pointer))
     kind = kinds.of(dataclasses.replace(kind.task, labels=("人", "地")))
     about = FineTuned(("人", "地"), task="own", architecture=kind.architecture)
     state = dict(kind.network(CONFIG, 3).state_dict())
@@ -292,6 +354,7 @@ def test_labels_stay_distinct_and_names_are_used_only_if_complete() -> None:
         ({"clue_ds": {"labels": ["1"]}}, "clue_ds.labels must be a list of 7"),
         ({"clue_ds": {"labels": [1] * 7}}, "clue_ds.labels must be a list of 7"),
         ({"clue_ds": {"max_length": "12"}}, "clue_ds.max_length is '12'"),
+        ({"clue_ds": {"reads": {"kind": "tag", "fields": "text"}}}, "clue_ds.reads must have"),
         ({"problem_type": 1}, "problem_type must be"),
         ({"architectures": "Bert"}, "architectures must be"),
     ],
@@ -344,6 +407,7 @@ def test_finetuning_writes_names_length_score_and_data(
     assert about is not None
     assert (about.labels, about.names, about.task) == (("1", "2"), ("好评", "差评"), "tone")
     assert about.max_length == 9 == Predictor(model).max_length
+    assert about.reads == {"kind": "single", "fields": ["text"], "label": "label"}
     assert about.dev == result["best"]
     assert about.data == {s: result["data"][s]["sha256"] for s in ("train", "dev")}
     capsys.readouterr()

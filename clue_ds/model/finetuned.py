@@ -8,7 +8,8 @@
                                      where they differ; max_length: the most tokens of a text in
                                      training; base: the model it started from; recipe, dev: its
                                      settings and scores; options: what tasks of its kind can
-                                     set (a stride); data: SHA-256 of the data's files
+                                     set (a stride); reads: of a user's own task, the kind and
+                                     the fields of its records; data: SHA-256 of the data's files
 
 Guarantees: every layout that is written carries all of it; a value of another type is one message
 that names the file and the key; labels are distinct, so that none hides another.
@@ -56,6 +57,8 @@ class FineTuned:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the settings of the run
     dev: Mapping[str, Any] = field(default_factory=dict)  # the scores of the best epoch
     options: Mapping[str, Any] = field(default_factory=dict)  # of a task of its kind (Task.options)
+    # Of a user's own task, so that its file is not needed again: kind, fields, label (a field).
+    reads: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)  # split -> SHA-256 of its file
 
     @property
@@ -81,6 +84,7 @@ class FineTuned:
             "recipe": dict(self.recipe),
             "dev": dict(self.dev),
             "options": dict(self.options),
+            "reads": dict(self.reads),
             "data": dict(self.data),
         }
         own = {key: value for key, value in own.items() if value}
@@ -151,6 +155,7 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
         recipe=_object(own, "recipe", path),
         dev=_object(own, "dev", path),
         options=_object(own, "options", path),
+        reads=_reads(own, path),
         data=_object(own, "data", path),
     )
 
@@ -172,6 +177,20 @@ def _object(values: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     found = values.get(key) or {}
     if not isinstance(found, dict):
         raise UserError(f"{path}: {key} must be a JSON object; correct it, or copy the file again")
+    return found
+
+
+def _reads(own: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    found = _object(own, "reads", path)
+    if not found:
+        return found
+    fields = found.get("fields")
+    is_list = isinstance(fields, list) and fields and all(isinstance(one, str) for one in fields)
+    if not is_list or not all(isinstance(found.get(key), str) for key in ("kind", "label")):
+        raise UserError(
+            f"{path}: {OWN_KEY}.reads must have kind and label, which are texts, and fields, a "
+            "list of texts; correct it, or copy the file again"
+        )
     return found
 
 

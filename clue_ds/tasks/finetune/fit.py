@@ -24,7 +24,7 @@ from clue_ds.job import watchdog
 from clue_ds.model import finetuned
 from clue_ds.model.weights import load_into
 from clue_ds.tasks import encoded as encodings
-from clue_ds.tasks import kinds
+from clue_ds.tasks import kinds, registry
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.finetune import loop
 from clue_ds.tasks.finetune.loop import OnEpoch, OnStep, Outcome, Recipe
@@ -66,7 +66,7 @@ def fit(
     directories.
     """
     labels = _labels(train, dev)
-    kind = kinds.of(Task(task or "", "single", ("text",), tuple(labels)))
+    kind = kinds.of(Task(task or "", "single", (), tuple(labels)))
     with opened(model) as source:
         outcome = fit_source(
             source,
@@ -148,12 +148,18 @@ def fit_source(
                 dev=outcome.best,
                 data=data or {},
                 options=kind.task.options,
+                reads=kinds.reads(kind.task) if _is_own(kind.task) else {},
             )
             weights, vocab_file = network.state_dict(), source.vocab_file
             lower_case = source.lower_case
             huggingface.write(config, weights, vocab_file, output, lower_case, force, about)
         dist.barrier()
     return outcome
+
+
+def _is_own(task: Task) -> bool:
+    """Whether a task is from a user's YAML file. The texts of `fit` have no fields."""
+    return bool(task.fields) and task.name not in registry.TASKS
 
 
 def _labels(train: Sequence[LabelledText], dev: Sequence[LabelledText]) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from clue_ds.model.finetuned import ENTITY_POINTER
+from clue_ds.errors import UserError
+from clue_ds.model.finetuned import ENTITY_POINTER, FineTuned
 from clue_ds.tasks.kinds.base import Answer, Example, Kind
 from clue_ds.tasks.kinds.choice import Choice
 from clue_ds.tasks.kinds.classify import Classify
@@ -14,7 +14,7 @@ from clue_ds.tasks.kinds.span.kind import Span
 from clue_ds.tasks.kinds.tag.kind import Tag
 from clue_ds.tasks.task import KindName, Task
 
-__all__ = ["KINDS", "Answer", "Example", "Kind", "of", "unnamed_task"]
+__all__ = ["KINDS", "Answer", "Example", "Kind", "of", "reads", "trained_task", "unnamed_task"]
 
 KINDS: dict[KindName, type[Kind]] = {
     "single": Classify,
@@ -47,15 +47,40 @@ def of(task: Task) -> Kind:
     return KINDS[task.kind](task)
 
 
-def unnamed_task(
-    architecture: str, name: str, trained_with: Mapping[str, Any] | None = None
-) -> Task:
-    """A task for a model from elsewhere, or one that was fine-tuned for a user's own task.
+def reads(task: Task) -> dict[str, Any]:
+    """What the model of a user's own task carries, so that `trained_task` makes the task of it."""
+    return {"kind": task.kind, "fields": list(task.fields), "label": task.label_field}
 
-    `trained_with`: the options of that task.
-    """
-    kind = BY_ARCHITECTURE.get(architecture, "single")
-    options = {"head": "pointer"} if architecture == ENTITY_POINTER else {}
+
+def trained_task(about: FineTuned) -> Task | None:
+    """The user's own task that a model was fine-tuned for, if the model says what it reads."""
+    if not about.reads:
+        return None
+    kind = about.reads["kind"]
+    if kind not in KINDS:
+        raise UserError(
+            f"the model's config.json says that its task is of the kind {kind!r}, which this "
+            f"version of clue_ds does not have (it has {', '.join(KINDS)}); install a newer one, "
+            "or give the task's YAML file with --task"
+        )
     return Task(
-        name, kind, KINDS[kind].usual_fields, (), options={**(trained_with or {}), **options}
+        about.task or "",
+        kind,
+        tuple(about.reads["fields"]),
+        about.labels,
+        label_field=about.reads["label"],
+        options=about.options,
+    )
+
+
+def unnamed_task(about: FineTuned) -> Task:
+    """A task for a model from elsewhere, or one that does not say what its task reads."""
+    kind = BY_ARCHITECTURE.get(about.architecture, "single")
+    options = {"head": "pointer"} if about.architecture == ENTITY_POINTER else {}
+    return Task(
+        about.task or "",
+        kind,
+        KINDS[kind].usual_fields,
+        (),
+        options={**about.options, **options},
     )

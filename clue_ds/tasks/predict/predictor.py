@@ -132,11 +132,12 @@ class Predictor:
                 "single class for a text; give a model that was fine-tuned to classify texts, or "
                 "use transformers"
             )
-        usual = kinds.unnamed_task(about.architecture, about.task or "", about.options)
+        own = kinds.trained_task(about) if task in (None, about.task) else None
+        usual = own or kinds.unnamed_task(about)
         if kinds.of(usual).has_labels:
             self.labels = list(about.labels)
             self.names = dict(zip(about.labels, about.names, strict=False))
-        self._choose_task(about.task, task, about.labels == unnamed(len(about.labels)))
+        self._choose_task(about.task, task, about.labels == unnamed(len(about.labels)), own)
         described = self.task or usual
         # The classes are the model's, in its order.
         self.kind = kinds.of(dataclasses.replace(described, labels=tuple(self.labels)))
@@ -158,12 +159,19 @@ class Predictor:
         assert isinstance(bert, BertModel)
         self.bert = bert
 
-    def _choose_task(self, trained_for: str | None, task: str | None, is_unnamed: bool) -> None:
-        """Set `task`. A model from elsewhere whose labels have no names gets those of the task."""
+    def _choose_task(
+        self, trained_for: str | None, task: str | None, is_unnamed: bool, own: Task | None
+    ) -> None:
+        """Set `task`. A model from elsewhere whose labels have no names gets those of the task.
+
+        `own`: the user's own task that the model describes.
+        """
         if task is not None and (task in registry.TASKS or task != trained_for):
             self.task = registry.get(task)
         elif trained_for in registry.TASKS:
             self.task = registry.TASKS[trained_for]
+        else:
+            self.task = own
         if self.task is None:
             return
         if trained_for not in (None, self.task.name, *self.task.answered_by):
