@@ -16,11 +16,20 @@ from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.task import Split, Task
 
 REPOSITORY = "clue/clue"
+TASKS = (
+    "afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "cmrc2018", "drcd", "c3", "chid",
+    "ocnli",
+)  # fmt: skip
 SPLITS: dict[Split, str] = {"train": "train", "dev": "validation", "test": "test"}
 
 
 def read(task: Task, split: Split) -> Examples:
     """A split of one of CLUE's tasks; its `sha256` is of its records, written as JSON lines."""
+    if task.name not in TASKS:
+        raise UserError(
+            f"{REPOSITORY} on the hub has no data of {task.name}, only of {', '.join(TASKS)}; give "
+            f"the directory with the files of {task.name} with --data, in a command of its own"
+        )
     # Imported here because it takes seconds, and only --data hub needs it.
     import datasets
 
