@@ -367,6 +367,7 @@ def _add_health(
             "task": task.name if task else None,
             "kind": kind.task.kind if kind and (task or not predictor.classifies) else None,
             "fields": list(kind.task.fields) if kind and kind.num_texts == 0 else None,
+            "blank": kind.task.options.get("blank") if kind else None,
             "labels": predictor.labels,
             "names": predictor.names,
             "can": [
