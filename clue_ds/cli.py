@@ -61,7 +61,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         "clue_ds.export.command:import_model", "convert a BERT from elsewhere, to continue from it"
     ),
-    "push": Verb("clue_ds.export.push:push", "publish a model on the Hugging Face hub"),
+    "push": Verb("clue_ds.export.push:push", "publish a model on the hub or on ModelScope"),
     "finetune": Verb(
         "clue_ds.tasks.finetune.command:finetune", "fine-tune a model on CLUE's tasks or your own"
     ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import NSP, random_model, same_bits, without, write_vocab
 
 from clue_ds import export
@@ -135,6 +137,43 @@ def test_uer_and_back(
     assert same(export.load(directory)[1], state)
     assert main(["import", str(directory), "--output", str(tmp_path / "hf")]) == 0
     assert same(export.load(tmp_path / "hf")[1], state)
+
+
+def test_weights_of_transformers_tensorflow_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tf_model.h5, and what TensorFlow computed from it (tests/data/README.md)."""
+    pytest.importorskip("h5py", reason="tf_model.h5 needs the [keras] extra")
+    there = tmp_path / "there"
+    with tarfile.open(Path(__file__).parent / "data" / "tf_model_h5.tar.xz") as archive:
+        archive.extractall(there, filter="data")
+    write_vocab(there / "vocab.txt", 30)
+    assert main(["import", str(there), "--output", str(tmp_path / "ours")]) == 0
+    peer, info = transformers.BertForPreTraining.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = np.load(there / "expected.npz")
+    with torch.no_grad():
+        found = peer.eval()(torch.from_numpy(expected["ids"]))
+    for name in ("prediction_logits", "seq_relationship_logits"):
+        np.testing.assert_allclose(found[name].numpy(), expected[name], atol=2e-6)
+    whole = (there / "tf_model.h5").read_bytes()
+    (there / "tf_model.h5").write_bytes(whole[: len(whole) // 2])
+    assert main(["import", str(there), "--output", str(tmp_path / "cut")]) == 2
+    assert "tf_model.h5 can't be read as the weights of a Keras" in capsys.readouterr().err
+
+
+def test_object_checkpoint_of_tensorflow_2_is_called_that(
+    folder: Path, vocab_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("_CHECKPOINTABLE_OBJECT_GRAPH", "bert/embeddings/weight/.ATTRIBUTES/VARIABLE_VALUE")
+    there = tmp_path / "object"
+    there.mkdir()
+    bundle.write(there / "model.ckpt", [(name, np.zeros(2, np.float32)) for name in names])
+    (there / "bert_config.json").write_bytes((folder / "bert_config.json").read_bytes())
+    assert main(["import", str(there), "--output", str(tmp_path / "out")]) == 2
+    assert "is an object checkpoint of TensorFlow 2" in capsys.readouterr().err
 
 
 def test_uer_layers_and_config_must_agree(tmp_path: Path, vocab_file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clue_ds.errors import UserError
 from clue_ds.files import read_json
-from clue_ds.model.finetuned import ENTITY_POINTER, FineTuned
+from clue_ds.model.finetuned import ENTITY_POINTER, QUESTION_ANSWERING, FineTuned
 from clue_ds.model.weights import TIED, StateDict
 from clue_ds.settings import phases
 
@@ -67,7 +67,19 @@ PIPELINES = {
 
 
 # Names of the tasks that are configurations of the data set clue/clue on the hub.
-CLUE_TASKS = ("afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "ocnli")
+CLUE_TASKS = (
+    "afqmc", "tnews", "iflytek", "cmnli", "csl", "cluewsc2020", "ocnli", "cmrc2018", "drcd", "c3",
+    "chid",
+)  # fmt: skip
+# The scores on dev that a card has: key, the hub's metric, in words.
+SCORES = (
+    ("accuracy", "accuracy", "accuracy", "准确率"),
+    ("em", "exact_match", "EM", "EM（精确匹配）"),
+    ("f1", "f1", "macro F1", "宏平均 F1"),
+    ("span_f1", "f1", "F1 of spans", "实体位置 F1"),
+    ("text_set_f1", "f1", "F1 of text sets", "实体文本集合 F1"),
+)
+F1_OF_ANSWERS = ("f1", "f1", "F1", "F1")  # of a model that answers questions
 MOST_CLASSES = 20  # that are listed by name
 
 
@@ -136,13 +148,24 @@ def renamed(card: str, name: str, licence: str | None) -> str:
     return str(parsed)
 
 
+def for_modelscope(card: str, name: str) -> str:
+    """The card of a model that is published on ModelScope: its code downloads the model there."""
+    fetch = (
+        "from modelscope_hub import HubApi\n"
+        "\\g<0>\n"
+        f'directory = HubApi().download_repo("{name}", "model")\n'
+    )
+    card = re.sub(r"^from transformers import .*\n", fetch, card, flags=re.MULTILINE)
+    return card.replace(f'from_pretrained("{name}")', "from_pretrained(directory)")
+
+
 def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: str | None) -> str:
     """The metadata that the hub reads, as YAML."""
     # Imported here because few commands write a card.
     from huggingface_hub import EvalResult, ModelCardData
 
-    base = finetuned.base if finetuned is not None else None
-    task, dev = (finetuned.task, finetuned.dev) if finetuned is not None else (None, {})
+    base, task = (finetuned.base, finetuned.task) if finetuned is not None else (None, None)
+    dev = finetuned.dev if finetuned is not None else {}
     pipeline = PIPELINES.get(architecture, "fill-mask")
     of_clue = task in CLUE_TASKS
     results = [
@@ -153,10 +176,11 @@ def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: s
             dataset_config=task if of_clue else None,
             dataset_split="validation",
             metric_type=metric,
+            metric_name=said,
             metric_value=round(float(dev[key]), 4),
         )
-        for metric, key in (("accuracy", "accuracy"), ("f1", "f1"))
-        if task is not None and isinstance(dev.get(key), int | float)
+        for key, metric, said, _ in _scores(finetuned)
+        if task is not None
     ]
     data = ModelCardData(
         language=["zh"],
@@ -164,7 +188,7 @@ def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: s
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["bert", "chinese", "clue"],
-        base_model=base if base is not None and "/" in base else None,
+        base_model=base if base is not None and "/" in base and ":" not in base else None,
         datasets=["clue/clue"] if of_clue else None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -172,22 +196,29 @@ def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: s
     return data.to_yaml()
 
 
+def _scores(about: FineTuned | None) -> list[tuple[str, str, str, str]]:
+    """The rows of SCORES that a fine-tuned model has."""
+    if about is None:
+        return []
+    reads = about.architecture == QUESTION_ANSWERING
+    rows = [F1_OF_ANSWERS if reads and row[0] == "f1" else row for row in SCORES]
+    return [row for row in rows if isinstance(about.dev.get(row[0]), int | float)]
+
+
 def _of_finetuning(about: FineTuned) -> Facts:
     """Rows about a fine-tuning run, as far as the model carries them."""
     shown = ", ".join(about.shown[:MOST_CLASSES])
     more = ", ..." if len(about.shown) > MOST_CLASSES else ""
-    facts: Facts = [("classes", "类别", f"{len(about.labels)}: {shown}{more}")]
+    facts: Facts = []
+    if about.labels:
+        facts.append(("classes", "类别", f"{len(about.labels)}: {shown}{more}"))
     if about.base is not None:
         facts.append(("started from", "初始模型", about.base))
     if about.max_length is not None:
         facts.append(("tokens of a text", "最大文本长度（词元）", str(about.max_length)))
     seed = f" (seed {about.recipe['seed']})" if "seed" in about.recipe else ""
-    for key, english, chinese in (
-        ("accuracy", "accuracy on dev", "验证集准确率"),
-        ("f1", "macro F1 on dev", "验证集宏平均 F1"),
-    ):
-        if isinstance(about.dev.get(key), int | float):
-            facts.append((english, chinese, f"{about.dev[key]:.4f}{seed}"))
+    for key, _, english, chinese in _scores(about):
+        facts.append((f"{english} on dev", f"验证集{chinese}", f"{about.dev[key]:.4f}{seed}"))
     names = {"lr": "lr", "epochs": "epochs", "batch_size": "batch size", "precision": "precision"}
     settings = [f"{name} {about.recipe[key]}" for key, name in names.items() if key in about.recipe]
     if settings:

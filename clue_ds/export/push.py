@@ -1,14 +1,17 @@
-"""`clue-ds push`: publish a model directory on the Hugging Face hub.
+"""`clue-ds push`: publish a model directory on the Hugging Face hub or on ModelScope.
 
 Guarantees: the files of the directory itself are uploaded in one commit, so that the model appears
 complete or not at all; its card calls it by the name under which it is published. HF_ENDPOINT and
-HF_TOKEN work as in huggingface_hub.
+HF_TOKEN work as in huggingface_hub, MODELSCOPE_ENDPOINT and MODELSCOPE_API_TOKEN as in
+modelscope_hub.
 """
 
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -22,17 +25,20 @@ CARD = "README.md"
 def push(
     model: tyro.conf.Positional[Path],
     name: tyro.conf.Positional[str],
+    to: Literal["hf", "modelscope"] = "hf",
     private: bool = False,
     licence: str | None = None,
 ) -> None:
-    """Publish a model directory on the Hugging Face hub, with its card.
+    """Publish a model directory on the Hugging Face hub or on ModelScope, with its card.
 
-    Log in first: `hf auth login`, or set HF_TOKEN to a token that may write.
+    Log in first: `hf auth login` or `ms login`, or set HF_TOKEN or MODELSCOPE_API_TOKEN to a token
+    that may write.
 
     Args:
         model: a directory that `clue-ds export`, `import` or `finetune` wrote; of a fine-tuning
             run, the model in it is taken.
         name: OWNER/NAME, under which others will load it.
+        to: hf (the Hugging Face hub) or modelscope (pip install 'clue_ds[modelscope]').
         private: let only the owner see a repository that this command makes.
         licence: the licence for the card, by the hub's names, such as apache-2.0.
     """
@@ -50,8 +56,12 @@ def push(
     }
     if CARD in contents:
         text = (directory / CARD).read_text(encoding="utf-8")
-        contents[CARD] = card.renamed(text, name, licence).encode()
-    url = _commit(name, private, contents)
+        text = card.renamed(text, name, licence)
+        contents[CARD] = (card.for_modelscope(text, name) if to == "modelscope" else text).encode()
+    if to == "modelscope":
+        url = _commit_to_modelscope(name, private, licence, contents)
+    else:
+        url = _commit(name, private, contents)
     print(f"published {directory} as {name}: {len(contents)} files, {url}")
 
 
@@ -87,3 +97,44 @@ def _commit(name: str, private: bool, contents: dict[str, Path | bytes]) -> str:
         f"can't publish {name}: {said}; log in with `hf auth login` as someone who may write to "
         f"{name.partition('/')[0]}, or set HF_TOKEN"
     )
+
+
+def _commit_to_modelscope(
+    name: str, private: bool, licence: str | None, contents: dict[str, Path | bytes]
+) -> str:
+    """Make the repository if there is none, and all files one commit in it; returns its address."""
+    library = hub.modelscope(f"--to modelscope for {name}")
+    api = library.HubApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        for file, content in contents.items():
+            place = Path(scratch) / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                place.write_bytes(content)
+            else:
+                place.symlink_to(content.resolve())
+        try:
+            if not api.repo_exists(name, "model"):
+                visibility = "private" if private else "public"
+                # The library would say Apache-2.0 of a model without a licence.
+                api.create_repo(name, "model", visibility=visibility, license=licence or "Other")
+            api.upload_folder(
+                name,
+                "model",
+                scratch,
+                commit_message="Model written by clue_ds",
+                use_cache=False,
+                disable_tqdm=True,
+            )
+        except (library.AuthenticationError, library.PermissionDeniedError):
+            raise UserError(
+                f"can't publish {name}: ModelScope refuses the token, or there is none; log in "
+                f"with `ms login` as someone who may write to {name.partition('/')[0]}, or set "
+                "MODELSCOPE_API_TOKEN"
+            ) from None
+        except (library.HubError, OSError) as error:
+            raise UserError(
+                f"can't publish {name} on ModelScope: {first_line(error)}; run the command again "
+                "later"
+            ) from None
+    return f"{library.HubConfig().endpoint}/models/{name}"

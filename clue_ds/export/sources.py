@@ -8,6 +8,7 @@
     one of several TF checkpoints         its prefix, or its .index
     what `clue-ds finetune` wrote         a run, a task's directory, or the model in it
     a name on the Hugging Face hub        clue/roberta_chinese_clue_tiny
+    a name on ModelScope                  modelscope:ORG/NAME
 
 Guarantees: the weights take precedence over the config. The vocabulary has as many words as the
 embedding has rows, and a "roberta" with BERT's weights and vocabulary is opened as a BERT (CLUE's
@@ -95,7 +96,8 @@ def existing(directory: Path) -> Path:
     if not directory.is_dir():
         raise UserError(
             f"{directory} is not a directory; give a model directory, a run directory, a zip, or "
-            "the name of a model on the Hugging Face hub (OWNER/NAME, or bert-base-chinese)"
+            "the name of a model on the Hugging Face hub (OWNER/NAME, or bert-base-chinese) or on "
+            "ModelScope (modelscope:ORG/NAME)"
         )
     return directory
 

@@ -69,6 +69,7 @@ CONFIG_KEYS = (
     "type_vocab_size",
     "vocab_size",
 )
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 TRUE_ACTIVATION = "hidden_act_in_transformers"
 OPTIMIZER_SUFFIXES = ("/adam_m", "/adam_v", "/lamb_m", "/lamb_v", "/Adam", "/Adam_1")
 OPTIMIZER_NAMES = ("global_step", "beta1_power", "beta2_power")
@@ -270,6 +271,13 @@ def read(
             turns = row.is_transposed and tensor.dim() == 2
             state[row.ours] = tensor.T.contiguous() if turns else tensor
     if WORD_EMBEDDINGS not in state:
+        if OBJECT_GRAPH in reader.entries:
+            raise UserError(
+                f"{reader.path} is an object checkpoint of TensorFlow 2, which names variables by "
+                "the attributes of the program that wrote it; load it there, and save it with "
+                "transformers (save_pretrained), with bert4keras (save_weights_as_checkpoint) or "
+                "with tf.compat.v1.train.Saver under the names of Google's BERT"
+            )
         holds = min(reader.entries, key=len) if reader.entries else "nothing"
         raise UserError(
             f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "

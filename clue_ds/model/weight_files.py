@@ -1,4 +1,4 @@
-"""model.safetensors and pytorch_model.bin, whole or sharded, read into today's names.
+"""model.safetensors and pytorch_model.bin, whole or sharded, or tf_model.h5, in today's names.
 
 Guarantees: only plain tensors are unpickled; a file that cannot be read is one message that says
 whether it is truncated, a placeholder of a download, or holds Python objects. A tensor that takes
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clue_ds.errors import UserError, existing_file, first_line
 from clue_ds.files import read_json, refuse_placeholder
+from clue_ds.model import keras_file
 
 StateDict = dict[str, Tensor]
 
@@ -104,6 +105,9 @@ def _read_files(directory: Path) -> StateDict:
             return read_file(path)
         if index.is_file() or index.is_symlink():
             return _read_shards(directory, index)
+    if (directory / keras_file.FILE).is_file():
+        refuse_placeholder(directory / keras_file.FILE)
+        return keras_file.read(directory / keras_file.FILE)
     raise UserError(
         f"{directory} has a config.json but no weights; copy {' or '.join(WEIGHT_FILES)} into it"
     )
