@@ -154,7 +154,7 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)+cpu" 2>/dev/null \
 		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 \
-		sentence-transformers==5.7.0 "optimum-onnx[onnxruntime]==0.1.0"
+		sentence-transformers==5.7.0 "optimum-onnx[onnxruntime]==0.1.0" MNN==3.6.1
 	$(PYTHON) -m venv $(CLIENTS)/onnxruntime116
 	@$(CLIENTS)/onnxruntime116/bin/python -m pip --disable-pip-version-check install --quiet onnxruntime==1.16.3 "numpy < 2" \
 		|| { echo "no onnxruntime 1.16.3 for this Python: it will not be checked"; rm -r $(CLIENTS)/onnxruntime116; }

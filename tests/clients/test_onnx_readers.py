@@ -1,7 +1,7 @@
-"""Other people's programs answer from our exports what we do: onnxruntime old and new, optimum.
+"""Other people's programs answer from our exports what we do: onnxruntime, optimum, MNN.
 
 `make test-clients` runs it with the Pythons of their environments: ONNXRUNTIME114_PYTHON (with a
-Python 3.7), ONNXRUNTIME116_PYTHON, and TRANSFORMERS4_PYTHON, which has optimum.
+Python 3.7), ONNXRUNTIME116_PYTHON, and TRANSFORMERS4_PYTHON, which has optimum and MNN.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ CONFIG = ModelConfig(
 )
 TEXTS = [chr(0x4E00 + i) * (1 + i % 9) + "一丁七"[: i % 4] for i in range(60)]
 TOLERANCE = 2e-5  # fp32 in another order of operations, logits up to 10
+MNN_TOLERANCE = 1e-2  # MNN approximates exp and erf; measured 4e-3 on logits up to 14
 LABELS = registry.TASKS["tnews"].labels
 
 RUNTIME = """
@@ -41,6 +42,24 @@ session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=pr
 ids = np.array(json.loads(sys.argv[2]), dtype=np.int64)
 feed = {"input_ids": ids, "attention_mask": np.minimum(ids, 1), "token_type_ids": ids * 0}
 print(json.dumps(session.run(["logits"], feed)[0].tolist()))
+"""
+MNN = """
+import json, subprocess, sys
+import numpy as np
+import MNN.expr as F, MNN.nn as nn
+onnx, model = sys.argv[1] + "/model.onnx", sys.argv[1] + "/model.mnn"
+convert = "import sys; from MNN.tools.mnnconvert import main; main()"
+words = ["-f", "ONNX", "--modelFile", onnx, "--MNNModel", model, "--bizCode", "test"]
+subprocess.run([sys.executable, "-c", convert, *words], check=True, stdout=sys.stderr)
+net = nn.load_module_from_file(model, ["input_ids", "attention_mask", "token_type_ids"], ["logits"])
+ids = np.array(json.loads(sys.argv[2]))
+inputs = [
+    F.const(one.astype(np.int32).ravel().tolist(), list(one.shape), F.NCHW, F.int)
+    for one in (ids, np.minimum(ids, 1), ids * 0)
+]
+found = np.array(net.forward(inputs)[0].read()).reshape(len(ids), -1)
+print()
+print(json.dumps(found.tolist()))
 """
 OPTIMUM = """
 import json, sys
@@ -100,6 +119,18 @@ def test_old_onnxruntime_computes_the_same(variable: str, classifier: Path) -> N
     feed = {"input_ids": ids, "attention_mask": np.minimum(ids, 1), "token_type_ids": ids * 0}
     (expected,) = session.run(["logits"], feed)
     np.testing.assert_allclose(np.array(found), expected, atol=TOLERANCE)
+
+
+def test_mnn_converts_the_file_and_computes_the_same(classifier: Path) -> None:
+    import onnxruntime
+
+    ids = np.arange(5, 35).reshape(3, 10)
+    ids[2, 6:] = 0
+    found = run("TRANSFORMERS4_PYTHON", MNN, classifier / "onnx", ids.tolist())
+    session = onnxruntime.InferenceSession(str(classifier / "onnx" / "model.onnx"))
+    feed = {"input_ids": ids, "attention_mask": np.minimum(ids, 1), "token_type_ids": ids * 0}
+    (expected,) = session.run(["logits"], feed)
+    np.testing.assert_allclose(np.array(found), expected, atol=MNN_TOLERANCE)
 
 
 def check(answers: list[dict[str, str]], directory: Path) -> None:
