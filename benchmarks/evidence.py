@@ -108,7 +108,7 @@ def _pretrain(
     """Pretrain; return the directory of the run."""
     corpus, run_dir = work / "corpus", work / "run"
     if not corpus.exists():
-        texts = [*_write_texts(work / "text", data), *corpora]
+        texts = [*write_texts(work / "text", data), *corpora]
         _verb("shard", *texts, "--vocab", vocab, "--output", corpus)
     place = ["--data.corpus", corpus, "--run_dir", run_dir]
     _verb("pretrain", "--config", config, *place)
@@ -129,7 +129,7 @@ def _train_on_pairs(
     return pair_model
 
 
-def _write_texts(directory: Path, data: Path) -> list[Path]:
+def write_texts(directory: Path, data: Path) -> list[Path]:
     """Write one file per task, with each training example as a document, without its label."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []

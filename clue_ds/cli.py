@@ -40,6 +40,7 @@ _SUBJECTS = {
     "gpu": "all that a new GPU machine should be asked first, in minutes, with a page",
     "finetune": "against transformers' Trainer",
     "evidence": "curves of pretraining and fine-tuning, with a plot",
+    "recipe_study": "one change of pretraining's recipe at a time, at equal tokens",
     "demo": "the demo with several seeds, and what pretraining gained",
     "serve": "answers per second against a transformers pipeline",
     "onnx_latency": "an ONNX export against transformers' legacy export",

@@ -88,7 +88,7 @@ def test_finetune_benchmark_trains_the_trainers_model_of_span_reading(tmp_path: 
 
 
 def test_evidence_pretrains_on_training_texts_without_labels(tmp_path: Path) -> None:
-    paths = evidence._write_texts(tmp_path / "text", write_tasks(tmp_path / "clue"))
+    paths = evidence.write_texts(tmp_path / "text", write_tasks(tmp_path / "clue"))
     assert [path.name for path in paths] == [f"{task}.txt" for task in evidence.TASKS]
     tnews, afqmc = paths[0].read_text("utf-8"), paths[2].read_text("utf-8")
     assert tnews.strip().split("\n\n") == SENTENCES * 20

@@ -1,0 +1,97 @@
+"""The study of the recipe: what each variant trains on, and one small study as a whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ranks import TINY_MODEL
+from test_bench_finetune import SENTENCES, write_tasks
+
+from clue_ds import config as run_config
+from clue_ds.benchmarks import recipe_study as study
+from clue_ds.data.text.special_tokens import LEADING_TOKENS
+from clue_ds.errors import UserError
+
+BASE: dict[str, Any] = {
+    "run_dir": "run",
+    "data": {"corpus": "corpus", "seq_length": 16},
+    "model": {**TINY_MODEL, "initializer_range": 0.05},
+    "train": {"steps": 10, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8},
+    "log": {"every": 10, "tensorboard": False},
+}
+LONG = 1_000 * 8 * 16
+
+
+@pytest.mark.parametrize("name", study.VARIANTS)
+def test_a_variant_is_a_run_on_the_same_number_of_tokens(name: str) -> None:
+    base = run_config.validate(BASE, "base").model_dump()
+    variant = study.VARIANTS[name]
+    run = run_config.validate(study.run_of(base, variant, LONG, 43, Path("there")), name)
+    train = run.train
+    assert train.steps * train.global_batch_size * run.data.seq_length == LONG
+    assert run.seed == 43 and run.run_dir == "there"
+    assert train.warmup_steps / train.steps == pytest.approx(0.1)
+    assert train.gradient_accumulation_steps(1) >= 1
+    if variant.batch == 4:
+        assert (train.global_batch_size, train.lr) == (32, pytest.approx(2e-4))
+    if variant.lower_mask is not None:
+        shares = [one.data.mask_prob for one in run.by_phase()]
+        assert shares == [0.3, 0.15] and run.phases[0].until == 500
+    changed = {key for key, value in run.model_dump().items() if value != base[key]}
+    assert changed >= {key.split(".")[0] for key in variant.changes}
+
+
+def test_a_small_study_compares_on_the_same_masks_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    clue = write_tasks(tmp_path / "clue")
+    folder = clue / "tnews_public"
+    (folder / "dev.json").write_text((folder / "train.json").read_text("utf-8"), "utf-8")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    tokens = [*LEADING_TOKENS, *sorted({*"".join(SENTENCES)})]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    text = "\n\n".join(f"{SENTENCES[i % 4]}{SENTENCES[i * 7 % 4]}" * (1 + i) for i in range(60))
+    (tmp_path / "text.txt").write_text(text + "\n", encoding="utf-8")
+    options: dict[str, Any] = {
+        "data": clue,
+        "vocab": tmp_path / "vocab.txt",
+        "config": tmp_path / "base.yaml",
+        "corpora": (tmp_path / "text.txt",),
+        "tasks": ("tnews",),
+        "finetune_seeds": 1,
+        "epochs": 1,
+        "limit": 16,
+        "max_length": 16,
+        "work": tmp_path / "work",
+        "output": tmp_path / "study.json",
+    }
+    study.recipe_study(**options, variants=())
+    first = json.loads((tmp_path / "study.json").read_text())["variants"]
+    study.recipe_study(**options, variants=("mask 30%, then 15%",))
+    rows = json.loads((tmp_path / "study.json").read_text())["variants"]
+    assert list(rows) == ["base", "mask 30%, then 15%"]
+    assert {name: rows[name] for name in first} == first, "nothing is trained twice"
+    for row in (row for of_variant in rows.values() for row in of_variant):
+        assert row["tokens"] == 10 * 8 * 16 and len(row["tasks"]["tnews"]) == 1
+        assert row["held_out"]["loss"] > 0 and row["log"][-1]["step"] == 10
+    # The base is compared on the masks of its own evaluation.
+    own = json.loads((tmp_path / "work/base/seed=42/log.jsonl").read_text().splitlines()[-1])
+    assert rows["base"][0]["held_out"]["loss"] == pytest.approx(own["held_out_loss"], abs=1e-4)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "| mask rate | mask 30%, then 15% | 1 | " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"on 1,280 tokens, and now it would have 640"):
+        study.recipe_study(**options, variants=(), tokens=640)
+
+
+def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
+    for name in ("base.yaml", "vocab.txt"):
+        (tmp_path / name).write_text("x\n")
+    with pytest.raises(UserError, match=r"no variant 'adam'; there are: base, lr 5e-4"):
+        study.recipe_study(
+            tmp_path, tmp_path / "vocab.txt", tmp_path / "base.yaml", variants=("adam",)
+        )
