@@ -267,8 +267,9 @@ class Engine:
     def _lowest_scale_at_stage_0(self) -> float | None:
         """In fp16 at stage 0, where DeepSpeed would skip updates at this loss scale for ever."""
         scaling = getattr(self._deepspeed.optimizer, "loss_scale_config", None)
-        is_ours = self.stage == 0 and scaling is not None and scaling.dynamic_loss_scale
-        return float(scaling.min_loss_scale) if is_ours else None
+        if self.stage or scaling is None or not scaling.dynamic_loss_scale:
+            return None
+        return float(scaling.min_loss_scale)
 
     def _own_norm(self) -> Tensor:
         """For fp32 at stage 0, where gradients are whole and averaged when `backward` returns."""
