@@ -155,8 +155,8 @@ def measure(sides: tuple[Side, Side], steps: int) -> np.ndarray:
             side.step(step)
     seconds = np.empty((2, steps))
     for step in range(steps):
-        for side in (0, 1) if step % 2 == 0 else (1, 0):
-            seconds[side, step] = sides[side].step(step)
+        for number in (0, 1) if step % 2 == 0 else (1, 0):
+            seconds[number, step] = sides[number].step(step)
     return seconds
 
 

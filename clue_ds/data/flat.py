@@ -98,8 +98,7 @@ class FlatStream(SampleStream):
             sizes,
             num_spare,
             self._masks.pad_id,
-            *flat.values(),
-            types,
+            *[*flat.values(), types],
         )
         if has_pairs:
             flat |= {"token_type_ids": types, "next_sentence_label": rows["next_sentence_label"]}

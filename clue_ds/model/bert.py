@@ -302,7 +302,8 @@ class BertForPreTraining(nn.Module):
         """
         if bounds is not None:
             assert masked_positions is not None and masked_labels is not None
-            assert position_ids is not None and cu_predictions is not None
+            assert position_ids is not None
+            assert cu_seqlens is not None and cu_predictions is not None
             longest, most, num_slots = bounds.tolist()
             layout = Layout(cu_seqlens, cu_predictions, longest, most, self.bert.attention)
             hidden = self.bert.flat(

@@ -98,7 +98,9 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # The parameters' memory under nodes of autograd that belong to this stream.
-            twins = {f"model.{n}": nn.Parameter(p.detach()) for n, p in parameters.items()}
+            twins: dict[str, Tensor] = {
+                f"model.{n}": nn.Parameter(p.detach()) for n, p in parameters.items()
+            }
             leaves = list(twins.values())
 
             def forward() -> PreTrainingOutput:

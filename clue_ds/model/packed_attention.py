@@ -183,8 +183,11 @@ def _dense(
     # One key is kept in a spare sequence too: softmax over none would be NaN, and so would its
     # gradient, although nobody uses either.
     keep = (places < cu_seqlens.diff()[:, None]) | (places == 0)
-    padded = [x[index].transpose(1, 2) for x, index in ((q, queries), (k, keys), (v, keys))]
-    context = ops.attention(*padded, keep[:, None, None], p, True, attention)  # [Z, N, Q, D]
+    query, key, value = (
+        x[index].transpose(1, 2) for x, index in ((q, queries), (k, keys), (v, keys))
+    )
+    # [Z, N, Q, D]
+    context = ops.attention(query, key, value, keep[:, None, None], p, True, attention)
     index = torch.arange(len(q), device=q.device, dtype=cu_queries.dtype)
     sequence = torch.searchsorted(cu_queries[1:].contiguous(), index, right=True)
     return context[sequence, :, index - cu_queries[sequence]]

@@ -10,7 +10,7 @@ from .operations import Shapes
 
 def rates(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, bench.Row]:
     """Forward and backward of every operation that bench.py measures; our kernels alone."""
-    found = {}
+    found: dict[str, bench.Row] = {}
     length = shapes.seq_length
     for op in bench.OPS:
         width, rows_each = shapes.hidden_size, length
