@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from clue_ds.config import HealthSection
 from clue_ds.job import diagnosis
 from clue_ds.job.rendezvous import Peer
+from clue_ds.settings.sections import HealthSection
 
 PEERS = [Peer(f"h{rank // 2}", 100 + rank, "ns") for rank in range(4)]
 WAITING = ["train.py:90 in train", "/x/torch/distributed/distributed_c10d.py:1 in all_reduce"]

@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clue_ds.config import DEFAULT_HEALTH
 from clue_ds.job.heartbeat import Activity
+from clue_ds.settings.sections import DEFAULT_HEALTH
 
 
 def spin(seconds: float) -> None:

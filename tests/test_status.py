@@ -14,10 +14,10 @@ from ranks import make_corpus, pretrain_runs, run_ranks, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import doctor, status
-from clue_ds.config import CheckpointSection
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous, run_lock
 from clue_ds.report.command import report
+from clue_ds.settings.sections import CheckpointSection
 
 
 def report_on(*runs: Path) -> str:

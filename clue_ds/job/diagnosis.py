@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clue_ds import dist
-from clue_ds.config import HealthSection
 from clue_ds.job.rendezvous import Peer
 from clue_ds.launcher import contract
+from clue_ds.settings.sections import HealthSection
 
 STATUS = {
     "user error": contract.STATUS_USER_ERROR,

@@ -24,8 +24,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from clue_ds.config import HealthSection
 from clue_ds.job import diagnosis, procfs
+from clue_ds.settings.sections import HealthSection
 
 # A step may take this many times as long as the slowest one so far.
 SLOWER_STEP = 5.0

@@ -41,13 +41,13 @@ from pathlib import Path
 from typing import Any
 
 from clue_ds import dist
-from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError, first_line
 from clue_ds.job import diagnosis, procfs, rendezvous, run_lock, signals
 from clue_ds.job.diagnosis import Diagnosis
 from clue_ds.job.heartbeat import Activity
 from clue_ds.job.signals import SignalPipe
 from clue_ds.job.stop import StopRequest
+from clue_ds.settings.sections import DEFAULT_HEALTH, HealthSection
 
 SECONDS_BETWEEN_HEARTBEATS = 2.0
 # Once a collective has failed on some rank, a rank that is silent for this long is the cause.

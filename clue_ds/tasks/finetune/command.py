@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 
 from clue_ds import dist
-from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.data.build.workers import spawned
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
+from clue_ds.settings.sections import DEFAULT_HEALTH, HealthSection
 from clue_ds.tasks import kinds, outputs, registry
 from clue_ds.tasks.finetune import checks, run
 from clue_ds.tasks.finetune.directory import RESULT, baselines, locked, read_result, shown_scores

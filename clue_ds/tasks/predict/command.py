@@ -26,11 +26,11 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from clue_ds import dist, files
-from clue_ds.config import DEFAULT_HEALTH, HealthSection
 from clue_ds.errors import UserError, existing_file, run_module
 from clue_ds.job import watchdog
 from clue_ds.model import ops
 from clue_ds.settings import arguments
+from clue_ds.settings.sections import DEFAULT_HEALTH, HealthSection
 from clue_ds.tasks import features, records
 from clue_ds.tasks.kinds import Answer, Example, Kind
 from clue_ds.tasks.predict.predictor import MASK, Predictor, check_finite
