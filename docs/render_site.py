@@ -22,8 +22,10 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from pymdownx.slugs import slugify
@@ -49,11 +51,14 @@ NO_CHINESE = """!!! note "本页暂时只有英文"
 """
 FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
+# The links between the languages of a page, for which the site has one in its header.
+OTHER_LANGUAGE = re.compile(r"^\[(?:中文|English)\]\([^)]*\)(?:\. |\n\n)", re.MULTILINE)
 # A line break behind Chinese punctuation, or between two Chinese characters, inside a paragraph.
 CHINESE_BREAK = re.compile(
     r"(?<=[，。；：、！？）》”])\n *(?![-*#|>\d\n ]|$)"
     r"|(?<=[\u4e00-\u9fff])\n *(?=[\u4e00-\u9fff（《“])"
 )
+SEPARATOR = r"[\s\-,:!=\[\]()\"'`/.，。；：、！？（）《》“”]+|(?=[\u4e00-\u9fff])"
 LANGUAGE_OF_CODE = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml"}
 
 
@@ -77,11 +82,12 @@ def text_of(page: str, language: str, title: str) -> str:
     """The Markdown of `page` in one language, with the links that it has in the repository."""
     if language == "en":
         text = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)[0]
-        return text.replace("[中文](#中文). ", "")
+        return OTHER_LANGUAGE.sub("", text)
     chinese = chinese_of(page)
     if chinese is None:
         heading, newline, rest = text_of(page, "en", title).partition("\n")
         return f"{heading}{newline}\n{NO_CHINESE}{rest}"
+    chinese = OTHER_LANGUAGE.sub("", chinese)
     return chinese if chinese.lstrip().startswith("# ") else f"# {title}\n\n{chinese}"
 
 
@@ -233,13 +239,40 @@ def config_of(language: str, work: Path, output: Path, navigation: list[Any]) ->
         "site_dir": str(output if is_english else output / language),
         "nav": navigation,
         "theme": theme,
-        "plugins": {"mkdocstrings": {"handlers": {"python": {"paths": [str(work / "tree")]}}}},
+        "plugins": {
+            # Every Chinese character is a word for the search, in the pages and in what is typed.
+            "search": {"lang": ["en"] if is_english else ["zh"], "separator": SEPARATOR},
+            "mkdocstrings": {"handlers": {"python": {"paths": [str(work / "tree")]}}},
+        },
         "extra": {"other": "zh-CN/" if is_english else "../", "root": "" if is_english else "../"},
         "not_in_nav": "source/",
     }
     path = work / f"{language}.yml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), "utf-8")
     return path
+
+
+def broken_links(site: Path) -> list[str]:
+    """Links of the finished pages that lead nowhere: MkDocs looks at those between pages only.
+
+    A link to another host counts, too, unless a reader follows it: the site fetches nothing.
+    """
+    texts = {page: page.read_text("utf-8") for page in site.rglob("*.html")}
+    ids = {page: set(re.findall(r"\bid=\"?([^\"\s>]+)", text)) for page, text in texts.items()}
+    broken = []
+    for page, text in texts.items():
+        for tag, link in set(re.findall(r"<(\w+)[^<>]*? (?:href|src)=\"?([^\"\s>]+)", text)):
+            path, _, anchor = unquote(unescape(link)).partition("#")
+            if re.match(r"[a-z]+:|/", path) or page.name == "404.html":
+                if path.startswith(("http", "//")) and tag != "a":
+                    broken.append(f"{page.relative_to(site)} fetches {link}")
+                continue
+            found = Path(posixpath.normpath(page.parent / path)) if path else page
+            found = found / "index.html" if found.is_dir() else found
+            is_there = not anchor or anchor.startswith("__") or anchor in ids.get(found, {anchor})
+            if not found.exists() or not is_there:
+                broken.append(f"{page.relative_to(site)} links to {link}")
+    return sorted(broken)
 
 
 def main() -> int:
@@ -261,18 +294,17 @@ def main() -> int:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement, and not about us
     for language in LANGUAGES:
         config = config_of(language, work, output, navigation[language])
-        command = [
-            sys.executable,
-            "-m",
-            "mkdocs",
-            "build",
-            "--strict",
-            "--quiet",
-            "-f",
-            str(config),
-        ]
-        if subprocess.run(command, cwd=work / "tree", env=environment).returncode:
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config)]
+        # Not --quiet, with which MkDocs counts no warnings and strict finds nothing.
+        done = subprocess.run(
+            command, cwd=work / "tree", env=environment, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
             return 1
+    if broken := broken_links(output):
+        print("\n".join(broken), file=sys.stderr)
+        return 1
     print(f"the site is in {output}; look at it with: python3 -m http.server --directory {output}")
     return 0
 
