@@ -33,6 +33,7 @@ def kernels(
     dtype: Literal["fp32", "fp16", "bf16"] = "bf16",
     mode: tuple[Mode, ...] = get_args(Mode),
     dropout: tuple[float, ...] = (0.0, 0.1),
+    seq_length: tuple[int, ...] = (128, 512),
     device: Literal["cuda", "cpu"] = "cuda",
     csv: Path | None = None,
     plot: Path | None = None,
@@ -47,6 +48,7 @@ def kernels(
         dtype: dtype of activations and parameters
         mode: forward, backward, or both together (full)
         dropout: dropout probabilities, for operations that have dropout
+        seq_length: tokens of a sequence, for attention
         device: cpu only shows that the benchmark itself works
         csv: write the figures to this file
         plot: draw the figures into this file: bandwidth against hidden size, a line per provider
@@ -64,7 +66,7 @@ def kernels(
         raise UserError("--plot needs matplotlib: pip install 'clue_ds[plots]'")
     _print_head(dtype, device)
     measured: list[Row] = []
-    for case in _cases(op, hidden, rows, DTYPES[dtype], dropout):
+    for case in _cases(op, hidden, rows, DTYPES[dtype], dropout, seq_length):
         new = bench.measure(case, list(mode), torch.device(device))
         _print_rows(new)
         measured += new
@@ -82,14 +84,16 @@ def _cases(
     rows: tuple[int, ...],
     dtype: torch.dtype,
     dropout: tuple[float, ...],
+    seq_lengths: tuple[int, ...],
 ) -> list[bench.Case]:
-    has_dropout = {"bias_dropout_add_layer_norm", "masked_softmax", "embedding_layer_norm"}
+    has_no_dropout = {"layer_norm", "bias_gelu"}
     return [
-        bench.Case(op, num_rows, width, dtype, p)
+        bench.Case(op, num_rows, width, dtype, p, length)
         for op in ops
         for width in hidden
         for num_rows in rows
-        for p in (dropout if op in has_dropout else (0.0,))
+        for p in ((0.0,) if op in has_no_dropout else dropout)
+        for length in (seq_lengths if op == "attention" else (bench.SEQ_LENGTH,))
     ]
 
 
@@ -127,8 +131,8 @@ def _print_head(dtype: str, device: str) -> None:
     if device == "cpu":
         print("# no figure is of a GPU: `ours` is plain torch here, except under the host clock")
     print(
-        f"{'op':<28}{'rows':>7}{'H':>6}{'p':>5} {'mode':<5}{'clock':<6}{'provider':<11}"
-        f"{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'% copy':>7}"
+        f"{'op':<28}{'rows':>7}{'H':>6}{'p':>5}{'S':>6} {'mode':<5}{'clock':<6}"
+        f"{'provider':<11}{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'% copy':>7}{'TFLOP/s':>8}"
     )
 
 
@@ -136,9 +140,10 @@ def _print_rows(measured: list[Row]) -> None:
     for row in measured:
         rate = f"{row.gb_per_s:>8.0f}{row.percent_of_copy:>7.0f}"
         print(
-            f"{row.op:<28}{row.rows:>7}{row.hidden:>6}{row.p:>5g} {row.mode:<5}{row.clock:<6}"
-            f"{row.provider:<11}{row.median_us:>9.1f}{row.p20_us:>9.1f}{row.p80_us:>9.1f}"
-            f"{rate.replace('nan', '  -')}",
+            f"{row.op:<28}{row.rows:>7}{row.hidden:>6}{row.p:>5g}{row.seq_length:>6} "
+            f"{row.mode:<5}{row.clock:<6}{row.provider:<11}{row.median_us:>9.1f}"
+            f"{row.p20_us:>9.1f}{row.p80_us:>9.1f}{rate.replace('nan', '  -')}"
+            f"{f'{row.tflop_per_s:.1f}' if row.tflop_per_s else '-':>8}",
             flush=True,
         )
 
@@ -164,19 +169,20 @@ def _write_plot(measured: list[Row], path: Path, subtitle: str) -> None:
 
     clock = measured[0].clock
     shown = [row for row in measured if row.clock == clock]
-    lines = list(dict.fromkeys((row.op, row.p, row.rows) for row in shown))
+    lines = list(dict.fromkeys((row.op, row.p, row.rows, row.seq_length) for row in shown))
     modes = list(dict.fromkeys(row.mode for row in shown))
     figure, axes = pyplot.subplots(
         len(lines), len(modes), figsize=(1 + 4.5 * len(modes), 1 + 3.2 * len(lines)),
         squeeze=False, layout="constrained",
     )  # fmt: skip
     figure.suptitle(f"{subtitle}, {clock} clock")
-    for i, (op, p, num_rows) in enumerate(lines):
+    for i, (op, p, num_rows, length) in enumerate(lines):
         for axis, mode in zip(axes[i], modes, strict=True):
-            key = (op, p, num_rows, mode)
-            inside = [row for row in shown if (row.op, row.p, row.rows, row.mode) == key]
+            key = (op, p, num_rows, length, mode)
+            inside = [r for r in shown if (r.op, r.p, r.rows, r.seq_length, r.mode) == key]
             _draw_panel(axis, inside)
-            axis.set_title(f"{op}\n{mode}, dropout {p:g}, {num_rows:,} rows", fontsize=10)
+            of = f" of {length}" if op == "attention" else ""
+            axis.set_title(f"{op}\n{mode}, dropout {p:g}, {num_rows:,} rows{of}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"written to {path}")

@@ -14,7 +14,7 @@ zeros, and so does the gradient of a key without queries. Nothing here waits for
 
 The grid has a program for every block of the longest sequence, every head and every sequence; a
 program beyond the end of its sequence stops after reading two offsets, so a spare sequence costs
-its launch only, about a nanosecond for each head.
+its launches only: an estimated nanosecond for each program.
 
 Rejected: tiles that run on over the ends of sequences, which would need no programs for spare
 sequences. A mask drawn by position in the sequence then starts anywhere within the eight columns
@@ -25,6 +25,7 @@ run-time numbers: a token's 936 elements are not divisible by 16, so loads would
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,16 +48,25 @@ class Blocks(NamedTuple):
     num_warps: int
 
 
-# Not measured yet. With 128 queries on 4 warps, every kernel with dropout spills on sm_90.
-BLOCKS = Blocks(64, 64, 4)
+# Not measured yet; these are the largest that spill nowhere. With 128 queries every kernel with
+# dropout spills on sm_90, and with 64 keys some do on sm_80 and gfx942.
+HOPPER_BLOCKS = Blocks(64, 64, 4)
+BLOCKS = Blocks(64, 32, 4)
 # fp32 and fp64 have no tensor cores that keep their digits, and the multiplications of a product
-# are unrolled, four times as many in the larger tile.
+# are unrolled, four times as many in a tile of 64 x 64.
 WIDE_BLOCKS = Blocks(32, 32, 4)
 
 
-def blocks_of(dtype: torch.dtype) -> Blocks:
-    """The tile for activations of `dtype`; in the interpreter a large one for all."""
-    return BLOCKS if INTERPRETED or dtype.itemsize <= 2 else WIDE_BLOCKS
+@cache
+def blocks_of(device: torch.device, dtype: torch.dtype) -> Blocks:
+    """The tile for activations of `dtype` on `device`; in the interpreter a large one for all."""
+    if INTERPRETED:
+        return HOPPER_BLOCKS
+    if dtype.itemsize > 2:
+        return WIDE_BLOCKS
+    # sm_90 and sm_100 multiply out of shared memory, which leaves registers.
+    is_hopper = not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return HOPPER_BLOCKS if is_hopper else BLOCKS
 
 
 def padded_head_size(size: int) -> int:
@@ -130,7 +140,7 @@ def _attend(packed: Packed) -> tuple[Tensor, Tensor]:
     """(result [R, N, D], lse [N, R])."""
     out, lse = _results(packed.q)
     if out.numel():
-        blocks = blocks_of(out.dtype)
+        blocks = blocks_of(out.device, out.dtype)
         grid, num_blocks = packed.grid(packed.max_queries, blocks.queries)
         _forward(
             grid,
@@ -156,7 +166,8 @@ def _differentiate(
     packed: Packed, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Write the gradients into dq [R, N, D], dk and dv [T, N, D], whose heads are contiguous."""
-    dout, delta, blocks = dout.contiguous(), torch.empty_like(lse), blocks_of(out.dtype)
+    dout, delta = dout.contiguous(), torch.empty_like(lse)
+    blocks = blocks_of(out.device, out.dtype)
     if dq.numel():
         grid, num_blocks = packed.grid(packed.max_queries, blocks.queries)
         _dq(

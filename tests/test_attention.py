@@ -164,7 +164,7 @@ def test_masks_are_the_references_bit_for_bit_whatever_the_blocks(
 ) -> None:
     from clue_ds.kernels.functional import fused_attention
 
-    monkeypatch.setattr(fused_attention, "blocks_of", lambda _: fused_attention.Blocks(*blocks, 4))
+    monkeypatch.setattr(fused_attention, "blocks_of", lambda *_: fused_attention.Blocks(*blocks, 4))
     lengths, size, p = (5, 0, 40), 64, 0.5
     cu_seqlens, num_tokens = offsets(lengths, kernel_device), sum(lengths)
     shape_of_mask = torch.Size((num_tokens, NUM_HEADS, max(lengths)))

@@ -55,13 +55,14 @@ def test_every_operation_is_checked_timed_written_and_drawn(
 ) -> None:
     pytest.importorskip("matplotlib")
     table, picture = tmp_path / "figures.csv", tmp_path / "figures.png"
-    kernels(hidden=(8, 16), rows=(4,), dtype="fp32", device="cpu", csv=table, plot=picture)
+    sizes = {"hidden": (8, 16), "rows": (4,), "seq_length": (2,)}
+    kernels(**sizes, dtype="fp32", device="cpu", csv=table, plot=picture)
     with table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Five operations, three of them also with dropout, have two providers each, and layer_norm has
-    # a third; all have two widths and three modes.
+    # Six operations, four of them also with dropout, have two providers each, and layer_norm has a
+    # third; all have two widths and three modes.
     host = [row for row in rows if row["clock"] == "host"]
-    assert len(rows) - len(host) == ((5 + 3) * 2 + 1) * 2 * 3
+    assert len(rows) - len(host) == ((6 + 4) * 2 + 1) * 2 * 3
     assert {row["op"] for row in rows} == {row["op"] for row in host} == set(bench.OPS)
     assert {row["rows"] for row in host} == {"0"}  # nothing to launch on a CPU
     assert any(row["provider"] == "ours" for row in host) == backend.available()
@@ -69,6 +70,7 @@ def test_every_operation_is_checked_timed_written_and_drawn(
         assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
         if row["clock"] != "host":
             assert float(row["gb_per_s"]) > 0 and float(row["percent_of_copy"]) > 0
+            assert (float(row["tflop_per_s"]) > 0) == (row["op"] == "attention")
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 5 + len(rows) + 2 and "clue_ds" not in printed[4]
@@ -78,6 +80,14 @@ def test_bytes_are_those_of_the_fused_operation() -> None:
     case = bench.Case("bias_dropout_add_layer_norm", 10, 312, torch.bfloat16, 0.1)
     assert case.num_bytes("fwd") == case.num_bytes("bwd") == 8 * 10 * 312
     assert case._replace(p=0.0).num_bytes("full") == 14 * 10 * 312
+
+
+def test_flops_are_those_of_attentions_products() -> None:
+    case = bench.Case("attention", 256, 312, torch.bfloat16, 0.1, seq_length=128)
+    scores = 12 * 2 * 128 * 128  # heads, sequences
+    assert (case.head_size, case.num_flops("fwd")) == (26, scores * 26 * 2 * 2)
+    assert case.num_flops("full") == scores * 26 * 2 * 7
+    assert case._replace(op="layer_norm").num_flops("fwd") == 0
 
 
 def test_a_wrong_provider_is_caught_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

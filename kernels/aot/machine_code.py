@@ -49,6 +49,7 @@ class Variant:
     max_instructions: float  # per element
     loops: bool  # whether it is a persistent kernel
     targets: tuple[str, ...] = tuple(TARGETS)
+    min_bits: int = 64  # of a bulk access
 
 
 class Report(NamedTuple):
@@ -69,8 +70,8 @@ class Report(NamedTuple):
             found.append(f"spills {self.spilled_bytes} bytes")
         if self.registers > limits.max_registers:
             found.append(f"{self.registers} registers > {limits.max_registers}")
-        if self.narrowest_bulk < 64:
-            found.append(f"bulk accesses of {self.narrowest_bulk} bits < 64")
+        if self.narrowest_bulk < limits.min_bits:
+            found.append(f"bulk accesses of {self.narrowest_bulk} bits < {limits.min_bits}")
         if self.instructions > limits.max_instructions:
             found.append(f"{self.instructions:.1f} instructions > {limits.max_instructions:g}")
         return [f"{self.variant} on {self.target}: {what}" for what in found]

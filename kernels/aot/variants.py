@@ -13,9 +13,16 @@ from typing import Any
 import triton.language as tl
 
 from .. import reference
-from ..functional import fused_add_norm, fused_embedding, fused_gelu, fused_norm, fused_softmax
-from ..shared import tiles
-from .machine_code import Variant
+from ..functional import (
+    fused_add_norm,
+    fused_attention,
+    fused_embedding,
+    fused_gelu,
+    fused_norm,
+    fused_softmax,
+)
+from ..shared import packed_attention, tiles
+from .machine_code import TARGETS, Variant
 
 WIDTHS = (312, 768, 1024)
 KEY_LENGTHS = (128, 512)
@@ -23,6 +30,14 @@ FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 128
 # Lane-instructions an H100 issues while it copies one byte: 29.6e12 / 3.0e12. An MI300X: 9.7.
 ISSUED = 9.9
 EPS = 1e-12
+# Two programs of 128 threads share an NVIDIA multiprocessor, as their accumulators and a tile of
+# scores are in registers. Instructions are per score with dropout; without, half as many.
+ATTENTION_REGISTERS = 255
+ATTENTION_INSTRUCTIONS = {
+    "forward": {32: 33, 64: 50},  # lanes of a warp: limit
+    "dq": {32: 33, 64: 50},
+    "dkv": {32: 40, 64: 66},
+}
 
 
 def _constants(tile: tiles.Tile, width: int, p: float | None = None) -> dict[str, Any]:
@@ -161,13 +176,55 @@ def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
     ]  # fmt: skip
 
 
+def attentions(size: int, p: float, target: str) -> list[Variant]:
+    """attention in bf16 with 12 heads; an element is a score of a tile in the loop."""
+    is_hopper, lanes = target == "sm_90", 64 if target == "gfx942" else 32
+    blocks = fused_attention.HOPPER_BLOCKS if is_hopper else fused_attention.BLOCKS
+    num_heads, found = 12, []
+    stride = 3 * num_heads * size
+    num_dropped, scale = reference.dropout_threshold(p)
+    constants = {
+        "N": num_heads, "D": size, "Q_STRIDE": stride, "Q_HEAD": size, "K_STRIDE": stride,
+        "K_HEAD": size, "DQ_STRIDE": stride, "DK_STRIDE": stride, "SCALE": size**-0.5,
+        "NUM_DROPPED": num_dropped, "KEEP_SCALE": scale, "STAGES": fused_attention.STAGES,
+        "BLOCK_D": fused_attention.padded_head_size(size), "ACC": tl.float32, "DOT": tl.bfloat16,
+    }  # fmt: skip
+    shared = (
+        _pointers("*bf16", "q", "k", "v")
+        | _pointers("*i32", "cu_queries", "cu_keys")
+        | (_pointers("*i64", "seed") if p else {})
+        | {"num_blocks": "i32", "num_rows": "i32"}
+    )
+    statistics = _pointers("*fp32", "lse", "delta")
+    kernels = {
+        "forward": (packed_attention.forward_kernel, _pointers("*bf16", "out") | statistics),
+        "dq": (packed_attention.dq_kernel, _pointers("*bf16", "dout", "out", "dq") | statistics),
+        "dkv": (packed_attention.dkv_kernel, _pointers("*bf16", "dout", "dk", "dv") | statistics),
+    }
+    tile = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    for part, (kernel, types) in kernels.items():
+        taken = {name: kind for name, kind in (shared | types).items() if name in kernel.arg_names}
+        found.append(
+            Variant(
+                f"attention {part} {size} p={p:g}", kernel, taken, constants | tile,
+                blocks.num_warps, blocks.queries * blocks.keys, ATTENTION_REGISTERS,
+                ATTENTION_INSTRUCTIONS[part][lanes] * (1 if p else 0.5), True, targets=(target,),
+                # The heads of a token lie 52 bytes apart at a head size of 26.
+                min_bits=64 if size % 8 == 0 else 32,
+            )
+        )  # fmt: skip
+    return found
+
+
 def everything() -> list[Variant]:
-    """Every variant: NVIDIA's, then AMD's, whose warps of 64 lanes have other tiles."""
+    """Every variant: NVIDIA's, AMD's, whose warps of 64 lanes have other tiles, and attention."""
     # A width of 64 adds a tile with several rows per warp.
     nvidia = _of_lanes(32) + add_norms(64, 0.1, 32)[1:]
     return [
         *(dataclasses.replace(variant, targets=("sm_80", "sm_90")) for variant in nvidia),
         *(dataclasses.replace(variant, targets=("gfx942",)) for variant in _of_lanes(64)),
+        *(v for target in TARGETS for size in (26, 64) for v in attentions(size, 0.1, target)),
+        *attentions(64, 0.0, "sm_90"),
     ]
 
 

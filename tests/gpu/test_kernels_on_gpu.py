@@ -18,6 +18,7 @@ from device_checks import (
     check_all_rows,
     check_last_masks,
     check_last_rows,
+    check_last_sequence,
     losses_of,
 )
 
@@ -47,6 +48,14 @@ def test_offsets_beyond_32_bits(op: str, kernel_device: torch.device) -> None:
 def test_masks_beyond_32_bits(kernel_device: torch.device) -> None:
     _need_tensors(8)
     check_last_masks(FAR, WIDTH, kernel_device)
+
+
+def test_tokens_beyond_32_bits(kernel_device: torch.device) -> None:
+    """Three more sequences than fit into 2^31 numbers of q, k and v."""
+    num_heads, length = 12, 512
+    num_tokens = (2**31 // (3 * num_heads * 64 * length) + 3) * length
+    _need_tensors(6)
+    check_last_sequence(num_tokens, num_heads, length, kernel_device)
 
 
 def _need_tensors(number: int) -> None:
@@ -116,6 +125,55 @@ def test_replayed_graph_draws_new_masks_and_right_gradients(kernel_device: torch
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+def test_replayed_graph_draws_new_attention_masks(kernel_device: torch.device) -> None:
+    qkv = torch.zeros(200, 3, 2, 64, device=kernel_device)
+    qkv[:, 2] = 1.0
+    qkv.requires_grad_()
+    starts = torch.tensor([0, 120, 200, 200], dtype=torch.int32, device=kernel_device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        out = kernels.attention(qkv, starts, 128, 0.5)
+        return out, torch.autograd.grad(out.sum(), qkv)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grad = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        seen.append(out.clone())
+        # Every value is 1, so that both sums are that of all kept probabilities: the backward pass
+        # drew the mask of its forward pass.
+        torch.testing.assert_close(grad[:, 2].sum(), out.sum(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_inductor_compiles_around_attention(kernel_device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 312, device=kernel_device, requires_grad=True)
+    weight = torch.randn(936, 312, device=kernel_device) / 312**0.5
+    starts = torch.tensor([0, 40, 64, 64], dtype=torch.int32, device=kernel_device)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        qkv = torch.nn.functional.linear(x, weight).view(-1, 3, 12, 26)
+        return kernels.attention(qkv, starts, 40).flatten(1) * 2
+
+    ours, eager = torch.compile(chain, fullgraph=True)(x), chain(x)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    for first, second in zip(
+        torch.autograd.grad(ours.pow(2).sum(), x),
+        torch.autograd.grad(eager.pow(2).sum(), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
 def test_auto_takes_torch_for_a_small_layer_norm_only(kernel_device: torch.device) -> None:
     kernels.set_backend("auto")
     weight, bias = torch.randn(2, 1024, device=kernel_device)
@@ -155,6 +213,18 @@ def test_benchmark_measures_every_mode_and_clock(kernel_device: torch.device) ->
         for clock in ("graph", "eager", "host"):
             assert {(mode, clock, name) for name in ("torch", "ours", "compile")} <= found
     assert all(row.median_us > 0 for row in rows)
+
+
+@pytest.mark.parametrize("hidden", [312, 768])
+def test_attention_is_measured_beside_torchs(hidden: int, kernel_device: torch.device) -> None:
+    """The check before the measurement compares every peer with fp32."""
+    case = bench.Case("attention", 512, hidden, torch.bfloat16, 0.1)
+    rows = bench.measure(case, ["fwd", "full"], kernel_device)
+    found = {row.provider for row in rows if row.clock == "graph"}
+    assert found == {"ours", "torch", "math", "eager", "compile", "flash"} | (
+        {"varlen"} if hidden == 768 else set()
+    )
+    assert all(row.median_us > 0 and row.tflop_per_s > 0 for row in rows)
 
 
 def test_training_with_and_without_kernels_agrees(kernel_device: torch.device) -> None:

@@ -1,11 +1,12 @@
 """How fast each operation is compared with other providers: bytes per second, percent of a copy.
 
-M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores)
+M: rows   H: hidden size, or the number of keys for masked_softmax (M x H scores); attention has M
+tokens in sequences of equal length
 
 100% is a device copy of the same number of bytes, measured right before in the same run. The bytes
-are those that a fused operation must move (TRAFFIC), whichever provider is measured, so a provider
-that moves more shows a lower rate. Before a provider is timed, its result and gradients must agree
-with fp32 torch.
+are those that a fused operation must move (TRAFFIC in cases.py), whichever provider is measured, so
+a provider that moves more shows a lower rate. Attention has TFLOP/s beside it. Before a provider is
+timed, its result and gradients must agree with fp32 torch.
 
 Clocks: `graph` replays a captured CUDA graph, which times the kernels alone, as in a training step
 under CUDA graphs. `eager` calls from Python one after another. `host` is the time until a call on 8
@@ -25,29 +26,24 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import functional, reference
-from .backend import available, get_backend, set_backend
+from .. import functional, reference
+from ..backend import available, get_backend, set_backend
+from . import attention
+from .cases import OPS, SEQ_LENGTH, Case, Mode, Op, Row
 
-Op = Literal[
-    "layer_norm",
-    "bias_dropout_add_layer_norm",
-    "masked_softmax",
-    "bias_gelu",
-    "embedding_layer_norm",
-]
-Mode = Literal["fwd", "bwd", "full"]
-OPS: tuple[Op, ...] = get_args(Op)
+__all__ = ["OPS", "SEQ_LENGTH", "Case", "Mode", "Op", "Row", "check", "measure", "providers"]
+
 EPS = 1e-12
 REPEATS = {"cuda": 50, "cpu": 3}
 WARMUP = 5
 HOST_REPEATS = 200
 HOST_ROWS = {"cuda": 8, "cpu": 0}
-SEQ_LENGTH, NUM_WORDS = 128, 8_064  # of embedding_layer_norm
+NUM_WORDS = 8_064  # of embedding_layer_norm
 CACHE_BYTES = 256 << 20  # more than any L2 of today
 # Largest difference from fp32 torch on inputs N(0, 1), as a share of the tensor's largest element.
 # Torch's own chain of bf16 operations is off by up to 6%, in the sums over rows that a parameter's
@@ -55,58 +51,14 @@ CACHE_BYTES = 256 << 20  # more than any L2 of today
 NEARLY_ZERO = 1e-2
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Elements that a fused operation reads and writes per element of its matrix: (forward, backward)
-# without dropout, then the same with dropout.
-TRAFFIC: dict[Op, tuple[tuple[int, int], tuple[int, int]]] = {
-    "layer_norm": ((2, 3), (2, 3)),
-    "bias_dropout_add_layer_norm": ((4, 3), (4, 4)),
-    "masked_softmax": ((2, 3), (3, 3)),
-    "bias_gelu": ((2, 3), (2, 3)),
-    # The rows of its small tables stay in cache; the scatter into the tables is not counted.
-    "embedding_layer_norm": ((2, 3), (2, 3)),
-}
-
-
-class Case(NamedTuple):
-    """An operation at one size, dtype and dropout probability."""
-
-    op: Op
-    rows: int
-    hidden: int
-    dtype: torch.dtype
-    p: float
-
-    def num_bytes(self, mode: Mode) -> int:
-        """The bytes that a fused operation must move."""
-        forward, backward = TRAFFIC[self.op][self.p > 0]
-        elements = {"fwd": forward, "bwd": backward, "full": forward + backward}[mode]
-        return elements * self.rows * self.hidden * self.dtype.itemsize
-
-
-class Row(NamedTuple):
-    """One figure: microseconds, and gigabytes (1e9) per second at the median."""
-
-    op: str
-    rows: int
-    hidden: int
-    dtype: str
-    p: float
-    mode: str
-    clock: str
-    provider: str
-    median_us: float
-    p20_us: float
-    p80_us: float
-    gb_per_s: float
-    percent_of_copy: float
-
-
 Forward = Callable[..., Tensor]
 
 
-def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
+def inputs_of(case: Case, device: torch.device, provider: str = "ours") -> list[Tensor]:
     """The leaf tensors that a provider's forward takes; activations first."""
     torch.manual_seed(0)
+    if case.op == "attention":
+        return attention.inputs_of(case, device, provider)
     shape = (case.rows, case.hidden)
 
     def leaf(*size: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -119,26 +71,23 @@ def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     if case.op == "layer_norm":
         return [leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
     if case.op == "embedding_layer_norm":
-        tables = [leaf(n, case.hidden) for n in (NUM_WORDS, _seq_length(case.rows), 2)]
+        tables = [leaf(n, case.hidden) for n in (NUM_WORDS, case.length, 2)]
         return [*tables, leaf(case.hidden), leaf(case.hidden)]
     return [leaf(*shape), leaf(case.hidden), leaf(*shape), leaf(case.hidden), leaf(case.hidden)]
 
 
-def _seq_length(num_rows: int) -> int:
-    """128, or all rows as one sequence if their number is not a multiple of 128."""
-    return num_rows if num_rows % SEQ_LENGTH else SEQ_LENGTH
-
-
 def _ids(case: Case, device: torch.device) -> Tensor:
     """int64 [sequences, length]."""
-    length = _seq_length(case.rows)
     draws = torch.Generator().manual_seed(0)
-    ids = torch.randint(NUM_WORDS, (case.rows // length, length), generator=draws)
+    shape = (case.rows // case.length, case.length)
+    ids = torch.randint(NUM_WORDS, shape, generator=draws)
     return ids.to(device)
 
 
 def _chain(implementation: Any, case: Case, device: torch.device) -> Forward:
     """The operation of `functional` or `reference` at this case's options."""
+    if case.op == "attention":
+        return attention.packed(implementation, case, device)
     if case.op == "layer_norm":
         return lambda x, w, b: implementation.layer_norm(x, w, b, EPS)
     if case.op == "bias_gelu":
@@ -162,6 +111,8 @@ def providers(case: Case, device: torch.device) -> dict[str, Forward]:
         found["auto"] = found["ours"]
     if device.type != "cuda":
         return found
+    if case.op == "attention":
+        return found | attention.peers(case, device)
     found["compile"] = torch.compile(_chain(reference, case, device), dynamic=False)
     with contextlib.suppress(ImportError):
         found |= _flash_attn(case)
@@ -223,18 +174,20 @@ def errors(case: Case, device: torch.device, only: str | None = None) -> dict[st
     """
     runs_kernels = device.type == "cuda" or (only is not None and available())
     quiet = case._replace(p=0.0, rows=min(case.rows, 257))
-    leaves = inputs_of(quiet, device)
-    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    wide = [leaf.detach().float().requires_grad_() for leaf in inputs_of(quiet, device)]
 
     def run(forward: Forward, tensors: list[Tensor]) -> list[Tensor]:
         out = forward(*tensors)
-        return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out) / quiet.rows**0.5)]
+        grads = torch.autograd.grad(out, tensors, torch.ones_like(out) / quiet.rows**0.5)
+        if case.op == "attention" and len(grads) == 3:
+            return [out, torch.stack(grads, dim=1)]
+        return [out, *grads]
 
     expected, worst = run(_chain(reference, quiet, device), wide), {}
     for name, forward in providers(quiet, device).items():
         if only in (None, name):
             with _backend_of(name, runs_kernels):
-                found = run(forward, leaves)
+                found = run(forward, inputs_of(quiet, device, name))
             pairs = zip(found, expected, strict=True)
             worst[name] = max(_relative_error(mine, exact) for mine, exact in pairs)
     return worst
@@ -294,7 +247,7 @@ def measure(case: Case, modes: list[Mode], device: torch.device) -> list[Row]:
                 copy = statistics.median(_times(_copy(num_bytes, device), clock, device))
                 for name, forward in providers(case, device).items():
                     with _backend_of(name, device.type == "cuda"):
-                        job = _job(forward, inputs_of(case, device), mode)
+                        job = _job(forward, inputs_of(case, device, name), mode)
                         times = sorted(_times(job, clock, device))
                     rows.append(_row(case, mode, clock, name, times, copy))
             rows += _host_rows(case, mode, device)
@@ -319,7 +272,7 @@ def _host_rows(case: Case, mode: Mode, device: torch.device) -> list[Row]:
         if name == "ours" and not available():
             continue
         with _backend_of(name, available()):
-            job, times = _job(forward, inputs_of(small, device), mode), []
+            job, times = _job(forward, inputs_of(small, device, name), mode), []
             for i in range(WARMUP + HOST_REPEATS):
                 if i % 8 == 0 and device.type == "cuda":
                     torch.cuda.synchronize(device)  # calls wait while the launch queue is full
@@ -338,7 +291,9 @@ def _row(case: Case, mode: Mode, clock: str, provider: str, times: list[float], 
     dtype = str(case.dtype).removeprefix("torch.")
     key = (case.op, case.rows, case.hidden, dtype, case.p, mode, clock, provider)
     gb_per_s = case.num_bytes(mode) / median / 1e3 if clock != "host" else float("nan")
-    return Row(*key, median, low, high, gb_per_s, 100 * copy / median)
+    tflop_per_s = case.num_flops(mode) / median / 1e6
+    rates = (gb_per_s, 100 * copy / median)
+    return Row(*key, median, low, high, *rates, case.seq_length, tflop_per_s)
 
 
 def _copy(num_bytes: int, device: torch.device) -> Callable[[], object]:
