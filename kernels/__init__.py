@@ -22,6 +22,7 @@ else:
         embedding_layer_norm,
         layer_norm,
         masked_softmax,
+        takes_attention,
     )
     from .modules import FusedLayerNorm, FusedScaleMaskSoftmax, apply_kernels_to_bert
 
@@ -42,5 +43,6 @@ __all__ = [
     "reference",
     "refuse",
     "set_backend",
+    "takes_attention",
     "use_triton",
 ]

@@ -154,7 +154,7 @@ def attention(
     its gradient is one contiguous tensor. The kernel takes even head sizes to 64, and the
     reference takes all others.
     """
-    implementation = fused_attention if _takes_heads(qkv) else reference
+    implementation = fused_attention if takes_attention(qkv) else reference
     return implementation.attention(qkv, cu_seqlens, max_seqlen, dropout_p, training, seed)
 
 
@@ -177,11 +177,11 @@ def attention_to(
     have one dtype.
     """
     offsets = (cu_queries, cu_seqlens, max_queries, max_seqlen)
-    implementation = fused_attention if _takes_heads(query) else reference
+    implementation = fused_attention if takes_attention(query) else reference
     return implementation.attention_to(query, kv, *offsets, dropout_p, training, seed)
 
 
-def _takes_heads(x: Tensor) -> bool:
+def takes_attention(x: Tensor) -> bool:
     """Whether attention on `x`, whose last dimension is the head size, runs the kernel."""
     head_size = x.shape[-1]
-    return use_triton(x, head_size) and fused_attention.supports(head_size)
+    return use_triton(x, head_size, "attention") and fused_attention.supports(head_size)

@@ -99,7 +99,7 @@ def _takes_kernel(x: Tensor, width: int, operation: str) -> bool:
 
 def takes_attention(x: Tensor) -> bool:
     """Whether attention on packed sequences `x` [..., D] runs as a kernel of ours."""
-    return _takes_kernel(x, x.shape[-1], "attention")
+    return _operations is kernels and kernels.takes_attention(x)
 
 
 def embedding_layer_norm(*tables_and_options: Any, **options: Any) -> Tensor:

@@ -31,7 +31,6 @@ from clue_ds.kernels import reference
 from clue_ds.model import ops
 from clue_ds.presets import Attention
 
-_kernels: Any = kernels
 Backend = Literal["rows", "triton", "flash", "dense"]
 # A core's second cache holds 1 MiB or more, and an operation on a thousand scores is all overhead.
 CACHED_SCORES = 1 << 18
@@ -122,7 +121,7 @@ def choose(tokens: Tensor, attention: Attention) -> Backend:
         return "dense"
     if tokens.device.type == "cpu":
         return "rows"
-    if ops.takes_attention(tokens) and hasattr(kernels, "attention"):
+    if ops.takes_attention(tokens):
         return "triton"
     if tokens.dtype in (torch.float16, torch.bfloat16) and tokens.shape[-1] % FLASH_MULTIPLE == 0:
         return "flash"
@@ -148,10 +147,10 @@ def packed_attention(
         return _rows(tokens, query, layout, p)
     if backend == "triton":
         if query is None:
-            return _kernels.attention(tokens, layout.cu_seqlens, layout.max_seqlen, p, training)
+            return kernels.attention(tokens, layout.cu_seqlens, layout.max_seqlen, p, training)
         lengths = (layout.max_predictions, layout.max_seqlen)
         offsets = (layout.cu_predictions, layout.cu_seqlens)
-        return _kernels.attention_to(query, tokens, *offsets, *lengths, p, training)
+        return kernels.attention_to(query, tokens, *offsets, *lengths, p, training)
     q, k, v = tokens.unbind(1) if query is None else (query, *tokens.unbind(1))
     cu_queries, longest = layout.cu_predictions, layout.max_predictions
     if query is None:

@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ def _every_kernel() -> Iterator[None]:
 
 
 def _verdict(name: str, shapes: Shapes, draw: Draw) -> Verdict:
-    run, inputs = CASES[name](shapes, draw)
-    exact = _results(run, reference, [t.double() for t in inputs], draw.dtype)
-    low = _results(run, reference, inputs, draw.dtype)
+    case = CASES[name](shapes, draw)
+    by_kernel, by_reference = partial(case.run, functional), partial(case.run, reference)
+    exact = _results(by_reference, [t.double() for t in case.inputs], draw.dtype)
+    low = _results(case.eager or by_reference, case.inputs, draw.dtype)
     try:
-        ours = _results(run, functional, inputs, draw.dtype)
+        ours = _results(by_kernel, case.inputs, draw.dtype)
         if draw.device.type == "cuda":
             torch.cuda.synchronize(draw.device)
     except Exception as error:  # whatever Triton, its compiler or the driver raise
@@ -88,7 +90,7 @@ def _verdict(name: str, shapes: Shapes, draw: Draw) -> Verdict:
         return Verdict(name, math.inf, f"it raises {type(error).__name__}: {text}")
     worst, reason = 0.0, ""
     for number, tensors in enumerate(zip(ours, low, exact, strict=True)):
-        ratio, breaks = judge(*tensors, draw.dtype)
+        ratio, breaks = judge(*tensors, draw.dtype, case.floor)
         worst = max(worst, ratio)
         what = f"gradient {number} of it" if number else "its result"
         reason = reason or (f"{what} {breaks}" if breaks else "")
@@ -104,11 +106,11 @@ def _check_device(name: str, text: str, device: torch.device) -> None:
 
 
 def _results(
-    run: Callable[..., Tensor], implementation: Any, inputs: Sequence[Tensor], dtype: torch.dtype
+    run: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
     """The result, and the gradients of the inputs for one gradient of the result."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out = run(implementation, *leaves)
+    out = run(*leaves)
     draws = torch.Generator(out.device).manual_seed(7)
     grad = torch.randn(out.shape, generator=draws, device=out.device).to(dtype).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .. import reference
+from .rule import FLOOR
 
 # A tensor that is compared has at most this many elements (128 MiB in fp64). More rows would take
 # time and memory, and run the same machine code.
@@ -38,10 +42,16 @@ class Shapes:
 
 
 class Case(NamedTuple):
-    """`run(implementation, *inputs)` is the operation's result."""
+    """`run(implementation, *inputs)` is the operation's result.
+
+    `eager(*inputs)` is torch's own in the inputs' dtype, where the reference is more precise than
+    that. `floor`: the share of the values' RMS below which an error is noise.
+    """
 
     run: Callable[..., Tensor]
     inputs: list[Tensor]
+    eager: Callable[..., Tensor] | None = None
+    floor: float = FLOOR
 
 
 class Draw:
@@ -112,10 +122,43 @@ def _embedding_layer_norm(shapes: Shapes, draw: Draw) -> Case:
     return Case(run, [*tables, draw(hidden), draw(hidden)])
 
 
+def _attention(shapes: Shapes, draw: Draw) -> Case:
+    length, heads, p = shapes.seq_length, shapes.num_heads, shapes.p
+    number = shapes.sequences(heads * length * length)
+    lengths = torch.linspace(1, length, number, device=draw.device).ceil()
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    shape = (int(starts[-1]), heads, length)
+    keep = reference.philox_keep(torch.Size(shape), reference.dropout_threshold(p)[0], SEED)
+
+    def run(implementation: Any, qkv: Tensor) -> Tensor:
+        return implementation.attention(qkv, starts, length, p, True, SEED)
+
+    def eager(qkv: Tensor) -> Tensor:
+        return _eager_attention(qkv, starts, length, p, keep.to(qkv.device))
+
+    qkv = draw(shape[0], 3, heads, shapes.hidden_size // heads)
+    # A GPU's exp2 is off by two units in the last place where torch's exp is not.
+    return Case(run, [qkv], eager, floor=2.0**-18)
+
+
+def _eager_attention(qkv: Tensor, starts: Tensor, length: int, p: float, keep: Tensor) -> Tensor:
+    """The chain of products and softmax on padded sequences; keep is bool [T, N, length]."""
+    places = torch.arange(length, device=qkv.device)
+    rows = (starts[:-1, None] + places).clamp(max=len(qkv) - 1)
+    inside = places < starts.diff()[:, None]
+    q, k, v = qkv[rows].permute(2, 0, 3, 1, 4)  # [sequences, N, length, D] each
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~inside[:, None, None], float("-inf")).softmax(-1)
+    kept = keep[rows].transpose(1, 2)
+    weights = torch.where(kept, weights * reference.dropout_threshold(p)[1], 0.0)
+    return (weights @ v).transpose(1, 2)[inside]
+
+
 CASES: dict[str, Callable[[Shapes, Draw], Case]] = {
     "layer_norm": _layer_norm,
     "bias_dropout_add_layer_norm": _bias_dropout_add_layer_norm,
     "masked_softmax": _masked_softmax,
     "bias_gelu": _bias_gelu,
     "embedding_layer_norm": _embedding_layer_norm,
+    "attention": _attention,
 }

@@ -24,13 +24,16 @@ OUTLIER_ULPS = {torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 FLOOR = 2.0**-22
 
 
-def judge(ours: Tensor, low: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, str]:
+def judge(
+    ours: Tensor, low: Tensor, exact: Tensor, dtype: torch.dtype, share: float = FLOOR
+) -> tuple[float, str]:
     """Our RMS error in units of torch's, and what breaks the rule; the latter is empty if nothing.
 
-    `low`: torch's result in the same dtypes; `exact`: in fp64; `dtype`: of the activations.
+    `low`: torch's result in the same dtypes; `exact`: in fp64; `dtype`: of the activations;
+    `share`: of the values' RMS, below which an error is noise.
     """
     mine, torchs = ((t.double() - exact).abs() for t in (ours, low))
-    floor = FLOOR * max(1.0, exact.square().mean().sqrt().item())
+    floor = share * max(1.0, exact.square().mean().sqrt().item())
     rms, other = (t.square().mean().sqrt().item() for t in (mine, torchs))
     ratio = rms / max(other, floor)
     if math.isnan(ratio):
