@@ -178,7 +178,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def stage_environment(small: bool) -> dict[str, str]:
+    """The variables of every stage. One process needs no network, and may have none."""
     more = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        more[name] = os.environ.get(name, "lo")
     if small and not torch.cuda.is_available():
         more["TRITON_INTERPRET"] = "1"
     return {**os.environ, **more}

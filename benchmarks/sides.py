@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from clue_ds.data import Corpus, SampleStream
@@ -72,7 +71,31 @@ def make_ours(setting: Setting, seed: int) -> Side:
     return Side("clue_ds", network, loss)
 
 
+def _spare_the_peer_absent_masks() -> None:
+    """Where no attention mask is given, let compiled code of the peer have none.
+
+    transformers 5.17 builds a mask of ones there when it is compiled (5.23 does not), and with a
+    mask attention on a GPU takes slower paths, for heads of 26 the slowest.
+    """
+    from transformers.models.bert import modeling_bert
+
+    make: Any = getattr(modeling_bert, "create_bidirectional_mask", None)
+    if make is None or make.__module__ == __name__:
+        return
+
+    def create_bidirectional_mask(*arguments: Any, **options: Any) -> Any:
+        if "attention_mask" in options and options["attention_mask"] is None:
+            return None
+        return make(*arguments, **options)
+
+    vars(modeling_bert)["create_bidirectional_mask"] = create_bidirectional_mask
+
+
 def peer_network(config: ModelConfig) -> nn.Module:
+    """transformers' BertForMaskedLM with random weights."""
+    import transformers  # here, so that our own steps can be measured without it
+
+    _spare_the_peer_absent_masks()
     values: dict[str, Any] = dataclasses.asdict(config) | {"attn_implementation": "sdpa"}
     network: nn.Module = transformers.BertForMaskedLM(transformers.BertConfig(**values))
     return network
@@ -95,8 +118,8 @@ def make_peer(setting: Setting, ours: nn.Module) -> Side:
 def without_mask(peer: Side) -> Side:
     """The same network without an attention mask, for batches whose rows are all full.
 
-    Eagerly, transformers finds out by itself that such a mask masks nothing. Compiled, it always
-    hands the mask to attention, which for some head sizes then takes torch's slow path.
+    Eagerly, transformers finds out by itself that such a mask masks nothing. Compiled, it hands the
+    mask to attention, which for some head sizes then takes torch's slow path.
     """
 
     def loss(batch: Batch) -> Tensor:

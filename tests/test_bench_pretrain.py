@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_both_sides_compute_the_same_loss_and_a_wrong_one_is_caught() -> None:
         peer.network.cls.predictions.transform.dense.bias[0].add_(1.0)
     with pytest.raises(RuntimeError, match="different losses"):
         bench.check_same_loss(ours, peer, batch, SETTING)
+
+
+def test_the_compiled_peer_gives_attention_no_mask_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers 5.17 builds one in compiled code."""
+    masks = []
+
+    def attention(query: torch.Tensor, *others: Any, attn_mask: Any = None, **more: Any) -> Any:
+        masks.append(attn_mask)
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    rows = bench.for_both(bench.random_rows(CONFIG, 2, 16, seed=1), torch.device("cpu"))
+    ours = bench.make_ours(SETTING, seed=1)
+    peer = bench.without_mask(bench.make_peer(SETTING, ours.network))
+    peer.network.compile(backend="eager", dynamic=False)
+    peer.loss(rows)
+    assert masks == [None]
 
 
 def test_a_batch_with_short_rows_keeps_the_peers_mask(tmp_path: Path) -> None:

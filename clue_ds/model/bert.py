@@ -360,6 +360,8 @@ class BertForPreTraining(nn.Module):
         targets = labels.flatten()
         summed = F.cross_entropy(flat.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
         with torch.no_grad():
+            # At every step, also where no log line follows: inductor takes argmax in the same read
+            # of the logits as the softmax, and writes no fp32 logits.
             num_correct = (flat.argmax(-1) == targets).sum()
             num_predicted = (targets != IGNORED_LABEL).sum()
         # All P slots of a sequence count, used or not: P is fixed, so the divisor, and with it the
