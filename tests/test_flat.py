@@ -165,6 +165,34 @@ def test_flash_attention_is_registered_with_its_gradient(
     assert all("pooler" in n or "seq_relationship" in n for n in missing)
 
 
+@pytest.mark.parametrize("has_queries", [False, True], ids=["all", "queries"])
+def test_the_kernel_and_the_loop_compute_what_the_dense_back_end_does(
+    kernel_device: torch.device, has_queries: bool
+) -> None:
+    """With spare sequences, one without queries and one of a single token; heads of 26."""
+    lengths, counts = [5, 1, 17, 3, 9, 0, 0], [3, 1, 4, 0, 2, 0, 0]
+
+    def offsets(numbers: list[int]) -> Tensor:
+        ends = torch.tensor([0, *numbers]).cumsum(0)
+        return ends.to(kernel_device, torch.int32)
+
+    layout = packed_attention.Layout(offsets(lengths), offsets(counts), 17, 4, "sdpa")
+    torch.manual_seed(0)
+    tokens = torch.randn(sum(lengths), 2 if has_queries else 3, 2, 26, device=kernel_device)
+    query = torch.randn(sum(counts), 2, 26, device=kernel_device) if has_queries else None
+    found: dict[str, list[Tensor]] = {}
+    backends: list[packed_attention.Backend] = ["dense", "triton"]
+    backends += ["rows"] if kernel_device.type == "cpu" else []
+    for backend in backends:
+        leaves = [t.clone().requires_grad_() for t in (tokens, query) if t is not None]
+        out = packed_attention.packed_attention(
+            leaves[0], layout, 0.0, True, *leaves[1:], backend=backend
+        )
+        found[backend] = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+    for backend in backends[1:]:
+        torch.testing.assert_close(found[backend], found["dense"], atol=TOLERANCE, rtol=0.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),

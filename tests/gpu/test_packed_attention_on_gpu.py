@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_ds import kernels
 from clue_ds.model import ops
 from clue_ds.model.packed_attention import Backend, Layout, packed_attention
 
@@ -28,8 +27,6 @@ def offsets(counts: list[int]) -> Tensor:
 def test_results_and_gradients_equal_the_dense_back_ends(
     backend: Backend, head_size: int, has_queries: bool
 ) -> None:
-    if backend == "triton" and not hasattr(kernels, "attention"):
-        pytest.skip("this version has no kernel for attention")
     layout = Layout(offsets(LENGTHS), offsets(QUERIES), max(LENGTHS), max(QUERIES), "sdpa")
     torch.manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16}
