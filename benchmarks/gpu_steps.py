@@ -59,7 +59,9 @@ class Case(NamedTuple):
 
     autocast: a plain loop with fp32 weights, bf16 autocast and fused AdamW, as the peer's users do;
     bf16: the same with bf16 weights and AdamW on them, which is the least that a step can be;
-    graph: `bf16` as one CUDA graph; engine: our Engine, with DeepSpeed's stage 1;
+    graph: `bf16` as one CUDA graph; engine: our Engine, with DeepSpeed's stage 1; engine graphs:
+    the same, with forward and backward pass as CUDA graphs. With `is_flat` rows lie end to end, and
+    attention is our kernel (data.padding: remove);
     peer, peer with mask: `autocast` with transformers' BertForMaskedLM, compiled as a whole.
     """
 
@@ -69,20 +71,26 @@ class Case(NamedTuple):
     kernels: Kernels = "torch"
     attention_dropout: float | None = None
     is_long: bool = False
+    is_flat: bool = False
 
 
 # Each switch in turn: the most important cases first, because time may run out.
 CASES = (
     Case("transformers, compiled, no mask", "peer"),
-    Case("eager", "autocast"),
-    Case("compiled", "autocast", compile=True),
-    Case("compiled, bf16 weights", "bf16", compile=True),
-    Case("compiled, bf16 weights, kernels", "bf16", compile=True, kernels="triton"),
-    Case("DeepSpeed, compiled, kernels", "engine", compile=True, kernels="triton"),
-    Case("DeepSpeed, eager", "engine"),
-    Case("CUDA graph, compiled, kernels", "graph", compile=True, kernels="triton"),
+    Case("DeepSpeed, compiled, kernels, CUDA graphs", "engine graphs", True, "triton"),
+    Case("the same, rows end to end", "engine graphs", True, "triton", is_flat=True),
+    Case("DeepSpeed, compiled, kernels", "engine", True, "triton"),
+    Case("compiled, bf16 weights, kernels", "bf16", True, "triton"),
+    Case("compiled, bf16 weights", "bf16", True),
     Case("transformers, compiled, no mask", "peer", is_long=True),
-    Case("compiled, bf16 weights, kernels", "bf16", compile=True, kernels="triton", is_long=True),
+    Case(
+        "DeepSpeed, compiled, kernels, CUDA graphs", "engine graphs", True, "triton", is_long=True
+    ),
+    Case("the same, rows end to end", "engine graphs", True, "triton", is_long=True, is_flat=True),
+    Case("compiled", "autocast", True),
+    Case("DeepSpeed, kernels, CUDA graphs", "engine graphs", False, "triton"),
+    Case("eager", "autocast"),
+    Case("compiled, bf16 weights, kernels, one CUDA graph", "graph", True, "triton"),
     Case("the same, no attention dropout", "bf16", True, "triton", 0.0, is_long=True),
     Case("transformers, compiled, mask of ones", "peer with mask"),
 )
@@ -180,18 +188,37 @@ def bf16_step(
     return graph.replay
 
 
+def end_to_end(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full rows [B, S] as a flat micro-batch of B sequences; see data/flat.py for its tensors."""
+    (num_rows, length), (_, most) = rows["input_ids"].shape, rows["masked_positions"].shape
+    starts = torch.arange(num_rows + 1, dtype=torch.int32)
+    positions = rows["masked_positions"] + length * starts[:-1, None]
+    return {
+        "input_ids": rows["input_ids"].flatten().int(),
+        "position_ids": torch.arange(length, dtype=torch.int32).repeat(num_rows),
+        "cu_seqlens": starts * length,
+        "cu_predictions": starts * most,
+        "masked_positions": positions.flatten().int(),
+        "masked_labels": rows["masked_labels"].flatten(),
+        "sizes": torch.tensor([[num_rows * length, num_rows, num_rows * most]]),
+        "bounds": torch.tensor([length, most, num_rows * most]),
+    }
+
+
 def engine_step(
-    bench: Bench, model: BertForPreTraining, rows: dict[str, Tensor]
+    bench: Bench, case: Case, model: BertForPreTraining, rows: dict[str, Tensor]
 ) -> tuple[Callable[[], None], engines.Engine]:
     num_rows, length = rows["input_ids"].shape
     device = engines.start()
     precision: Any = "fp32" if bench.is_small else "bf16"
     train = TrainSection(
         steps=1_000, global_batch_size=num_rows, micro_batch_size=num_rows, precision=precision,
-        warmup_steps=1,
+        warmup_steps=1, cuda_graph="auto" if "graphs" in case.loop else "off",
     )  # fmt: skip
     engine = engines.Engine(model, train, ds_json.read("zero1"), "zero1", device)
     batch = {name: tensor.cpu() for name, tensor in rows.items()}
+    if case.is_flat:
+        batch = end_to_end(batch)
     if bench.device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     batch["lengths"] = torch.full((num_rows,), length)
@@ -218,8 +245,8 @@ def make_step(
         config = config.replace(attention_probs_dropout_prob=case.attention_dropout)
     model = our_model(bench, case, config)
     rows = {name: both[name] for name in INPUTS}
-    if case.loop == "engine":
-        return engine_step(bench, model, rows)
+    if case.loop.startswith("engine"):
+        return engine_step(bench, case, model, rows)
     if case.loop == "autocast":
         model.to(bench.device)
         side = Side(case.name, model, lambda batch: model(**{n: batch[n] for n in INPUTS}).loss)

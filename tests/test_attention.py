@@ -107,26 +107,24 @@ def test_result_and_gradient_have_no_more_error_than_torchs(
 
         what = f"head size {size}"
         if dtype == torch.float32:
-            agrees_in_fp32(make()[0], options, what)
+            agrees_in_fp32("attention", make(), options, what)
         else:
             compare(kernels.attention, reference.attention, make, options, what, own=eager_self)
 
 
-def agrees_in_fp32(qkv: Tensor, options: dict[str, object], what: str) -> None:
+def agrees_in_fp32(
+    operation: str, inputs: list[Tensor], options: dict[str, object], what: str
+) -> None:
     """Compare with fp64: absolutely, because the hardware's exp2 is not torch's on a GPU."""
-    leaves = [qkv.requires_grad_(), qkv.detach().double().requires_grad_()]
-    ours, exact = (
-        impl.attention(leaf, **options)
-        for impl, leaf in zip((kernels, reference), leaves, strict=True)
-    )
-    dy = torch.randn_like(ours)
-    (grad,), (exact_grad,) = (
-        torch.autograd.grad(out, leaf, dy.to(out))
-        for out, leaf in zip((ours, exact), leaves, strict=True)
-    )
-    for mine, other in ((ours, exact), (grad, exact_grad)):
+    found: list[list[Tensor]] = []
+    dy = torch.randn_like(inputs[0] if operation == "attention_to" else inputs[0][:, 0])
+    for impl, dtype in ((kernels, torch.float32), (reference, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = getattr(impl, operation)(*leaves, **options)
+        found.append([out, *torch.autograd.grad(out, leaves, dy.to(dtype))])
+    for mine, exact in zip(*found, strict=True):
         torch.testing.assert_close(
-            mine.double(), other, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}"
+            mine.double(), exact, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}"
         )
 
 
@@ -147,10 +145,12 @@ def test_queries_of_their_own(dtype: torch.dtype, kernel_device: torch.device) -
             query = packed(sum(NUM_QUERIES), 26, kernel_device, 1)[:, 0]
             return [query.to(dtype), packed(sum(LENGTHS), 26, kernel_device, 2).to(dtype)]
 
-        compare(
-            kernels.attention_to, reference.attention_to, make, options, f"p={dropout_p}",
-            own=eager_to,
-        )  # fmt: skip
+        what = f"p={dropout_p}"
+        if dtype == torch.float32:
+            agrees_in_fp32("attention_to", make(), options, what)
+        else:
+            implementations = (kernels.attention_to, reference.attention_to)
+            compare(*implementations, make, options, what, own=eager_to)
 
 
 def uniform(values: Tensor) -> Tensor:

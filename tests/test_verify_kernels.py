@@ -21,7 +21,7 @@ SHAPES = verify.Shapes(
 )
 OPERATIONS = [
     "layer_norm", "bias_dropout_add_layer_norm", "masked_softmax", "bias_gelu",
-    "embedding_layer_norm",
+    "embedding_layer_norm", "attention",
 ]  # fmt: skip
 
 
