@@ -187,8 +187,10 @@ class TrainSection(Section):
     warmup_steps: int = Field(1_000, ge=0, description="steps from 0 to the peak learning rate")
     decay_steps: int = Field(0, ge=0, description="wsd only: number of steps of the final decay")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate divided by lr")
-    cuda_graph: Literal["auto", "off"] = Field(
-        "auto", description="replay forward and backward as CUDA graphs: on a GPU at ZeRO 0 to 2"
+    cuda_graph: Literal["off", "auto"] = Field(
+        "off",
+        description="auto: replay forward and backward passes as CUDA graphs on a GPU at ZeRO 0 to "
+        "2; off by default, because no GPU has run it yet",
     )
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="what follows a step whose gradient is inf or nan; it updates nothing"

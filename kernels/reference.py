@@ -278,8 +278,8 @@ def attention_to(
     elif training and dropout_p > 0.0:
         num_dropped, scale = dropout_threshold(dropout_p)
         shape = torch.Size((num_queries, num_heads, max_seqlen))
-        keep = philox_keep(shape, num_dropped, seed)[rows].transpose(1, 2)
-        probabilities = torch.where(keep.to(scores.device), probabilities * scale, 0.0)
+        keep = philox_keep(shape, num_dropped, seed).to(scores.device)[rows].transpose(1, 2)
+        probabilities = torch.where(keep, probabilities * scale, 0.0)
     padded = (probabilities @ v).transpose(1, 2)  # [S, Q, N, D]
     index = torch.arange(num_queries, device=query.device)
     sequence = torch.searchsorted(cu_queries.contiguous(), index.to(cu_queries), right=True) - 1

@@ -76,6 +76,16 @@ class Errors:
         )
 
 
+def has_gradients(width: int, device: torch.device) -> bool:
+    """Whether LayerNorm's gradients on rows of this width say anything about its kernel.
+
+    With one column they are differences of two equal numbers, multiplied by 1 / sqrt(eps) = 1e6. A
+    GPU's fused multiply-add rounds only one of the two, so that half a unit in the last place of
+    the other is left (seen on an H200). The interpreter rounds both.
+    """
+    return width > 1 or device.type == "cpu"
+
+
 def compare(
     fused: Callable[..., Tensor],
     unfused: Callable[..., Tensor],
@@ -83,11 +93,12 @@ def compare(
     options: dict[str, Any],
     what: str,
     own: Callable[..., Tensor] | None = None,
+    has_gradients: bool = True,
 ) -> None:
     """Hold the result and every gradient of `fused` to the error rule, on inputs drawn by `make`.
 
     `unfused` in fp64 is taken as exact. In the inputs' dtypes it is also torch's own operation,
-    unless `own` is given.
+    unless `own` is given. Without `has_gradients` only the result is compared.
     """
     errors: list[Errors] = []
     num_draws = draw = 0
@@ -103,7 +114,7 @@ def compare(
         for error, tensors in zip(errors, zip(ours, low, exact, strict=True), strict=True):
             error.add(*tensors)
         draw += 1
-    for i, error in enumerate(errors):
+    for i, error in enumerate(errors[: None if has_gradients else 1]):
         error.check(f"{what}, {f'gradient {i}' if i else 'result'}")
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded
+from kernel_checks import DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded, has_gradients
 from torch import Tensor
 
 from clue_ds import kernels
@@ -32,7 +32,9 @@ def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     for i, (rows, width) in enumerate(SHAPES):
         p = (0.0, 0.1, 0.5)[i % 3]
         inputs = partial(make, rows, width, dtype, kernel_device)
-        compare(fused, unfused, inputs, {"p": p, "seed": SEED}, f"{rows} x {width}, p={p}")
+        checked, what = has_gradients(width, kernel_device), f"{rows} x {width}, p={p}"
+        options = {"p": p, "seed": SEED}
+        compare(fused, unfused, inputs, options, what, has_gradients=checked)
 
 
 def test_a_mean_of_1e3_costs_no_more_digits_than_torchs(kernel_device: torch.device) -> None:

@@ -3,6 +3,9 @@
 A step of a small model has a thousand launches, and a host needs about 10 us for each: on an H200
 the host, not the GPU, set the pace of BERT-base at 32,768 tokens (docs/performance.md).
 
+No GPU has run this module yet, so it is off by default; tests/gpu/test_pretrain_gpu.py compares
+losses with and without it, and `clue-ds bench gpu` measures both.
+
 Guarantees: the same kernels on the same numbers in the same order as without graphs, with the same
 dropout masks (a graph reads the generator's state when it is replayed); a shape of micro-batch that
 was not seen yet runs without a graph once, which also compiles what is compiled; evaluation never

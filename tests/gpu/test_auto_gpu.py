@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import make_corpus, run_ranks, tiny_config
+from ranks import make_corpus, tiny_config
 
+from clue_ds import config as run_config
 from clue_ds.kernels import verify
 from clue_ds.model import ops
-from clue_ds.pretrain import batches, resume, train
-from clue_ds.pretrain.auto import micro_batch
 
 TEXT = "今天的天气很好。\n我们一起去公园。\n\n公园里有很多花。\n大家都很高兴。\n"
 TINY = verify.Shapes(
@@ -37,28 +37,17 @@ def test_attention_drops_with_the_probability_that_was_asked_for(head_size: int,
     value = torch.ones_like(query)
     out = ops.attention(query, query, value, None, p, True, "sdpa").float()[..., 0]
     kept = (out.double() * (1 - p)).mean().item()
-    sigma = math.sqrt(p * (1 - p) / (out.numel() * 128))
-    assert abs(kept - (1 - p)) < 5 * sigma + 2e-4  # each share is rounded to bf16
+    # FlashAttention draws bytes: on an H200 it dropped 26/256 for 0.1.
+    assert abs(kept - (1 - p)) < 1 / 256
 
 
-def peaks(corpus: str, run_dir: str) -> dict[str, float]:
-    """On a rank: bytes of some micro-batches, and the size that fits where 64 rows just do."""
-    device = train.start()
-    config = tiny_config(corpus, run_dir, train={"global_batch_size": 256, "precision": "bf16"})
-    opened = batches.open_data(config)
-    model = config.model.resolve(opened.vocab_size)
-    identity = resume.RunIdentity(config, model, opened.vocab_file, "", True, "")
-    stream = batches.make_stream(config, opened)
-    network = micro_batch.network_of(identity, stream, device)
-    trial = micro_batch.Trial(network, stream.batch(0), device)
-    found = {str(size): trial.peak(size) for size in (16, 64, 256)}
-    fit = micro_batch.largest_that_fits(256, trial.peak, found["64"])
-    assert fit is not None
-    return found | {"fit": fit.size}
-
-
-def test_a_micro_batch_is_chosen_by_the_memory_that_it_takes(tmp_path: Path) -> None:
+def test_a_dry_run_finds_a_micro_batch_by_trying(tmp_path: Path) -> None:
+    """A tiny network's 256 rows fit into every GPU."""
     corpus = make_corpus(tmp_path, TEXT)
-    (found,) = run_ranks(1, peaks, str(corpus), str(tmp_path / "run"))
-    assert 0 < found["16"] <= found["64"] <= found["256"]
-    assert found["fit"] >= 64
+    train = {"global_batch_size": 256, "micro_batch_size": "auto", "precision": "bf16"}
+    config = tmp_path / "in.yaml"
+    run_config.save(tiny_config(corpus, tmp_path / "run", train=train), config)
+    command = [sys.executable, "-m", "clue_ds.cli", "pretrain", "--config", str(config)]
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train.micro_batch_size auto is 256" in done.stdout
