@@ -20,7 +20,13 @@ BASE: dict[str, Any] = {
     "run_dir": "run",
     "data": {"corpus": "corpus", "seq_length": 16},
     "model": {**TINY_MODEL, "initializer_range": 0.05},
-    "train": {"steps": 10, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8},
+    "train": {
+        "steps": 10,
+        "warmup_steps": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "precision": "fp32",  # as the comparison on held-out text
+    },
     "log": {"every": 10, "tensorboard": False},
 }
 LONG = 1_000 * 8 * 16
