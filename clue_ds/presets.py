@@ -57,10 +57,6 @@ class ModelConfig:
             raise UserError(f"hidden_act must be {names}, not {self.hidden_act!r}")
 
     @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def gelu_approximation(self) -> str:
         """The form of GELU under torch's name: "none" (erf) or "tanh"."""
         return "none" if self.hidden_act == "gelu" else "tanh"

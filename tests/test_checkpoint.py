@@ -92,7 +92,7 @@ def later_runs(configs: list[dict[str, Any]]) -> list[str | None]:
 
 def test_manifest_lists_every_file_and_what_made_it(made: Made) -> None:
     run, corpus, _ = made
-    directory = masters.newest_checkpoint(run)
+    directory = masters.choose(run).directory
     assert directory.name == "step-00000006"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000006\n"
     saved = manifest.verify(directory)
@@ -106,7 +106,7 @@ def test_manifest_lists_every_file_and_what_made_it(made: Made) -> None:
 
 
 def test_only_pickles_of_deepspeed(made: Made) -> None:
-    directory = masters.newest_checkpoint(made[0])
+    directory = masters.choose(made[0]).directory
     ours = [p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith("zero_to")]
     assert all(name.endswith((".json", ".yaml", ".txt", ".safetensors")) for name in ours)
 
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_message(made: Made) -
     assert "earlier checkpoints are untouched" in message
     assert "iB free, and a checkpoint needs about 16." in message
     folder = Path(made[2]["folder"]) / "full"
-    assert masters.newest_checkpoint(folder).name == "step-00000002"
+    assert masters.choose(folder).directory.name == "step-00000002"
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 

@@ -201,11 +201,12 @@ def test_random_tokens_are_ordinary(corpus: Corpus) -> None:
 
 
 def test_settings_that_make_no_sense(corpus: Corpus) -> None:
-    cases: list[tuple[dict[str, float], str]] = [
+    cases: list[tuple[dict[str, float | str], str]] = [
         ({"seq_length": 2}, "seq_length 2"),
         ({"global_batch_size": 0}, "global_batch_size 0"),
         ({"mask_prob": 1.5}, "mask_prob 1.5"),
         ({"predictions_per_sequence": 0}, "predictions_per_sequence 0"),
+        ({"samples": "typo"}, "samples 'typo' is no kind of samples; give one of windows"),
     ]
     for change, message in cases:
         arguments = {"seq_length": 32, "global_batch_size": 8, "seed": 0, **change}

@@ -24,11 +24,6 @@ from clue_ds.presets import ModelConfig
 from clue_ds.settings import program
 
 
-def newest_checkpoint(run_dir: str | Path) -> Path:
-    """Directory of the newest intact checkpoint of a run; a UserError when there is none."""
-    return choose(Path(run_dir)).directory
-
-
 def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """(shape, fp32 weights, vocab.txt) of a run's newest checkpoint, or of one checkpoint.
 

@@ -70,11 +70,6 @@ class Loader(Iterator[Batch]):
         )
         self._thread.start()
 
-    @property
-    def samples_consumed(self) -> int:
-        """Samples of all ranks before start_step and in the batches handed out since."""
-        return self.next_step * self._stream.global_batch_size
-
     def __next__(self) -> Batch:
         if self._stop.is_set():
             raise StopIteration

@@ -94,6 +94,9 @@ class SampleStream:
             raise UserError(f"max_ngram {max_ngram} must be between 1 and {MAX_NGRAM}")
         if predictions_per_sequence is not None and predictions_per_sequence < 1:
             raise UserError(f"predictions_per_sequence {predictions_per_sequence} must be positive")
+        if samples not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise UserError(f"samples {samples!r} is no kind of samples; give one of {kinds}")
         self.corpus = corpus
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
