@@ -56,7 +56,7 @@ def test_help_of_every_verb(verb: str) -> None:
     [
         ["--help"],
         *([verb, "--help"] for verb in ("vocab", "shard", "plan", "pretrain", "report", "status")),
-        *([verb, "--help"] for verb in ("launch", "doctor", "bench", "demo")),
+        *([verb, "--help"] for verb in ("launch", "doctor", "bench", "demo", "serve")),
         ["status", "nowhere"],
     ],
 )

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_ds.errors import UserError
-from clue_ds.tasks.predict.predictor import Predictor
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
+    from clue_ds.tasks.predict.predictor import Predictor
 
 # At shutdown, wait at most this long for clients to read their answers.
 SECONDS_TO_DRAIN = 60
@@ -66,6 +67,8 @@ def serve(
     check_installed()
     import uvicorn
 
+    # Imported here, because `--help` needs no torch.
+    from clue_ds.tasks.predict.predictor import Predictor
     from clue_ds.tasks.serve.app import Limits, compute, create_app
     from clue_ds.tasks.serve.batcher import Batcher
 
