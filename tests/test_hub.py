@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from models import TINY_CONFIG, random_model, same_bits, write_vocab
 
 from clue_ds import export
 from clue_ds.export import card, hub
+from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import StateDict
 from clue_ds.presets import NAMES
 
@@ -86,6 +88,26 @@ def test_card_of_a_published_model_has_its_name_and_licence() -> None:
         '---\nlanguage:\n- zh\n---\n\n# hf\n\nload("hf")\n', "we/good", "apache-2.0"
     )
     assert "license: apache-2.0" in text and '# we/good\n\nload("we/good")' in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dev", "said"),
+    [
+        ("BertForQuestionAnswering", {"em": 0.5, "f1": 0.75}, ["EM on dev | 0.5", "| F1 on dev"]),
+        ("BertForTokenClassification", {"span_f1": 0.25}, ["| F1 of spans on dev | 0.25"]),
+        ("BertForSequenceClassification", {"f1": 0.25}, ["| macro F1 on dev | 0.25"]),
+    ],
+)
+def test_card_calls_the_scores_of_each_kind_of_task_by_their_names(
+    architecture: str, dev: dict[str, float], said: list[str], tmp_path: Path
+) -> None:
+    values = asdict(TINY_CONFIG) | {"architectures": [architecture], "torch_dtype": "float32"}
+    about = FineTuned(("a",), task="cmrc2018", architecture=architecture, dev=dev)
+    about = replace(about, base="modelscope:we/bert")
+    text = card.model_card("we/good", values, {}, tmp_path, about)
+    assert all(one in text for one in said), text
+    assert f"value: {next(iter(dev.values()))}" in text
+    assert "base_model" not in text, "it names a model of the Hugging Face hub"
 
 
 def run(
