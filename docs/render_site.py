@@ -39,6 +39,7 @@ ELSEWHERE = {
     "README.md": "quickstart.md",
     "recipes/README.md": "recipes.md",
     "slurm/README.md": "slurm.md",
+    "containers/README.md": "kubernetes.md",
     "kernels/README.md": "kernels.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
