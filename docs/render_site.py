@@ -50,6 +50,9 @@ NO_CHINESE = """!!! note "本页暂时只有英文"
     中文页面目前覆盖从准备数据到微调、排错的主要流程，其余页面以英文显示。
 
 """
+SEE_ENGLISH = """!!! note "示例文件和全部可设的键见[英文页面]({})，下文中的“上文”即指该页"
+
+"""
 FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 # The links between the languages of a page, for which the site has one in its header.
@@ -77,6 +80,11 @@ def chinese_of(page: str) -> str | None:
         return beside.read_text("utf-8")
     parts = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
     return parts[1] if len(parts) > 1 else None
+
+
+def is_part(page: str) -> bool:
+    """Whether the Chinese text of a page is a part of the English file, which has the examples."""
+    return chinese_of(page) is not None and not (ROOT / page.replace(".md", CHINESE)).is_file()
 
 
 def text_of(page: str, language: str, title: str) -> str:
@@ -152,6 +160,10 @@ class Links:
         up = "" if self.language == "en" else "../"
         return self._url(f"{up}source/{found}.md", here)
 
+    def english(self, page: str) -> str:
+        """The address of the English page, as seen from the Chinese one."""
+        return self._url(f"../{self.paths[page]}", self.paths[page])
+
     def _url(self, path: str, here: str) -> str:
         """The address of a page of any language, as seen from the page `here` of this one."""
         depth = 0 if here == "index.md" else here.count("/") + 1
@@ -210,7 +222,11 @@ def stage(language: str, tree: Path, repository: str | None) -> tuple[list[Any],
 
     navigation = walk(yaml.safe_load((SITE / "navigation.yaml").read_text("utf-8")))
     for page, path in links.paths.items():
-        _write(tree / path, links.rewrite(text_of(page, language, titles[page]), page))
+        text = links.rewrite(text_of(page, language, titles[page]), page)
+        if language != "en" and is_part(page):
+            heading, newline, rest = text.partition("\n")
+            text = f"{heading}{newline}\n{SEE_ENGLISH.format(links.english(page))}{rest}"
+        _write(tree / path, text)
     for picture in links.pictures:
         (tree / "pictures" / picture).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / picture, tree / "pictures" / picture)
