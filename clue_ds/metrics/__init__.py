@@ -156,14 +156,20 @@ class Meter:
         self._losses.append(loss.detach().double() * share)
         self._counts.append(num_correct.detach().double())
 
-    def leave_out_step(self) -> None:
-        """Leave the last step's losses out: its gradient was not finite, and it updated nothing."""
+    def leave_out_step(self, ago: int = 0) -> None:
+        """Leave the losses out of the step before the last `ago` ones, the last one by default.
+
+        Its gradient was not finite, and it updated nothing.
+        """
         import torch
 
         number = len(self._losses) // self._num_steps
+        index = self._num_steps - 1 - ago
         for sums in (self._losses, self._pair_sums):
-            sums[-number:] = [torch.zeros_like(each) for each in sums[-number:]]
-        self._left_out.add(self._num_steps - 1)
+            if sums:
+                own = slice(index * number, (index + 1) * number)
+                sums[own] = [torch.zeros_like(each) for each in sums[own]]
+        self._left_out.add(index)
 
     def flush(
         self, step: int, grad_norm: float | Tensor, is_regular: bool = True

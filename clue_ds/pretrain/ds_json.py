@@ -9,12 +9,18 @@ Rejected: letting the value in the JSON win, and ignoring it silently.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
+import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clue_ds.config import RunConfig, TrainSection
 from clue_ds.errors import UserError, existing_file
+
+if TYPE_CHECKING:  # `clue-ds plan --help` imports this module, and torch takes a second
+    import torch
+    from torch import nn
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero1_offload")
 OURS_INSTEAD = {
@@ -156,3 +162,23 @@ def _leftover_autos(values: dict[str, Any], prefix: str = "") -> list[str]:
         elif value == "auto":
             found.append(prefix + key)
     return found
+
+
+def initialize(
+    deepspeed: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    values: dict[str, Any],
+    name: str,
+) -> Any:
+    """Call deepspeed.initialize; a UserError names the JSON when DeepSpeed refuses it."""
+    from pydantic import ValidationError
+
+    try:
+        # Its bf16 optimizer prints a dozen lines about memory at every log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return deepspeed.initialize(
+                model=model, optimizer=optimizer, config=values, dist_init_required=False
+            )[0]
+    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
+        raise UserError(f"DeepSpeed JSON {name}: {error}") from None

@@ -24,7 +24,6 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,11 @@ from clue_ds.job import rendezvous
 from clue_ds.model.cuda_graph import LAST_STAGE, GraphedForward
 from clue_ds.model.masks import without_full_lengths
 from clue_ds.pretrain import ds_json, muon, optim
+from clue_ds.pretrain.update import DeviceUpdate, Skip, without_update
 
 # DeepSpeed's own variable, in minutes, with DeepSpeed's default.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+RandomState = tuple[Tensor, Tensor | None]  # of the host, and of a GPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -111,7 +112,6 @@ class Engine:
     `group_names`: names of the trained parameters, group by group, in the optimizer's order.
     `frozen`: fp32 copies of the parameters that are not trained, by name.
     `gradient_accumulation_steps`: micro-batches per step on this rank.
-    `skipped_update`: whether the last step left the weights as they were.
     """
 
     def __init__(
@@ -151,10 +151,15 @@ class Engine:
             self._graph = GraphedForward(model)
             model.forward = self._graph  # type: ignore[assignment, method-assign]
         optimizer = optim.build(train, model, self.stage, device, self.offload)
-        self._deepspeed = _initialize(deepspeed, model, optimizer, values, ds_name)
+        self._deepspeed = ds_json.initialize(deepspeed, model, optimizer, values, ds_name)
         self.module: nn.Module = self._deepspeed.module
         self._capture = Capture(self._deepspeed, ds_name)
-        self.skipped_update = False
+        self._skipped_update = False
+        self._skip: Skip | None = None  # of the last step, until it is read
+        self._fused = optimizer.defaults.get("fused")
+        self._update: DeviceUpdate | None = None
+        if optim.updates_on_device(train, self.stage, self.offload):
+            self._update = DeviceUpdate(self._deepspeed, self.stage, train.gradient_clipping)
         if self.stage == 0 and self.precision != "fp32":
             self._undo_phantom_step()
 
@@ -210,9 +215,14 @@ class Engine:
         if self._graph is not None:
             self._graph.active = False
 
-    def repeat_dropout(self) -> None:
-        """Put the random generators back to the beginning of the step."""
-        on_host, on_device = self._random_state
+    @property
+    def random_state(self) -> RandomState:
+        """The states of the random generators at the beginning of the step."""
+        return self._random_state
+
+    def repeat_dropout(self, state: RandomState) -> None:
+        """Put the random generators back to the beginning of a step."""
+        on_host, on_device = state
         torch.set_rng_state(on_host)
         if on_device is not None:
             torch.cuda.set_rng_state(on_device)
@@ -234,24 +244,28 @@ class Engine:
         and at every stage (`skipped_update`). In fp16 that also lowers the loss scale, which is
         normal. LossScaleExhausted when it can't be lowered.
 
-        The host waits for the norm before the update: DeepSpeed does so, and so does fp32 at
-        stage 0, where DeepSpeed would not look at it.
+        With a DeviceUpdate the host waits for nothing, and the norm stays on the device. Otherwise
+        it waits for the norm before the update: DeepSpeed does so, and so does fp32 at stage 0,
+        where DeepSpeed would not look at it.
         """
         before = self.skipped_steps
         optim.set_rate(self._deepspeed.optimizer.param_groups, lr)
+        if self._update is not None:
+            self._skip = self._update.step()
+            return self._update.norm
         norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
         scale = self.loss_scale
         skips = norm is not None and not math.isfinite(norm)
         try:
-            with _without_update(self.optimizer) if skips else contextlib.nullcontext():
+            with without_update(self.optimizer) if skips else contextlib.nullcontext():
                 self._deepspeed.step()
         except Exception as error:
             if self.precision == "fp16" and "minimum" in str(error):
                 raise LossScaleExhausted from error
             raise
         self._deepspeed.skipped_steps += skips
-        self.skipped_update = self.skipped_steps > before
-        if self.skipped_update and scale == self._lowest_scale_at_stage_0():
+        self._skipped_update = self.skipped_steps > before
+        if self._skipped_update and scale == self._lowest_scale_at_stage_0():
             raise LossScaleExhausted
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
@@ -277,8 +291,17 @@ class Engine:
         return torch.nn.utils.get_total_norm(grads)
 
     @property
+    def skipped_update(self) -> bool:
+        """Whether the last step left the weights as they were; waits for its update."""
+        if self._skip is not None:
+            self._skipped_update, self._skip = self._skip.read(), None
+            self._deepspeed.skipped_steps += self._skipped_update
+        return self._skipped_update
+
+    @property
     def skipped_steps(self) -> int:
-        """Number of updates that were skipped because a gradient was not finite."""
+        """Updates that were skipped because a gradient was not finite; waits for the last one."""
+        self.skipped_update  # noqa: B018  counts the last one
         return self._deepspeed.skipped_steps
 
     @property
@@ -303,6 +326,13 @@ class Engine:
         the result is the number of bytes that this rank read, and otherwise None.
         UserError for a file that holds anything but tensors and the classes of pickles.ALLOWED.
         """
+        num_bytes = self._load(choice)
+        base = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(base, torch.optim.AdamW):
+            optim.keep_fused(base, self._fused)
+        return num_bytes
+
+    def _load(self, choice: Choice) -> int | None:
         self.frozen = pickles.load_tensors(choice.directory / FROZEN)
         # At stage 0 every rank has the whole state.
         if self.stage or choice.manifest.zero_stage:
@@ -362,33 +392,3 @@ class Engine:
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU; on a CPU set fp32 or bf16")
-
-
-@contextlib.contextmanager
-def _without_update(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """In the block DeepSpeed counts a step and clears gradients, but updates no weight."""
-    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del optimizer.step  # type: ignore[method-assign]
-
-
-def _initialize(
-    deepspeed: Any,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    values: dict[str, Any],
-    name: str,
-) -> Any:
-    """Call deepspeed.initialize; a UserError names the JSON when DeepSpeed refuses it."""
-    from pydantic import ValidationError
-
-    try:
-        # Its bf16 optimizer prints a dozen lines about memory at every log level.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return deepspeed.initialize(
-                model=model, optimizer=optimizer, config=values, dist_init_required=False
-            )[0]
-    except (deepspeed.DeepSpeedConfigError, ValidationError) as error:
-        raise UserError(f"DeepSpeed JSON {name}: {error}") from None

@@ -72,14 +72,23 @@ def parameter_groups(
     ]
 
 
+def updates_on_device(train: TrainSection, stage: int, offload: bool) -> bool:
+    """Whether an update is made without the host waiting for it (see update/)."""
+    if train.optimizer != "adamw" or offload:
+        return False
+    return train.precision in {0: ("fp32",), 1: ("fp32", "bf16")}.get(stage, ())
+
+
 def build(
     train: TrainSection, model: nn.Module, stage: int, device: torch.device, offload: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer with its parameter groups, at learning rate 0; `set_rate` sets the rate.
 
-    On a GPU without `offload`, AdamW is one CUDA kernel per update. `device` is that of the model.
+    On a GPU without `offload`, AdamW is one CUDA kernel per update, and wherever the update is made
+    on the device. `device` is that of the model.
     """
-    fused = True if device.type == "cuda" and not offload else None
+    on_gpu = device.type == "cuda" and not offload
+    fused = True if on_gpu or updates_on_device(train, stage, offload) else None
     groups = parameter_groups(model, train.weight_decay, train.optimizer)
     # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
     settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": train.eps}
@@ -106,6 +115,16 @@ def build(
         ) from None
     # weight_decouple=False is LAMB as published: the decay is part of the update whose norm counts.
     return Lamb(groups, **settings, weight_decouple=False)
+
+
+def keep_fused(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
+    """After the state of a checkpoint was loaded: compute as this run does, on its device."""
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = fused
+    for parameter, state in optimizer.state.items():
+        if fused and isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 def set_rate(param_groups: list[dict[str, Any]], lr: float) -> None:

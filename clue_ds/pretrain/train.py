@@ -129,14 +129,12 @@ def train(run: Run) -> int:
 
         lr = schedule.learning_rate(config.train, step)
         done = step + 1
+        look_at_update(run, ago=1)  # of the step before, whose answer is there by now
         try:
             grad_norm = engine.step(lr)
         except LossScaleExhausted:
             raise run.non_finite.exhausted(done, run.batch_number(step), micro_batches) from None
-        note = run.non_finite.note(done, run.batch_number(step), micro_batches)
-        if note is not None:
-            meter.leave_out_step()
-            run.writers.note(note)
+        run.non_finite.remember(done, run.batch_number(step), micro_batches)
         if (note := run.slow_ranks.step(done)) is not None:
             run.writers.note(note)
 
@@ -148,6 +146,7 @@ def train(run: Run) -> int:
         is_regular = saves or evaluates or done % config.log.every == 0
         is_regular |= done == run.phase.part.end  # a line never covers steps of two phases
         if pulse.is_due(is_regular):
+            look_at_update(run, ago=0)
             line = meter.flush(done, grad_norm, is_regular)
             # Other lines come when time has passed, which must not change what is trained.
             if is_regular and (back := look_for_spike(run)) is not None:
@@ -174,6 +173,17 @@ def train(run: Run) -> int:
             return done
         step = done
     return step
+
+
+def look_at_update(run: Run, ago: int) -> None:
+    """Tell the user if the last update was skipped, which was `ago` steps before the last passes.
+
+    Nothing happens if that was looked at before. UserError when the run must not go on.
+    """
+    note = run.non_finite.note()
+    if note is not None:
+        run.meter.leave_out_step(ago)
+        run.writers.note(note)
 
 
 def begin_phase(run: Run, step: int) -> None:

@@ -1,9 +1,10 @@
 """A step whose gradient is not finite: which rank, which tensor, which samples, and what follows.
 
-DeepSpeed sums the gradients of all ranks and looks at the norm before it updates the weights, so
-every rank knows at the step itself, and the update is left out at every ZeRO stage and precision.
-The host waits for that norm in any case (Engine.step). What is in this module runs only after such
-a step.
+The norm of the summed gradients is looked at before the weights are updated, so the update is left
+out on every rank, at every ZeRO stage and precision. Where the device does that by itself
+(pretrain/update), the host asks for the answer of a step only when the passes of the next one are
+queued, and before that one's update: nothing waits, and no later update is made in the meantime.
+What is in this module runs only after such a step.
 
 Guarantees: with train.on_nan `stop` the run ends with a message that names the step, its samples,
 the ranks, and on each of them the first tensor that is not finite; with `skip` it goes on without
@@ -19,7 +20,7 @@ of them would be).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,18 @@ from torch import Tensor, nn
 from clue_ds import dist
 from clue_ds.config import TrainSection
 from clue_ds.errors import UserError
-from clue_ds.pretrain.engine import Engine
+from clue_ds.pretrain.engine import Engine, RandomState
 
 MAX_RANKS_NAMED = 4
+
+
+class _Made(NamedTuple):
+    """A step that has ended; `state`: of the random generators at its beginning."""
+
+    step: int
+    batch: int
+    micro_batches: list[dict[str, Tensor]]
+    state: RandomState
 
 
 class NonFiniteSteps:
@@ -40,24 +50,35 @@ class NonFiniteSteps:
         self._train, self._engine = train, engine
         self._in_a_row = 0
         self._samples_of = samples_of
+        self._made: _Made | None = None
 
     def begin(self, train: TrainSection, samples_of: str) -> None:
         """Go on with the batch sizes of the phase that begins."""
         self._train, self._samples_of = train, samples_of
 
-    def note(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> str | None:
-        """After every step: None if its update was made, else the line for the user.
+    def remember(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> None:
+        """After every Engine.step: what `note` needs if the update was skipped.
 
         `batch`: the number of its batch in the sample stream, from 0.
-
-        Every rank must call it. UserError, the same on all ranks, when the run must not go on.
         """
+        self._made = _Made(step, batch, micro_batches, self._engine.random_state)
+
+    def note(self) -> str | None:
+        """None if the step that is remembered made its update, else the line for the user.
+
+        Every rank must call it before the next update. UserError, the same on all ranks, when the
+        run must not go on.
+        """
+        made, self._made = self._made, None
         engine = self._engine
+        if made is None:
+            return None
         if not engine.skipped_update:
             self._in_a_row = 0
             return None
         if engine.precision == "fp16":
             return None
+        step, batch, micro_batches, state = made
         self._in_a_row += 1
         what = f"the gradient is not finite at step {step} ({self._samples(batch)})"
         if self._train.on_nan == "skip" and self._in_a_row <= self._train.max_skipped_steps:
@@ -65,13 +86,14 @@ class NonFiniteSteps:
                 f"{what}: its update was skipped, {self._in_a_row} in a row, "
                 f"{engine.skipped_steps} in this run"
             )
-        raise UserError(f"{what}: {self._culprits(micro_batches)}. {self._advice()}")
+        raise UserError(f"{what}: {self._culprits(micro_batches, state)}. {self._advice()}")
 
     def exhausted(self, step: int, batch: int, micro_batches: list[dict[str, Tensor]]) -> UserError:
         """The error for a loss scale that can't be lowered any more; on all ranks."""
+        culprits = self._culprits(micro_batches, self._engine.random_state)
         return UserError(
             f"fp16 training diverged at step {step} ({self._samples(batch)}): the gradient "
-            f"overflows even at the smallest loss scale: {self._culprits(micro_batches)}. Use "
+            f"overflows even at the smallest loss scale: {culprits}. Use "
             "train.precision bf16 if the GPU supports it, or a smaller train.lr, or more "
             "train.warmup_steps, and start again from the newest checkpoint"
         )
@@ -80,9 +102,9 @@ class NonFiniteSteps:
         size = self._train.global_batch_size
         return f"samples {batch * size:,} to {(batch + 1) * size - 1:,} of {self._samples_of}"
 
-    def _culprits(self, micro_batches: list[dict[str, Tensor]]) -> str:
+    def _culprits(self, micro_batches: list[dict[str, Tensor]], state: RandomState) -> str:
         """What each rank that is to blame finds when it repeats the step."""
-        found = dist.all_gather(first_not_finite(self._engine, micro_batches))
+        found = dist.all_gather(first_not_finite(self._engine, micro_batches, state))
         blamed = [f"rank {rank}: {what}" for rank, what in enumerate(found) if what is not None]
         if not blamed:
             return (
@@ -108,8 +130,12 @@ class NonFiniteSteps:
         return f"{advice}; train.max_skipped_steps is {self._train.max_skipped_steps}"
 
 
-def first_not_finite(engine: Engine, micro_batches: list[dict[str, Tensor]]) -> str | None:
+def first_not_finite(
+    engine: Engine, micro_batches: list[dict[str, Tensor]], state: RandomState
+) -> str | None:
     """Repeat a step on this rank and name the first tensor that is not finite; None if all are.
+
+    `state`: of the random generators at its beginning.
 
     Updates nothing. Every rank must call it, because at stage 3 the ranks gather the weights
     together. The engine can't train afterwards.
@@ -118,7 +144,7 @@ def first_not_finite(engine: Engine, micro_batches: list[dict[str, Tensor]]) -> 
         if not _is_finite(getattr(parameter, "ds_tensor", parameter)):
             return f"the weights {name} themselves"
     engine.leave_graphs()
-    engine.repeat_dropout()
+    engine.repeat_dropout(state)
     found = [_in_micro_batch(engine, micro_batch) for micro_batch in micro_batches]
     return next((what for what in found if what is not None), None)
 
