@@ -280,7 +280,8 @@ def step_of(shape: Shape, parts: list[Part], each: dict[str, dict[str, Any]]) ->
     """The sum of the parts, and what it predicts."""
     config, names = shape.config, each[parts[0].name]
     total = {n: sum(part.times * each[part.name][n] for part in parts) for n in names}
-    ms = counts.predicted_ms(total, config.hidden_size, config.head_size, shape.length)
+    head_size = config.hidden_size // config.num_attention_heads
+    ms = counts.predicted_ms(total, config.hidden_size, head_size, shape.length)
     share = shape.num_predictions / shape.length
     rule = flops_per_token(config, shape.length, share) * shape.num_rows * shape.length
     executed = 1e12 * (total["gemm_tflop"] + total["attention_tflop"])
