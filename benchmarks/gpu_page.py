@@ -132,9 +132,9 @@ def page(result: dict[str, Any], environment: dict[str, Any]) -> str:
     checks = result["kernel_check"]
     parts += ["## Kernels: do they agree with torch?"]
     if isinstance(checks, list) and checks:
-        parts.append(table(("operation", "width", "dtype", "agrees", "largest error"), [
-            [c["op"], str(c["width"]), c["dtype"], "yes" if c["agrees"] else "**no**",
-             f"{c['error']:.2g}" if isinstance(c["error"], float) else str(c["error"])[:120]]
+        parts.append(table(("operation", "width", "dtype", "agrees", "error in torch's"), [
+            [c["op"], str(c["width"]), c["dtype"],
+             "yes" if c["agrees"] else f"**no**: {c['reason']}", f"{c['error']:.2f}"]
             for c in checks
         ]))  # fmt: skip
     else:

@@ -3,8 +3,8 @@ our kernels compute the right numbers here.
 
 `device` measures what decides about the training step: what a call costs the host, copies, matrix
 products, attention by backend, and the rate at which each backend's dropout really drops. `kernels`
-compares each fused operation with fp32 torch on the device. Every probe stands alone: one that
-fails leaves its message in its place.
+compares each kernel with torch as a run does before it uses them. Every probe stands alone: one
+that fails leaves its message in its place.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clue_ds import files, kernels
-from clue_ds.kernels import bench
+from clue_ds import files, kernels, presets
+from clue_ds.kernels import verify
+from clue_ds.model import ops
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -181,41 +182,21 @@ def dropout_rates(small: bool) -> dict[str, Any]:
 
 
 def kernel_errors(small: bool) -> Iterator[dict[str, Any]]:
-    """Each fused operation against fp32 torch: the largest error of its result and gradients.
-
-    With dropout, the masks of the kernel and of its twin must be equal bit for bit.
-    """
+    """Each kernel against torch at tiny's and base's sizes, by the rule that `auto` goes by."""
     if not kernels.available():
         return
-    for width in (32,) if small else (312, 768, 1024):
-        yield _mask(width)
-        for dtype in (BF16, torch.float32):
-            for op in get_args(bench.Op):
-                yield _error_of(bench.Case(op, 8 if small else 4_096, width, dtype, 0.0))
-
-
-def _error_of(case: bench.Case) -> dict[str, Any]:
-    line = {"op": case.op, "width": case.hidden, "dtype": str(case.dtype)[6:]}
-    try:
-        error = bench.errors(case, DEVICE, only="ours")["ours"]
-        return line | {"agrees": error <= bench.TOLERANCE[case.dtype], "error": error}
-    except Exception as error:
-        return line | {"agrees": False, "error": f"{type(error).__name__}: {str(error)[:200]}"}
-
-
-def _mask(width: int) -> dict[str, Any]:
-    line = {"op": "dropout mask", "width": width, "dtype": "bool"}
-    x = torch.ones(8, width, device=DEVICE)
-    ones, zeros = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
-    rest = (None, None, ones, zeros, 0.1, 1e-12, True)
-    options: dict[str, Any] = {"seed": 1234, "return_mask": True}
-    try:
-        kernels.set_backend("triton")
-        mine = kernels.bias_dropout_add_layer_norm(x, *rest, **options)[1]
-        twin = kernels.reference.bias_dropout_add_layer_norm(x, *rest, **options)[1]
-        return line | {"agrees": bool(torch.equal(mine, twin)), "error": 0.0}
-    except Exception as error:
-        return line | {"agrees": False, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+    names = ("roberta_tiny_clue",) if small else ("roberta_tiny_clue", "bert_base_clue")
+    for name in names:
+        config = presets.get(name)
+        if small:
+            config = config.replace(hidden_size=24, intermediate_size=40, vocab_size=30)
+        sizes = ops.sizes(config, 2 if small else 64, 16 if small else 128)
+        for dtype in (torch.float32,) if small else (BF16, torch.float32):
+            for verdict in verify.verify(sizes, dtype, DEVICE):
+                yield {
+                    "op": verdict.operation, "width": config.hidden_size, "dtype": str(dtype)[6:],
+                    "agrees": verdict.agrees, "error": verdict.error, "reason": verdict.reason,
+                }  # fmt: skip
 
 
 PROBES: dict[str, tuple[Callable[[bool], Any], ...]] = {
