@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "data.mixture",  # part of that fingerprint, with its shares
     "data.padding",  # the same rows, and the same update up to the order of its sums
     "train.micro_batch_size",
+    "train.cuda_graph",
     "train.on_nan",
     "train.max_skipped_steps",
     "train.on_spike",
