@@ -340,7 +340,8 @@ class Engine:
             fits = dist.on_all_ranks(lambda: self._has_layout_of(choice, saved))
             if not all(dist.all_gather(fits)):
                 return self._regroup(saved)
-        with pickles.guarded():
+        # Its bf16 optimizer prints the name of a function.
+        with pickles.guarded(), contextlib.redirect_stdout(io.StringIO()):
             path, _ = self._deepspeed.load_checkpoint(
                 str(choice.directory), tag=TAG, load_lr_scheduler_states=False
             )
