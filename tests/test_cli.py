@@ -55,8 +55,7 @@ def test_help_of_every_verb(verb: str) -> None:
     "argv",
     [
         ["--help"],
-        *([verb, "--help"] for verb in ("vocab", "shard", "plan", "pretrain", "report", "status")),
-        *([verb, "--help"] for verb in ("launch", "doctor", "bench", "demo", "serve")),
+        *([verb, "--help"] for verb in VERBS),
         ["status", "nowhere"],
     ],
 )

@@ -93,8 +93,9 @@ def main() -> None:
     """Answer requests until standard input ends."""
     from clue_ds.checkpoint.deepspeed_import import import_deepspeed
     from clue_ds.pretrain import train as train
-    from clue_ds.tasks.finetune import command as finetune_command  # noqa: F401
+    from clue_ds.tasks.finetune import checks, command, run  # noqa: F401
     from clue_ds.tasks.predict import command as predict_command  # noqa: F401
+    from clue_ds.tasks.predict import predictor  # noqa: F401
 
     import_deepspeed()
     # What the first optimizer and the first engine of a process import, for two seconds more.

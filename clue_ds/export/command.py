@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from clue_ds.errors import UserError
-from clue_ds.export import LAYOUTS, archives, check_layout, save, slim
+from clue_ds.export import archives
 from clue_ds.export.embedder import Pooling
-from clue_ds.export.legacy import uer
-from clue_ds.export.onnx_model import layout as onnx_layout
-from clue_ds.export.publish import staged
-from clue_ds.export.sources import OpenedModel, opened
-from clue_ds.model import weights
-from clue_ds.model.weights import CLASSIFIER_WEIGHT, TIED, lacking
+from clue_ds.export.onnx_model import DEFAULT_OPSET
 from clue_ds.presets import HiddenAct, ModelConfig
 from clue_ds.settings.arguments import PathOrName
+
+if TYPE_CHECKING:
+    from clue_ds.export.sources import OpenedModel
 
 Server = Literal["transformers", "sentence-transformers", "tei", "vllm"]
 GOOGLES_EPSILON = 1e-12
@@ -36,7 +34,7 @@ def export(
     drop_heads: bool = False,
     fp16: bool = False,
     legacy: bool = False,
-    opset: int = onnx_layout.DEFAULT_OPSET,
+    opset: int = DEFAULT_OPSET,
     quantize: Literal["int8"] | None = None,
     texts: Path | None = None,
     server: Annotated[Server | None, tyro.conf.arg(name="for")] = None,
@@ -70,6 +68,11 @@ def export(
         pooling: with --for, how an embedder makes a vector of a text: mean over its tokens, or cls.
         zip: write OUTPUT.zip, the form in which CLUE publishes its models, instead of a directory.
     """
+    # Here and below, what needs torch is imported in the functions, because `--help` needs none.
+    from clue_ds.export import slim
+    from clue_ds.export.layouts import LAYOUTS, check_layout
+    from clue_ds.export.sources import opened
+
     targets = list(LAYOUTS) if to == "all" else [to]
     for target in targets:
         check_layout(target, fp16, legacy)
@@ -96,6 +99,8 @@ def export(
 
 def _leave_out(targets: list[str], model: OpenedModel) -> None:
     """Remove the layouts that have no place for the model's fine-tuned head, and say so."""
+    from clue_ds.model import weights
+
     for heads, layouts in ((weights.TASK_HEADS, ["uer"]), (weights.POINTER_HEAD, ["tf", "onnx"])):
         for layout in layouts:
             if any(name.startswith(heads) for name in model.state_dict) and layout in targets:
@@ -134,18 +139,22 @@ def _fresh_heads(model: OpenedModel) -> list[str]:
 
     A fine-tuned model needs no heads of pretraining.
     """
+    from clue_ds.model import weights
+
     is_finetuned = any(name.startswith(weights.TASK_HEADS) for name in model.state_dict)
     return [
         f"the model has no {head} ({', '.join(missing)}); programs that need it start it from "
         "random weights"
-        for head, missing in lacking(model.config, model.state_dict).items()
-        if not is_finetuned or (head == "pooler" and CLASSIFIER_WEIGHT in model.state_dict)
+        for head, missing in weights.lacking(model.config, model.state_dict).items()
+        if not is_finetuned or (head == "pooler" and weights.CLASSIFIER_WEIGHT in model.state_dict)
     ]
 
 
 def _slimmed(
     model: OpenedModel, trim_vocab: bool, vocab: Path | None, drop_heads: bool
 ) -> OpenedModel:
+    from clue_ds.export import slim
+
     if trim_vocab:
         model = slim.drop_unused_rows(model)
     if vocab is not None:
@@ -158,6 +167,10 @@ def _write(
     model: OpenedModel, place: Path, to: str, force: bool, is_zip: bool, **options: Any
 ) -> None:
     """Write a model and say where; `options` are those of `export.save` for this layout."""
+    from clue_ds.export.layouts import save
+    from clue_ds.export.publish import staged
+    from clue_ds.model.weights import TIED
+
     config, state, vocab_file, lower_case, _, about = model
     if is_zip:
         place = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
@@ -176,6 +189,8 @@ def _write(
 def _unsaid(config: ModelConfig, to: str) -> list[str]:
     """A sentence for each thing about a model that a layout can't say."""
     if to == "uer":
+        from clue_ds.export.legacy import uer
+
         return [uer.NOTE]
     if to != "tf":
         return []
@@ -214,6 +229,9 @@ def import_model(
             config that says gelu means tanh, and a Hugging Face config means what it says.
         force: replace the output if it exists.
     """
+    from clue_ds.export import slim
+    from clue_ds.export.sources import opened
+
     if output is None:
         # Not Path.resolve, which fails on a link that leads to itself.
         name = Path(os.path.abspath(model)).name

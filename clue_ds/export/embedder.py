@@ -12,11 +12,12 @@ this: all of them serve BertForSequenceClassification as it is.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from clue_ds.export.publish import write_model_json
-from clue_ds.model.weights import StateDict
 from clue_ds.presets import ModelConfig
+
+if TYPE_CHECKING:
+    from clue_ds.model.weights import StateDict
 
 Pooling = Literal["mean", "cls"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
@@ -33,6 +34,8 @@ def encoder_alone(state: StateDict) -> StateDict:
 
 def write(config: ModelConfig, pooling: Pooling, lower_case: bool, place: Path) -> None:
     """Write the three files into `place`."""
+    from clue_ds.export.publish import write_model_json  # here, because `--help` needs no torch
+
     text: dict[str, Any] = {
         "max_seq_length": config.max_position_embeddings,
         "do_lower_case": lower_case,

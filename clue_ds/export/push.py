@@ -16,8 +16,7 @@ from typing import Literal
 import tyro
 
 from clue_ds.errors import UserError, first_line
-from clue_ds.export import card, hub, sources
-from clue_ds.export.publish import MODEL_FILES
+from clue_ds.export import hub
 
 CARD = "README.md"
 
@@ -42,6 +41,10 @@ def push(
         private: let only the owner see a repository that this command makes.
         licence: the licence for the card, by the hub's names, such as apache-2.0.
     """
+    # Imported here, because `--help` needs no torch.
+    from clue_ds.export import card, sources
+    from clue_ds.export.publish import MODEL_FILES
+
     if not re.fullmatch(hub.OWNED_NAME, name):
         raise UserError(f"{name!r} is not a name on the hub; give OWNER/NAME")
     directory = sources.of_finetuning(sources.existing(model))

@@ -8,14 +8,16 @@ B: sequences   S: positions, the longest of the batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from clue_ds.data import Tokenizer
 from clue_ds.job import watchdog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clue_ds.data import Tokenizer
 
 Text = str | tuple[str, str]
 
@@ -106,6 +108,8 @@ def shares(lengths: Sequence[int], room: int) -> list[int]:
 
 def collate(features: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     """The model's inputs: input_ids and token_type_ids [B, S], lengths [B], all int64."""
+    import torch  # here, because the table of tasks imports this module, and `--help` the table
+
     lengths = torch.tensor([len(f.input_ids) for f in features])
     input_ids = torch.full((len(features), int(lengths.max())), pad_id)
     token_type_ids = torch.zeros_like(input_ids)

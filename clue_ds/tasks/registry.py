@@ -19,8 +19,8 @@ from clue_ds import config
 from clue_ds.errors import UserError
 from clue_ds.tasks import kinds
 from clue_ds.tasks.features import Text
-from clue_ds.tasks.kinds.classify import CustomTask as CustomTask
-from clue_ds.tasks.kinds.span import kind as span_kind
+from clue_ds.tasks.kinds import span as span_reading
+from clue_ds.tasks.kinds.span import squad
 from clue_ds.tasks.kinds.tag import schemes
 from clue_ds.tasks.task import SMALL_MODEL_LR as SMALL_MODEL_LR
 from clue_ds.tasks.task import Record as Record
@@ -189,27 +189,27 @@ TASKS: dict[str, Task] = {
         Task(
             "cmrc2018",
             "span",
-            span_kind.FIELDS,
+            squad.FIELDS,
             (),
-            span_kind.SETTINGS,
-            span_kind.SMALL_SETTINGS,
-            label_field=span_kind.ANSWERS,
+            span_reading.SETTINGS,
+            span_reading.SMALL_SETTINGS,
+            label_field=squad.ANSWERS,
             format="squad",
-            evaluations_per_epoch=span_kind.EVALUATIONS_PER_EPOCH,
+            evaluations_per_epoch=span_reading.EVALUATIONS_PER_EPOCH,
             test_versions=_one_test("cmrc2018_predict.json", 2_000),
             num_published={"train": 10_142, "dev": 3_219},
         ),
         Task(
             "drcd",
             "span",
-            span_kind.FIELDS,
+            squad.FIELDS,
             (),
-            span_kind.SETTINGS,
-            span_kind.SMALL_SETTINGS,
-            label_field=span_kind.ANSWERS,
+            span_reading.SETTINGS,
+            span_reading.SMALL_SETTINGS,
+            label_field=squad.ANSWERS,
             format="squad",
             options={"convert": "t2s"},
-            evaluations_per_epoch=span_kind.EVALUATIONS_PER_EPOCH,
+            evaluations_per_epoch=span_reading.EVALUATIONS_PER_EPOCH,
             test_versions={"1.1": TestVersion(source=NOT_ON_BOARD, num_lines=3_493)},
             num_published={"train": 26_936, "dev": 3_524},
         ),

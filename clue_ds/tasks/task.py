@@ -16,6 +16,7 @@ from clue_ds.tasks.features import Text
 Record = dict[str, Any]  # one line of a task's file: field name -> value
 KindName = Literal["single", "pair", "choice", "cloze", "span", "tag"]
 Split = Literal["train", "dev", "test"]
+Precision = Literal["fp32", "bf16"]
 
 # Upstream's advice for small models: a larger learning rate, 5 to 8 epochs, keep the best epoch.
 SMALL_MODEL_LAYERS = 4

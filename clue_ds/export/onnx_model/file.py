@@ -19,13 +19,13 @@ from onnx import TensorProto, helper
 
 from clue_ds import __version__
 from clue_ds.errors import UserError
+from clue_ds.export.onnx_model import DEFAULT_OPSET
 from clue_ds.export.onnx_model.graph import INPUTS, Graph
 from clue_ds.export.protobuf import integer, message, varint
 from clue_ds.model.weights import StateDict
 
 # Opset -> the IR of the first release of onnx that had it. LayerNormalization came with 17.
 IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
-DEFAULT_OPSET = 17
 GRAPH_FIELD, INITIALIZER_FIELD, RAW_DATA_FIELD = 7, 5, 9
 EXTERNAL = 1  # TensorProto.DataLocation
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}

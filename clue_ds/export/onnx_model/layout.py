@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clue_ds.errors import UserError
 from clue_ds.export import huggingface
+from clue_ds.export.onnx_model import DEFAULT_OPSET
 from clue_ds.export.publish import (
     check_state,
     copy_vocab,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 FILE = "model.onnx"
-DEFAULT_OPSET = 17  # file.DEFAULT_OPSET, which can't be imported without the extra
 NEEDED = ("onnx", "onnxruntime")
 # fp32 sums in another order: 4e-6 off on small models, a few 1e-5 on 24 layers.
 TOLERANCE = 1e-4

@@ -18,25 +18,25 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-import torch
 from rich.console import Console
 
 from clue_ds import dist
 from clue_ds.data.build.workers import spawned
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import watchdog
-from clue_ds.model import ops
+from clue_ds.presets import Kernels
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
 from clue_ds.settings.sections import DEFAULT_HEALTH, HealthSection
 from clue_ds.tasks import kinds, outputs, registry
-from clue_ds.tasks.finetune import checks, run
 from clue_ds.tasks.finetune.directory import RESULT, baselines, locked, read_result, shown_scores
-from clue_ds.tasks.finetune.loop import Precision, Recipe, Stopped
-from clue_ds.tasks.finetune.run import RunSpec
-from clue_ds.tasks.task import Task
+from clue_ds.tasks.task import Precision, Task
+
+if TYPE_CHECKING:
+    from clue_ds.tasks.finetune.loop import Stopped
+    from clue_ds.tasks.finetune.run import RunSpec
 
 BEST = "best"
 GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay")
@@ -56,7 +56,7 @@ def finetune(
     weight_decay: float | None = None,
     patience: int | None = None,
     precision: Precision = "fp32",
-    kernels: ops.Kernels = "torch",
+    kernels: Kernels = "torch",
     seed: int = 42,
     seeds: int = 1,
     grid: tuple[str, ...] = (),
@@ -103,6 +103,9 @@ def finetune(
         force: discard earlier runs in the output directory that have other settings.
         health: deadlines for the ranks of a job.
     """
+    # Here and below, what needs torch is imported in the functions, because `--help` needs none.
+    from clue_ds.tasks.finetune.run import RunSpec
+
     given: dict[str, Any] = dict(
         lr=lr,
         epochs=epochs,
@@ -158,6 +161,8 @@ def _trainable(name: str) -> Task:
 
 def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the values in `key=value,value` words; [{}] without words."""
+    from clue_ds.tasks.finetune.loop import Recipe
+
     hints = get_type_hints(Recipe)
     choices: list[list[tuple[str, Any]]] = []
     for word in grid:
@@ -190,10 +195,11 @@ def _array_share(specs: list[RunSpec], array_task: str | None) -> list[RunSpec]:
     return specs[int(index) :: int(count)]
 
 
-def _run_all(
-    specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
-) -> bool:
+def _run_all(specs: list[RunSpec], workers: int, kernels: Kernels, health: HealthSection) -> bool:
     """Do the runs; return whether the job was asked to stop before the last one ended."""
+    from clue_ds.model import ops
+    from clue_ds.tasks.finetune import checks
+
     ops.choose_kernels(kernels)
     if dist.world_size() > 1 and workers > 1:
         raise UserError(
@@ -221,6 +227,9 @@ def _start_watching(health: HealthSection) -> None:
 
 
 def _one_by_one(specs: list[RunSpec]) -> bool:
+    from clue_ds.tasks.finetune import run
+    from clue_ds.tasks.finetune.loop import Stopped
+
     for spec in specs:
         try:
             _print_result(spec, run.run(spec))
@@ -230,10 +239,11 @@ def _one_by_one(specs: list[RunSpec]) -> bool:
     return False
 
 
-def _in_a_pool(
-    specs: list[RunSpec], workers: int, kernels: ops.Kernels, health: HealthSection
-) -> bool:
+def _in_a_pool(specs: list[RunSpec], workers: int, kernels: Kernels, health: HealthSection) -> bool:
     """Each process of the pool learns by itself that the job is asked to stop."""
+    from clue_ds.tasks.finetune import run
+    from clue_ds.tasks.finetune.loop import Stopped
+
     # The cores that this job may use, which may be fewer than the host has (a Slurm cpuset).
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
@@ -253,9 +263,11 @@ def _in_a_pool(
     return stopped
 
 
-def _start_worker(
-    num_started: Any, threads: int, kernels: ops.Kernels, health: HealthSection
-) -> None:
+def _start_worker(num_started: Any, threads: int, kernels: Kernels, health: HealthSection) -> None:
+    import torch
+
+    from clue_ds.model import ops
+
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
@@ -266,6 +278,8 @@ def _start_worker(
 
 def take_device(num_started: Any) -> None:
     """Spread the processes of a pool over the GPUs; they share the Value `num_started`."""
+    import torch
+
     with num_started.get_lock():
         number = num_started.value
         num_started.value += 1

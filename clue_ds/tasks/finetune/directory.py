@@ -25,8 +25,7 @@ from typing import Any
 from clue_ds import files
 from clue_ds.errors import UserError
 from clue_ds.tasks import outputs
-from clue_ds.tasks.finetune import request, state
-from clue_ds.tasks.kinds.classify import MAJORITY
+from clue_ds.tasks.kinds.measures import MAJORITY
 
 RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.json"
 LOCK = ".lock"
@@ -119,6 +118,8 @@ def holds(directory: Path) -> set[str]:
 
 def refusal(directory: Path, run_json: dict[str, Any]) -> str | None:
     """Why `prepare` would refuse the directory without `force`; reads it, and changes nothing."""
+    from clue_ds.tasks.finetune import request  # here, because `--help` needs no torch
+
     found = holds(directory)
     if found and RUN not in found:
         return _no_run(directory)
@@ -132,6 +133,8 @@ def _earlier(
     directory: Path, run_json: dict[str, Any], force: bool, notes: list[str]
 ) -> dict[str, Any] | None:
     """The result of the earlier run in a directory, which is cleared unless it can be continued."""
+    from clue_ds.tasks.finetune import request, state
+
     is_finished, has_state = ((directory / name).exists() for name in (RESULT, STATE))
     try:
         earlier = files.read_json(directory / RUN, "run")

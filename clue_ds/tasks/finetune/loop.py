@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ from clue_ds.tasks.features import Unit
 from clue_ds.tasks.finetune import state
 from clue_ds.tasks.finetune.updater import RanksUpdater, Updater
 from clue_ds.tasks.kinds import Answer, Kind
+from clue_ds.tasks.task import Precision
 
-Precision = Literal["fp32", "bf16"]
 OnStep = Callable[[int, int, float], None]
 OnEpoch = Callable[[dict[str, Any]], None]
 

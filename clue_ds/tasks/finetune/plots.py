@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 
 from clue_ds.tasks.finetune.directory import baselines, shown_scores
-from clue_ds.tasks.kinds.classify import MAJORITY
+from clue_ds.tasks.kinds.measures import MAJORITY
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -15,18 +15,21 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
-from torch import Tensor, nn
 
-from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
 from clue_ds.tasks import records
 from clue_ds.tasks.features import Unit
 from clue_ds.tasks.task import Record, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from clue_ds.data import Tokenizer
 
 Scores = dict[str, float]  # fractions from 0 to 1
 

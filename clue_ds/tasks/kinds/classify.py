@@ -22,9 +22,8 @@ from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.kinds import answer_lines, measures
 from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
+from clue_ds.tasks.kinds.measures import MAJORITY
 from clue_ds.tasks.task import SMALL_MODEL_EPOCHS, SMALL_MODEL_LR, Record, Settings, Task
-
-MAJORITY = "always predicting the most frequent label"
 
 
 class CustomTask(BaseModel):

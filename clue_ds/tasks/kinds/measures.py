@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MAJORITY = "always predicting the most frequent label"
+
 
 def confusion(truth: Sequence[int], predictions: Sequence[int], num_classes: int) -> np.ndarray:
     """Counts [true class, predicted class], int64."""

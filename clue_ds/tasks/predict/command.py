@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -28,13 +28,15 @@ from rich.text import Text as Styled
 from clue_ds import dist, files
 from clue_ds.errors import UserError, existing_file, run_module
 from clue_ds.job import watchdog
-from clue_ds.model import ops
+from clue_ds.presets import Kernels
 from clue_ds.settings import arguments
 from clue_ds.settings.sections import DEFAULT_HEALTH, HealthSection
 from clue_ds.tasks import features, records
 from clue_ds.tasks.kinds import Answer, Example, Kind
-from clue_ds.tasks.predict.predictor import MASK, Predictor, check_finite
 from clue_ds.tasks.task import Record
+
+if TYPE_CHECKING:
+    from clue_ds.tasks.predict.predictor import Predictor
 
 CHUNK = 4096  # lines that are read, sorted by length and computed together
 FIELDS_WITHOUT_TASK = (("sentence1", "sentence2"), ("sentence",), ("text",))
@@ -60,7 +62,7 @@ def predict(
     top_k: int = 5,
     batch_size: int = 32,
     max_length: int | None = None,
-    kernels: ops.Kernels = "torch",
+    kernels: Kernels = "torch",
     force: bool = False,
     health: HealthSection = DEFAULT_HEALTH,
 ) -> None:
@@ -90,6 +92,10 @@ def predict(
         force: replace the output if it exists.
         health: deadlines for the ranks of a job.
     """
+    # Here and below, what needs torch is imported in the functions, because `--help` needs none.
+    from clue_ds.model import ops
+    from clue_ds.tasks.predict.predictor import Predictor
+
     inputs = [bool(text), file is not None, bool(fill_mask), similarity is not None]
     if sum(inputs) != 1:
         raise UserError("give exactly one of --text, --file, --fill-mask and --similarity")
@@ -252,6 +258,8 @@ def _answered(predictor: Predictor, chunk: list[Example]) -> list[Answered]:
 
 
 def _embedded(predictor: Predictor, chunk: list[Example]) -> list[Answered]:
+    from clue_ds.tasks.predict.predictor import check_finite
+
     encoded = predictor.encode([example.text for example in chunk])
     vectors = _shared(predictor, encoded, predictor.pool)
     for example, vector in zip(chunk, vectors, strict=True):
@@ -334,6 +342,8 @@ def write_array(chunks: Iterable[list[Answered]], width: int, stream: IO[bytes])
 
 
 def _print_candidates(predictor: Predictor, texts: tuple[str, ...], top_k: int) -> None:
+    from clue_ds.tasks.predict.predictor import MASK
+
     console = Console()
     for text in texts:
         candidates = predictor.fill_mask(text, top_k)

@@ -30,7 +30,6 @@ from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.kinds.answer_lines import SHOWN
 from clue_ds.tasks.predict.command import output_file
 from clue_ds.tasks.predict.names import Names
-from clue_ds.tasks.predict.predictor import Predictor
 from clue_ds.tasks.task import Task
 
 MAX_BYTES = 64 << 20  # of a file in the zip
@@ -128,6 +127,8 @@ def open_test(task: Task, version: str, names: Names) -> TestSet:
 
 def answer(model: Path, names: Names) -> Iterator[tuple[TestSet, list[Any]]]:
     """A model's answers to every version of its task's test set in the data directory."""
+    from clue_ds.tasks.predict.predictor import Predictor  # here, because `--help` needs no torch
+
     predictor = Predictor(model)
     task = predictor.task
     if task is None:

@@ -26,17 +26,21 @@ from clue_ds.tasks import lines, records
 from clue_ds.tasks.heads import BertForQuestionAnswering
 from clue_ds.tasks.kinds import answer_object
 from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
-from clue_ds.tasks.kinds.span import candidates, scoring, squad, windows
+from clue_ds.tasks.kinds.span import (
+    EVALUATIONS_PER_EPOCH,
+    SETTINGS,
+    SMALL_SETTINGS,
+    candidates,
+    scoring,
+    squad,
+    windows,
+)
 from clue_ds.tasks.kinds.span.squad import ANSWERS, FIELDS, Gold
 from clue_ds.tasks.kinds.span.windows import Limits, Reading, Window
 from clue_ds.tasks.task import Record, Settings, Task
 
 Target = tuple[int, int]  # positions of the answer's first and last token in the sequence
 
-# CLUE's scripts: of BERT-base, and of ALBERT-tiny.
-SETTINGS = Settings(max_length=512, batch_size=32, lr=3e-5, epochs=2)
-SMALL_SETTINGS = Settings(max_length=512, batch_size=32, lr=2e-4, epochs=3)
-EVALUATIONS_PER_EPOCH = 2
 BASELINE_CHARACTERS = 30
 BASELINE = f"the first {BASELINE_CHARACTERS} characters of the context"
 

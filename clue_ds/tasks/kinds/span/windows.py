@@ -18,13 +18,15 @@ import functools
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clue_ds.data import Tokenizer
 from clue_ds.tasks.features import Features
 from clue_ds.tasks.kinds.span.simplify import simplify, unchanged
+
+if TYPE_CHECKING:
+    from clue_ds.data import Tokenizer
 
 
 class Reading(NamedTuple):
