@@ -208,6 +208,9 @@ class TrainSection(Section):
     rollback_steps: int = Field(100, ge=0, description="batches to skip before that of a spike")
     rollback_batches: int = Field(200, ge=1, description="batches to skip from that of a spike on")
     max_rollbacks: int = Field(3, ge=1, description="on_spike rollback: this many in a run at most")
+    profile: list[int] = Field(
+        [], description="first and last step to record with torch's profiler, in RUN/profile"
+    )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainSection:
@@ -222,6 +225,12 @@ class TrainSection(Section):
             )
         if self.optimizer != "muon" and self.adamw_lr is not None:
             raise ValueError("adamw_lr applies only to optimizer muon; set lr and remove adamw_lr")
+        bounds = [1, *self.profile, self.steps]
+        if self.profile and (len(self.profile) != 2 or bounds != sorted(bounds)):
+            raise ValueError(
+                f"profile {self.profile} must be the first and the last step to record, of steps 1 "
+                f"to {self.steps}"
+            )
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:

@@ -67,6 +67,11 @@ def test_required_key_that_nobody_gave_is_named(
         ({"train": {"schedule": "cos"}}, "'linear', 'cosine' or 'wsd'"),
         ({"train": {"steps": 5, "warmup_steps": 9}}, "exceed steps 5"),
         ({"train": {"decay_steps": 9}}, "decay_steps applies only to schedule wsd"),
+        (
+            {"train": {"steps": 9, "warmup_steps": 0, "profile": [8, 10]}},
+            "the last step to record, of steps 1 to 9",
+        ),
+        ({"train": {"profile": [3]}}, "must be the first and the last step"),
         ({"train": {"lr": -1, "stepz": 1}}, "did you mean train.steps?"),
     ],
 )

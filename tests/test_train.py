@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
+import json
 import re
 import shutil
 import signal
@@ -50,7 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     export.save(config, state, vocab_file, folder / "exported")
     more = [
         config_for(corpus, folder / "again", model={"init": str(folder / "one")}),
-        config_for(corpus, folder / "hf", model={"init": str(folder / "exported")}),
+        config_for(
+            corpus,
+            folder / "hf",
+            model={"init": str(folder / "exported")},
+            train={"profile": [2, 3]},
+        ),
         config_for(corpus, folder / "diverged", train={"lr": 1e30, "gradient_clipping": 0.0}),
     ]
     ((again, hf, diverged),) = run_ranks(1, pretrain_runs, more)
@@ -75,6 +82,20 @@ def test_a_run_starts_from_another_runs_weights_and_from_its_export(folder: Path
     again = [line["loss"] for line in read_log(folder / "again")]
     assert again[0] < fresh - 0.02
     assert [line["loss"] for line in read_log(folder / "hf")] == again
+
+
+def test_chosen_steps_are_recorded(folder: Path) -> None:
+    """The losses of that run are those of a run that records nothing: see the test above."""
+    (path,) = (folder / "hf/profile").iterdir()
+    assert path.name == "steps-2-3.json.gz"
+    with gzip.open(path) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {n for n in names if str(n).startswith("ProfilerStep#")} == {
+        "ProfilerStep#2",
+        "ProfilerStep#3",
+    }
+    assert "aten::addmm" in names
+    assert not (folder / "again/profile").exists()
 
 
 def test_divergence_ends_the_run_with_the_step_and_saves_nothing(folder: Path) -> None:

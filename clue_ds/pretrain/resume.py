@@ -55,6 +55,7 @@ MAY_CHANGE = {
     "train.rollback_steps",
     "train.rollback_batches",
     "train.max_rollbacks",
+    "train.profile",
     "data.held_out",
     "data.pairs",  # compared by the fingerprint of their content
     "evaluate.every",

@@ -34,6 +34,7 @@ from clue_ds.errors import UserError, run_module
 from clue_ds.job import preflight, run_lock, stop, watchdog
 from clue_ds.job.slow_rank import SlowRanks
 from clue_ds.metrics import Meter, Pulse
+from clue_ds.metrics.trace import Trace
 from clue_ds.model.bert import BertForPreTraining, pad_vocab
 from clue_ds.model.init import initialize
 from clue_ds.pretrain import (
@@ -76,6 +77,7 @@ class Run:
     spikes: Spikes
     slow_ranks: SlowRanks
     saver: saving.Saver
+    trace: Trace
 
     @property
     def stream(self) -> SampleStream:
@@ -114,6 +116,7 @@ def train(run: Run) -> int:
     while step < config.train.steps:
         if step == run.phase.part.end:
             begin_phase(run, step)
+        run.trace.begin(step + 1)
         with meter.waiting(), run.slow_ranks.waiting():
             batch = next(run.loader)
         meter.add_batch(batch)
@@ -139,6 +142,9 @@ def train(run: Run) -> int:
             run.writers.note(note)
 
         stops, is_done = run.watch.step(done), done == config.train.steps
+        if run.trace.ends(done, is_last=stops or is_done):
+            with meter.paused(), run.watch.section("profile"):
+                run.writers.note(run.trace.write(done))
         saves = stops or is_done or done % config.checkpoint.every == 0
         # A request to stop leaves time to save, but not to evaluate.
         evaluates = is_done or (done % config.evaluate.every == 0 and not stops)
@@ -310,6 +316,7 @@ def build(config: RunConfig) -> Run:
         seen,
         SlowRanks(watch.hosts, device, waits_in_forward=engine.stage == 3),
         saving.Saver(engine, identity, writers, watch.stop.ask),
+        Trace(config.train.profile, config.run_dir),
     )
 
 
