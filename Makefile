@@ -53,6 +53,7 @@ test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras
 		TRANSFORMERS3_PYTHON=$(wildcard $(CLIENTS)/3/bin/python) \
 		ONNXRUNTIME114_PYTHON=$(wildcard $(CLIENTS)/onnxruntime114/bin/python) \
 		ONNXRUNTIME116_PYTHON=$(wildcard $(CLIENTS)/onnxruntime116/bin/python) \
+		TRACKERS_PACKAGES=$(wildcard $(CURDIR)/$(CLIENTS)/trackers/lib/python*/site-packages) \
 		$(BIN)/pytest tests/clients $(ARGS)
 
 test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
@@ -155,6 +156,9 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 		|| $(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
 	$(CLIENTS)/4/bin/python -m pip --disable-pip-version-check install --quiet transformers==4.57.6 \
 		sentence-transformers==5.7.0 "optimum-onnx[onnxruntime]==0.1.0" MNN==3.6.1
+	$(PYTHON) -m venv $(CLIENTS)/trackers
+	$(CLIENTS)/trackers/bin/python -m pip --disable-pip-version-check install --quiet wandb==0.31.0 \
+		swanlab==0.10.3 mlflow-skinny==3.17.2 SQLAlchemy==2.1.9 alembic==1.20.1
 	$(PYTHON) -m venv $(CLIENTS)/onnxruntime116
 	@$(CLIENTS)/onnxruntime116/bin/python -m pip --disable-pip-version-check install --quiet onnxruntime==1.16.3 "numpy < 2" \
 		|| { echo "no onnxruntime 1.16.3 for this Python: it will not be checked"; rm -r $(CLIENTS)/onnxruntime116; }

@@ -79,7 +79,7 @@ def run(
         from clue_ds.pretrain import train
 
         started.writers.on_line = on_log
-        with started.saver:
+        with started.writers, started.saver:
             step = train.train(started)
         train.report_end(started, step)
     return _result(config, step)

@@ -72,6 +72,7 @@ MAY_CHANGE = {
     "log.every",
     "log.seconds",
     "log.tensorboard",
+    "log.trackers",
     *(f"health.{name}" for name in run_config.HealthSection.model_fields),
 }
 

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
             dist.report_end(stopped=False)
             return
         run = build(config)
-        with run.saver:
+        with run.writers, run.saver:
             done = train(run)
         close(run, stopped_at=done if done < config.train.steps else None)
 
@@ -235,11 +235,7 @@ def roll_back(run: Run, skip: Skip) -> int:
     run.loader = Loader(run.stream, dist.rank(), dist.world_size(), step, device, skips)
     run.meter.restart()
     # The lines of the steps that are trained again are removed, as when a run resumes.
-    run.writers.close()
-    on_line = run.writers.on_line
-    run.writers = Writers(config.run_dir, config.train.steps, step, config.log.tensorboard)
-    run.writers.on_line = on_line
-    run.saver.writers = run.writers
+    run.writers.go_back(step)
     run.writers.note(f"resuming after step {step} from {choice.directory}")
     return step
 
@@ -301,6 +297,7 @@ def build(config: RunConfig) -> Run:
     rank, world_size, first = dist.rank(), dist.world_size(), phase.part.batch(start_step)
     loader = Loader(phase.stream, rank, world_size, first, device, seen.skips)
     meter = Meter(identity.model, device)
+    writers.open_trackers(config)
     return Run(
         config,
         identity,
@@ -370,6 +367,7 @@ def report_end(run: Run, step: int) -> None:
     if is_done:
         export = program.command("export", run.config.run_dir, "--to", "hf")
         run.writers.note(f"done: {run.config.run_dir}; next: {export}")
+        run.writers.attach_card(run.identity.model)
     else:
         run.writers.note(
             f"stopped on request after step {step}; the same command continues the run"

@@ -1,7 +1,8 @@
-"""Where a run's metrics go: the console, log.jsonl and TensorBoard.
+"""Where a run's metrics go: the console, log.jsonl, TensorBoard and trackers.
 
 Guarantees: log.jsonl has at most one line per step number, also after a resume; only rank 0 writes;
-a file that is damaged or can't be written is one warning, and never ends or blocks the run.
+a file that is damaged or can't be written, and a tracker that fails, is one warning, and never ends
+or blocks the run.
 """
 
 from __future__ import annotations
@@ -14,32 +15,47 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from clue_ds import config as run_config
 from clue_ds import dist, files
-from clue_ds.metrics import EVENTS, LOG, describe_seconds, format_line, parse_line
+from clue_ds.checkpoint import manifest
+from clue_ds.config import RunConfig
+from clue_ds.errors import first_line
+from clue_ds.export import card, huggingface
+from clue_ds.job import watchdog
+from clue_ds.metrics import EVENTS, LOG, describe_seconds, format_line, parse_line, trackers
 from clue_ds.metrics.event_file import Appender, EventFile
+from clue_ds.model.weights import expected_shapes
+from clue_ds.presets import ModelConfig
+
+CARD = "model_card.md"  # of a run's directory, written for trackers
 
 # The watch thread looks once per second, and then waits for a signal.
 SECONDS_FOR_THE_WATCHDOG = 3.0
 
 
 class Writers:
-    """Console, log.jsonl and TensorBoard on rank 0; other ranks write nothing.
+    """Console, log.jsonl, TensorBoard and trackers on rank 0; other ranks write nothing.
 
     `on_line`: called with every log line, once it is written.
     `start_step` is the number of updates made before this start; later lines are removed from
     log.jsonl. What can't be written is one warning for each file, and the run goes on.
+    An error that leaves a `with` block of it ends the trackers' runs as failed.
     """
 
     def __init__(
         self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
     ) -> None:
-        self.total_steps, self._first_step = total_steps, start_step + 1
+        self.total_steps, self._tensorboard = total_steps, tensorboard
         self.on_line: Callable[[dict[str, Any]], None] | None = None
+        self._run_dir, self._trackers = Path(run_dir), list[trackers.Tracker]()
         self._open = dist.rank() == 0
-        if not self._open:
-            return
-        self._console = _console()
-        path = Path(run_dir) / LOG
+        if self._open:
+            self._console = _console()
+            self._open_files(start_step)
+
+    def _open_files(self, start_step: int) -> None:
+        self._first_step = start_step + 1
+        path = self._run_dir / LOG
         earlier: list[dict[str, Any]] = []
         try:
             earlier = truncate_log(path, start_step, self.note)
@@ -49,8 +65,32 @@ class Writers:
         self._elapsed_before = float(elapsed) if isinstance(elapsed, int | float) else 0.0
         self._began = time.perf_counter()
         self._jsonl = Appender(path, self.note)
-        self._history = Appender(Path(run_dir) / EVENTS, self.note)
-        self._events = EventFile(run_dir, start_step, self.note) if tensorboard else None
+        self._history = Appender(self._run_dir / EVENTS, self.note)
+        self._events = (
+            EventFile(self._run_dir, start_step, self.note) if self._tensorboard else None
+        )
+
+    def go_back(self, step: int) -> None:
+        """Remove the lines after `step`, and go on from there; trackers keep what they have."""
+        if self._open:
+            self._close_files()
+            self._open_files(step)
+
+    def open_trackers(self, config: RunConfig) -> None:
+        """Open the trackers of the config, and give them its values and its file."""
+        if self._open:
+            settings = dict(run_config.flatten(config.model_dump(mode="json")))
+            for name in dict.fromkeys(config.log.trackers):
+                tracker = trackers.Tracker(name, self._run_dir, settings, self.note)
+                tracker.attach(self._run_dir / "config.yaml")
+                self._trackers.append(tracker)
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self._close_trackers(failed=True)
 
     def note(self, text: str) -> None:
         """Print a sentence to the console."""
@@ -63,7 +103,7 @@ class Writers:
             self._console.print(text, highlight=False, soft_wrap=True, **options)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line (from Meter.flush, plus lr and samples) to all three places."""
+        """Write one line (from Meter.flush, plus lr and samples) to all places."""
         if not self._open:
             return
         line = {**line, "elapsed_s": self._elapsed_before + time.perf_counter() - self._began}
@@ -80,6 +120,25 @@ class Writers:
             )
         if self._events is not None:
             self._events.write(line)
+        for tracker in self._trackers:
+            tracker.write(line)
+
+    def attach_card(self, model: ModelConfig) -> None:
+        """Give the model card of the newest checkpoint to the trackers."""
+        if not self._trackers:
+            return
+        path = self._run_dir / CARD
+        try:
+            files.write_text(path, _model_card(self._run_dir, model))
+        except Exception as error:  # a card is not worth a run
+            self.note(
+                f"warning: the trackers get no model card, because {path} can't be made: "
+                f"{type(error).__name__}: {first_line(error)}; "
+                "`clue-ds export` writes the card with the model"
+            )
+            return
+        for tracker in self._trackers:
+            tracker.attach(path)
 
     def event(self, event: str, step: int, **facts: Any) -> None:
         """Add a start, save or end to events.jsonl, for `clue-ds report`."""
@@ -89,12 +148,33 @@ class Writers:
             self._history.append((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and end the trackers' runs."""
         if self._open:
-            self._jsonl.close()
-            self._history.close()
-            if self._events is not None:
-                self._events.close()
+            self._close_files()
+            self._close_trackers(failed=False)
+
+    def _close_files(self) -> None:
+        self._jsonl.close()
+        self._history.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _close_trackers(self, failed: bool) -> None:
+        closing, self._trackers = self._trackers, []
+        watch = watchdog.current()
+        with watch.section("trackers"):
+            trackers.close(closing, failed, watch.mark)
+
+
+def _model_card(run_dir: Path, model: ModelConfig) -> str:
+    """The card that `clue-ds export` would write for the newest checkpoint."""
+    import torch
+
+    shapes = expected_shapes(model).items()
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    values = huggingface.config_json(model, weights) | {"torch_dtype": "float32"}
+    newest = manifest.published(run_dir / manifest.FOLDER)[0]
+    return card.model_card(run_dir.absolute().name, values, weights, newest)
 
 
 def truncate_log(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -50,6 +52,9 @@ class LogSection(Section):
         30, gt=0, description="longest time between log lines, besides the one of every first step"
     )
     tensorboard: bool = Field(True, description="also write TensorBoard files to RUN/tensorboard")
+    trackers: list[Literal["wandb", "swanlab", "mlflow"]] = Field(
+        [], description="also send everything to these trackers: wandb, swanlab, mlflow"
+    )
 
 
 class HealthSection(Section):

@@ -12,6 +12,7 @@ from clue_ds.data import Corpus
 from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.data.stream.mixture import Mixture
 from clue_ds.errors import UserError
+from clue_ds.metrics import trackers
 from clue_ds.model import ops
 from clue_ds.presets import ModelConfig
 from clue_ds.pretrain import auto, batches, ds_json, phases, start_weights
@@ -57,5 +58,6 @@ def check(config: RunConfig, model: ModelConfig, ds_values: dict[str, Any]) -> N
     phases.check(auto.on_this_machine(config), model, ds_values)
     ops.choose_kernels(config.model.kernels)
     ds_json.check_compile(config, ds_values)
+    trackers.check_installed(config.log.trackers)
     if Path(config.run_dir).is_file():
         raise UserError(f"run_dir {config.run_dir} is a file; give a directory")
