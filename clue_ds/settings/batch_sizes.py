@@ -12,14 +12,17 @@ from clue_ds.errors import UserError, shorten
 def num_micro_batches(batch: int, micro: int, world_size: int) -> int:
     """Micro-batches per step on each rank; a UserError if the sizes don't divide."""
     per_pass = micro * world_size
-    if batch % per_pass:
-        of_micro = "" if micro == 1 else f"train.micro_batch_size {micro} x "
-        result = "" if micro == 1 else f" = {per_pass}"
+    if batch % per_pass == 0:
+        return batch // per_pass
+    advice = ways(batch, micro, world_size)
+    if micro == 1:
         raise UserError(
-            f"train.global_batch_size {batch} is not divisible by {of_micro}{world_size} ranks"
-            f"{result}; {ways(batch, micro, world_size)}"
+            f"train.global_batch_size {batch} is not divisible by {world_size} ranks; {advice}"
         )
-    return batch // per_pass
+    raise UserError(
+        f"train.global_batch_size {batch} is not divisible by train.micro_batch_size {micro} x "
+        f"{world_size} ranks = {per_pass}; {advice}"
+    )
 
 
 def ways(batch: int, micro: int, world_size: int) -> str:
