@@ -90,7 +90,7 @@ def test_two_ranks_train_and_the_console_is_readable(corpus: Path, tmp_path: Pat
     assert [line.split()[1] for line in lines if line.startswith("step")] == [
         f"{n}/4" for n in range(1, 5)
     ]
-    assert len(lines) == 10, f"DeepSpeed should be quiet: {output}"
+    assert len(lines) == 11, f"DeepSpeed should be quiet: {output}"
     assert not errors
 
 

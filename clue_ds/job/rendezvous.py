@@ -87,10 +87,9 @@ def _complete_environment(seconds: float) -> None:
     for name, value in ours.items():
         os.environ[name] = str(value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # One rank without a launcher: `_meet` takes the port that the system gives it, because one that
+    # is found free here may be taken by another job until then.
+    os.environ.setdefault("MASTER_PORT", "0")
     interface = _interface_to(os.environ["MASTER_ADDR"])
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -188,6 +187,8 @@ def _meet(seconds: float) -> Meeting:
     prefix = f"clue_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0 and not of_torchrun:
         listener = _listen(host, port)
+        port = listener.getsockname()[1]
+        os.environ["MASTER_PORT"] = str(port)
         store = TCPStore(
             host,
             port,
