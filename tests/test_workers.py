@@ -148,7 +148,7 @@ def test_memory_of_all_processes_is_bounded(inputs: Path, tmp_path: Path, sample
             time.sleep(0.02)
     assert process.returncode == 0
     assert Corpus(tmp_path / "c").num_tokens > 70_000_000
-    assert 200 << 20 < largest < 900 << 20
+    assert 200 << 20 < largest < 1 << 30  # as docs/corpus.md promises
 
 
 def moments() -> Iterator[tuple[str, int]]:
