@@ -132,7 +132,7 @@ def doctor(hosts: Path, folder: Path, *arguments: str) -> tuple[int, list[str], 
 def test_doctor_has_a_line_a_check(hosts: Path, config: Path, tmp_path: Path) -> None:
     status, lines, output = doctor(hosts, tmp_path, "--config", str(config))
     assert status == 0, output
-    assert len(lines) == 14 and not any(line.startswith("bad") for line in lines), output
+    assert len(lines) == 15 and not any(line.startswith("bad") for line in lines), output
     assert "finished an all-reduce: 2 ranks on 2 hosts (h1, h2)" in lines[-1]
 
 
