@@ -11,8 +11,9 @@ which import this package, don't import torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clue_ds.settings.lazy import importer
 
 if TYPE_CHECKING:
     from clue_ds.data.corpus import Corpus
@@ -22,15 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Corpus", "Loader", "SampleStream", "Tokenizer"]
 
-_HOMES = {
-    "Corpus": "clue_ds.data.corpus",
-    "Loader": "clue_ds.data.stream.loader",
-    "SampleStream": "clue_ds.data.stream.sample_stream",
-    "Tokenizer": "clue_ds.data.text.tokenizer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = importer(
+    __name__,
+    {
+        "Corpus": "clue_ds.data.corpus",
+        "Loader": "clue_ds.data.stream.loader",
+        "SampleStream": "clue_ds.data.stream.sample_stream",
+        "Tokenizer": "clue_ds.data.text.tokenizer",
+    },
+)

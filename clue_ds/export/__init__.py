@@ -9,8 +9,9 @@ The public names are imported when they are first used, so that the help of a ve
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clue_ds.settings.lazy import importer
 
 if TYPE_CHECKING:
     from clue_ds.export.layouts import LAYOUTS, load, save
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYOUTS", "FineTuned", "OpenedModel", "load", "open_model", "opened", "save"]
 
-_HOMES = {
-    "LAYOUTS": "clue_ds.export.layouts",
-    "FineTuned": "clue_ds.model.finetuned",
-    "OpenedModel": "clue_ds.export.sources",
-    "load": "clue_ds.export.layouts",
-    "open_model": "clue_ds.export.sources",
-    "opened": "clue_ds.export.sources",
-    "save": "clue_ds.export.layouts",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = importer(
+    __name__,
+    {
+        "LAYOUTS": "clue_ds.export.layouts",
+        "FineTuned": "clue_ds.model.finetuned",
+        "OpenedModel": "clue_ds.export.sources",
+        "load": "clue_ds.export.layouts",
+        "open_model": "clue_ds.export.sources",
+        "opened": "clue_ds.export.sources",
+        "save": "clue_ds.export.layouts",
+    },
+)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clue_ds.settings.lazy import importer
 
 if TYPE_CHECKING:
     from clue_ds.tasks.predict.predictor import Predictor
 
 __all__ = ["Predictor"]
 
-
-def __getattr__(name: str) -> Any:
-    """The public name, imported when it is first used, because it needs torch."""
-    if name != "Predictor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from clue_ds.tasks.predict.predictor import Predictor
-
-    return Predictor
+# Imported when it is first used, because it needs torch.
+__getattr__ = importer(__name__, {"Predictor": "clue_ds.tasks.predict.predictor"})

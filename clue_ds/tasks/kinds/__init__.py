@@ -6,8 +6,9 @@ kinds only, doesn't import their networks and torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clue_ds.settings.lazy import importer
 
 if TYPE_CHECKING:
     from clue_ds.tasks.kinds.base import Answer, Example, Kind
@@ -34,9 +35,7 @@ __all__ = [
 
 _OF_BASE = ("Answer", "Example", "Kind")
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "base" if name in _OF_BASE else "table"
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+__getattr__ = importer(
+    __name__,
+    {name: f"{__name__}.{'base' if name in _OF_BASE else 'table'}" for name in __all__},
+)
