@@ -8,65 +8,49 @@ Batches are made before the timing: in training they come from the loader's thre
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from clue_ds import presets
 from clue_ds.benchmarks.description import write_results
-from clue_ds.benchmarks.pretrain import Setting, make_ours, spread
+from clue_ds.benchmarks.pretrain import make_optimizer, measure, spread, timed_step
+from clue_ds.benchmarks.sides import LOSS_TOLERANCE, Batch, Setting, Side, make_ours
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.flat import ON_HOST, FlatStream, split
 from clue_ds.data.sampling import RowKind
 from clue_ds.model.masks import without_full_lengths
 
-Batch = dict[str, Tensor]
 WARMUP_STEPS = 2
-# Relative difference of the losses: another order of fp32 sums, or 8 bits of every activation.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
 
-class Side:
-    """A network that trains on micro-batches of one form, one timed step at a time."""
+class Trainer:
+    """Our network, which trains on micro-batches of one form, one timed step at a time."""
 
     def __init__(self, network: nn.Module, batches: list[Batch], setting: Setting) -> None:
-        self.network, self.setting = network, setting
+        self.side = Side("clue_ds", network, lambda batch: network(**batch).loss)
+        self.setting = setting
         self.batches = [
             {n: t if n in ON_HOST[1:] else t.to(setting.device) for n, t in batch.items()}
             for batch in batches
         ]
-        fused = True if setting.device.type == "cuda" else None
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
-
-    def loss(self, number: int) -> Tensor:
-        with self.setting.autocast():
-            return self.network(**self.batches[number % len(self.batches)]).loss
+        self.optimizer = make_optimizer(network, setting)
 
     def step(self, number: int) -> float:
         """Train on a micro-batch; returns seconds."""
-        self._wait()
-        began = time.perf_counter()
-        self.loss(number).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._wait()
-        return time.perf_counter() - began
+        batch = self.batches[number % len(self.batches)]
+        return timed_step(self.side, batch, self.optimizer, self.setting)
 
     def loss_without_dropout(self) -> float:
-        self.network.eval()
-        with torch.no_grad():
-            loss = float(self.loss(0))
-        self.network.train()
+        self.side.network.eval()
+        with torch.no_grad(), self.setting.autocast():
+            loss = float(self.side.loss(self.batches[0]))
+        self.side.network.train()
         return loss
-
-    def _wait(self) -> None:
-        if self.setting.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def make_batches(
@@ -118,11 +102,11 @@ def padding(
     type_name = precision or ("bf16" if device.type == "cuda" else "fp32")
     setting = Setting(config, device, type_name, compile=False)
     batches = make_batches(opened, samples, seq_length, micro_batch_size, steps, seed)
-    padded, flat = (Side(make_ours(setting, seed).network, part, setting) for part in batches)
+    padded, flat = (Trainer(make_ours(setting, seed).network, part, setting) for part in batches)
     losses = padded.loss_without_dropout(), flat.loss_without_dropout()
     if abs(losses[0] - losses[1]) > LOSS_TOLERANCE[type_name] * losses[0]:
         raise RuntimeError(f"the two sides compute different losses: {losses[0]} and {losses[1]}")
-    seconds = measure((padded, flat), steps)
+    seconds = measure([padded.step, flat.step], steps, WARMUP_STEPS)
     full = torch.full((micro_batch_size,), seq_length)
     tokens = np.array([int(b.get("lengths", full).sum()) for b in batches[0]])
     result = {
@@ -146,18 +130,6 @@ def padding(
     show(result)
     if output is not None:
         write_results(output, result)
-
-
-def measure(sides: tuple[Side, Side], steps: int) -> np.ndarray:
-    """Seconds [2, steps] of both sides, which alternate; both take the same rows in a step."""
-    for side in sides:
-        for step in range(WARMUP_STEPS):
-            side.step(step)
-    seconds = np.empty((2, steps))
-    for step in range(steps):
-        for number in (0, 1) if step % 2 == 0 else (1, 0):
-            seconds[number, step] = sides[number].step(step)
-    return seconds
 
 
 def show(result: dict[str, Any]) -> None:

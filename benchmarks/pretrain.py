@@ -16,6 +16,7 @@ of which torch.compile would compile anew (a larger one was never slower).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from clue_ds import presets
 from clue_ds.benchmarks.description import write_results
@@ -51,6 +53,32 @@ MOST_TOKENS = 131_072  # in a step on CUDA, where it no longer gets faster with 
 FILLED = 0.85  # of the free memory; compiled code needs less than the eager step that is measured
 
 
+def make_optimizer(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    fused = True if setting.device.type == "cuda" else None
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
+
+
+def timed_step(
+    side: Side, batch: Batch, optimizer: torch.optim.Optimizer, setting: Setting
+) -> float:
+    """Train on a batch; returns seconds."""
+
+    def wait() -> None:
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    with setting.autocast():
+        loss = side.loss(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    wait()
+    return time.perf_counter() - began
+
+
 class Trainer:
     """A plain training loop over slices of the rows, one timed step at a time."""
 
@@ -58,9 +86,7 @@ class Trainer:
         self.side, self.setting, self.rows = side, setting, rows
         self.num_rows = len(rows["input_ids"])
         self.cursor = 0
-        fused = setting.device.type == "cuda"
-        parameters = [p for p in side.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True if fused else None)
+        self.optimizer = make_optimizer(side.network, setting)
 
     def step(self, size: int) -> float:
         """Train on the next `size` rows; returns seconds."""
@@ -70,19 +96,11 @@ class Trainer:
         # The engine does the same.
         batch = without_full_lengths({name: tensor[span] for name, tensor in self.rows.items()})
         self.cursor += size
-        self._wait()
-        began = time.perf_counter()
-        with self.setting.autocast():
-            loss = self.side.loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._wait()
-        return time.perf_counter() - began
+        return timed_step(self.side, batch, self.optimizer, self.setting)
 
-    def _wait(self) -> None:
-        if self.setting.device.type == "cuda":
-            torch.cuda.synchronize()
+    def stepper(self, size: int) -> Callable[[int], float]:
+        """`step` on `size` rows, for `measure`."""
+        return lambda _: self.step(size)
 
     def flops_per_row(self, num_rows: int = 8) -> float:
         """Executed FLOPs of a row in an eager step; the network must not be compiled yet."""
@@ -125,16 +143,18 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
-def measure(trainers: list[Trainer], sizes: list[int], steps: int) -> np.ndarray:
-    """Seconds [trainers, steps] of each step of all, which take turns."""
-    for trainer, size in zip(trainers, sizes, strict=True):
-        for _ in range(WARMUP_STEPS):
-            trainer.step(size)
-    order = list(range(len(trainers)))
-    seconds = np.empty((len(trainers), steps))
+def measure(
+    sides: Sequence[Callable[[int], float]], steps: int, warmup_steps: int = WARMUP_STEPS
+) -> np.ndarray:
+    """Seconds [sides, steps] of all, which take turns; a side makes the step of a number."""
+    for side in sides:
+        for step in range(warmup_steps):
+            side(step)
+    order = list(range(len(sides)))
+    seconds = np.empty((len(sides), steps))
     for step in range(steps):
-        for side in order if step % 2 == 0 else reversed(order):
-            seconds[side, step] = trainers[side].step(sizes[side])
+        for number in order if step % 2 == 0 else reversed(order):
+            seconds[number, step] = sides[number](step)
     return seconds
 
 
@@ -241,7 +261,8 @@ def compare(
     sizes = [trainer.fitting_size() if size is None else size for trainer in trainers]
     if setting.compile:
         compile_sides(ours, peer)
-    seconds = measure(trainers, sizes, steps)
+    pairs = zip(trainers, sizes, strict=True)
+    seconds = measure([trainer.stepper(size) for trainer, size in pairs], steps)
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     gemm = gemm_rate(setting.device, dtype)
     figures = [
