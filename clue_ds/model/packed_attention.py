@@ -269,8 +269,7 @@ def _wide(x: Tensor) -> torch.dtype:
 # ----------------------------------------------------------------------------------------- flash
 
 
-@torch.library.custom_op("clue_ds::flash_packed", mutates_args=())
-def flash(
+def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -287,20 +286,8 @@ def flash(
     return out, logsumexp, rng_state, unused
 
 
-@flash.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_queries: Tensor,
-    cu_seqlens: Tensor,
-    max_queries: int,
-    max_seqlen: int,
-    p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = (cu_queries, cu_seqlens, max_queries, max_seqlen)
-    found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, p, False, False)
-    return found[0], found[1], found[2], found[3]
+flash = torch.library.custom_op("clue_ds::flash_packed", _flash, mutates_args=())
+flash.register_fake(_flash)  # aten's operator knows its shapes on the meta device
 
 
 @torch.library.custom_op("clue_ds::flash_packed_backward", mutates_args=())

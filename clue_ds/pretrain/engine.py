@@ -112,7 +112,10 @@ class Engine:
     `group_names`: names of the trained parameters, group by group, in the optimizer's order.
     `frozen`: fp32 copies of the parameters that are not trained, by name.
     `gradient_accumulation_steps`: micro-batches per step on this rank.
+    `random_state`: of the random generators at the beginning of the step.
     """
+
+    random_state: RandomState
 
     def __init__(
         self,
@@ -195,7 +198,7 @@ class Engine:
             k: v if k in stays else v.to(self.device, non_blocking=True)
             for k, v in without_full_lengths(batch).items()
         }
-        self._random_state = torch.get_rng_state(), self._device_random_state()
+        self.random_state = torch.get_rng_state(), self._device_random_state()
         if flat.is_flat(batch):
             assert len(batch["sizes"]) == number, "the stream was made for other micro-batches"
             return flat.split(moved)
@@ -214,11 +217,6 @@ class Engine:
         """From now on run the model itself, whose modules can then be watched."""
         if self._graph is not None:
             self._graph.active = False
-
-    @property
-    def random_state(self) -> RandomState:
-        """The states of the random generators at the beginning of the step."""
-        return self._random_state
 
     def repeat_dropout(self, state: RandomState) -> None:
         """Put the random generators back to the beginning of a step."""

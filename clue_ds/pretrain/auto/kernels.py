@@ -51,10 +51,11 @@ def _disagreeing(
 ) -> dict[str, str] | None:
     """Operation -> why its kernel is not used, in any phase; None where `auto` takes no kernel."""
     from clue_ds.model import ops
+    from clue_ds.pretrain.engine import DTYPES
 
     wrong: dict[str, str] = {}
     for sizes in sizes_of(config, model):
-        verdicts = ops.check_kernels(sizes, _dtype(config.train.precision), device)
+        verdicts = ops.check_kernels(sizes, DTYPES[config.train.precision], device)
         if verdicts is None:
             return None
         wrong |= {verdict.operation: verdict.reason for verdict in verdicts if verdict.reason}
@@ -75,12 +76,6 @@ def sizes_of(config: RunConfig, model: ModelConfig) -> list[ops.Sizes]:
     return found
 
 
-def _dtype(precision: str) -> torch.dtype:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-
-
 def describe(
     config: RunConfig, model: ModelConfig, device: torch.device
 ) -> list[tuple[str, str]] | None:
@@ -90,8 +85,9 @@ def describe(
     precision.
     """
     from clue_ds.model import ops
+    from clue_ds.pretrain.engine import DTYPES
 
-    dtype, found = _dtype(config.train.precision), []
+    dtype, found = DTYPES[config.train.precision], []
     for sizes in sizes_of(config, model):
         verdicts = ops.check_kernels(sizes, dtype, device)
         if verdicts is None:
