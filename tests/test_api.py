@@ -1,4 +1,4 @@
-"""clue_ds.pretrain in Python: twice in one process, a longer run, an error, and a stop.
+"""clue_ds.pretrain in Python: twice in one process, beside a shell command, an error, and a stop.
 
 One child process does it all, because starting torch and DeepSpeed takes most of the time.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ranks import HERE, make_corpus, tiny_config
 
+from clue_ds import config as run_config
 from clue_ds.config import RunConfig
 
 CODE = """
-import json, os, signal, sys
+import json, os, signal, subprocess, sys
 import clue_ds
 from clue_ds.errors import UserError
 values, folder = json.loads(sys.argv[1]), sys.argv[2]
@@ -49,6 +50,10 @@ try:
 except KeyError:
     first["failed"] = True
 first["again"] = run("four").step
+# What a shell command of the same notebook inherits: the variables of a rank that is still there.
+command = [sys.executable, "-m", "clue_ds.cli", "pretrain", "--config", sys.argv[3]]
+shell = subprocess.run([*command, f"--run_dir={folder}/five"], capture_output=True, text=True)
+first["shell"] = shell.stderr[-2000:] if shell.returncode else "ok"
 first["same handler"] = signal.getsignal(signal.SIGINT) is handler
 print("RESULT" + json.dumps(first))
 """
@@ -56,8 +61,10 @@ print("RESULT" + json.dumps(first))
 
 def test_several_runs_in_one_process(tmp_path: Path, sample_text: str) -> None:
     config: RunConfig = tiny_config(make_corpus(tmp_path, sample_text), tmp_path / "run")
+    file = tmp_path / "run.yaml"
+    run_config.save(config, file)
     done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(config.model_dump()), str(tmp_path)],
+        [sys.executable, "-c", CODE, json.dumps(config.model_dump()), str(tmp_path), str(file)],
         capture_output=True,
         text=True,
         cwd=HERE,
@@ -70,4 +77,5 @@ def test_several_runs_in_one_process(tmp_path: Path, sample_text: str) -> None:
     assert found["longer"][:2] == [12, "step-00000012"] and found["longer"][2][-1] == 12
     assert "train.steps was 6, is now 12: the learning rate goes from" in done.stdout
     assert found["stopped"] == [True] * 3
+    assert found["shell"] == "ok"
     assert found["failed"] and found["again"] == 6 and found["same handler"]

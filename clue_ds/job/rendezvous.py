@@ -187,8 +187,9 @@ def _meet(seconds: float) -> Meeting:
     prefix = f"clue_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0 and not of_torchrun:
         listener = _listen(host, port)
+        # The variable keeps its 0 where the system chose: a process that inherits it, such as a
+        # shell command of the same notebook, then takes a port of its own.
         port = listener.getsockname()[1]
-        os.environ["MASTER_PORT"] = str(port)
         store = TCPStore(
             host,
             port,
