@@ -294,3 +294,27 @@ def test_sequences_beyond_the_positions_are_an_error() -> None:
     model = BertForPreTraining(SMALL)
     with pytest.raises(UserError, match="25 tokens are longer than the model's 24 positions"):
         model(torch.ones(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_rows_of_any_length_equal_padded_rows(first_only: bool) -> None:
+    """On a CPU `of_lengths` lays the rows end to end; states and gradients stay those of rows."""
+    torch.manual_seed(0)
+    bert = BertForPreTraining(SMALL).bert.train()
+    ids = torch.randint(5, SMALL.vocab_size, (5, 12))
+    types = torch.randint(0, 2, (5, 12))
+    lengths = torch.tensor([12, 3, 1, 12, 7])
+    real = torch.arange(12) < lengths[:, None]
+    found = []
+    for keeps_padding in (True, False):
+        bert.zero_grad()
+        if keeps_padding:
+            hidden = bert(ids, types, lengths)[:, :1] if first_only else bert(ids, types, lengths)
+        else:
+            hidden = bert.of_lengths(ids, types, lengths, first_only)
+        states = hidden[:, 0] if first_only else hidden[real]
+        (states * torch.linspace(-1, 1, SMALL.hidden_size)).sum().backward()
+        found.append((states.detach(), gradients(bert)))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    if not first_only:
+        assert not hidden[~real].any()

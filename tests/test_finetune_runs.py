@@ -165,7 +165,7 @@ def test_grid_continues_shares_and_keeps_the_best(model: Path, data: Path, tmp_p
             str(model),
             str(data),
             tmp_path,
-            epochs=1,
+            epochs=4,
             grid=("lr=2e-3,1e-6",),
             seeds=2,
             array_task=array_task,

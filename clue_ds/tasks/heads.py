@@ -5,12 +5,11 @@ B: sequences   S: positions   H: hidden size   C: classes
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from clue_ds.model import ops
-from clue_ds.model.bert import BertModel
 from clue_ds.model.blocks import Dense
+from clue_ds.model.encoder import BertModel
 from clue_ds.model.init import initialize
 from clue_ds.presets import ModelConfig
 
@@ -35,8 +34,7 @@ class BertForSequenceClassification(nn.Module):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, C] of int64 ids [B, S]."""
-        first = torch.zeros_like(input_ids[:, :1])
-        hidden = self.bert(input_ids, token_type_ids, lengths, rows=first)  # [B, 1, H]
+        hidden = self.bert.of_lengths(input_ids, token_type_ids, lengths, first_only=True)
         pooled = self.bert.pooler(hidden[:, 0])
         pooled = ops.dropout(pooled, self.config.hidden_dropout_prob, self.training)
         return self.classifier(pooled)
@@ -62,7 +60,7 @@ class BertForTokens(nn.Module):
         self, input_ids: Tensor, token_type_ids: Tensor | None, lengths: Tensor | None
     ) -> Tensor:
         """The last hidden states [B, S, H] of int64 ids [B, S]."""
-        return self.bert(input_ids, token_type_ids, lengths)
+        return self.bert.of_lengths(input_ids, token_type_ids, lengths)
 
 
 class BertForQuestionAnswering(BertForTokens):

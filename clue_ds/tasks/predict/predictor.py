@@ -25,7 +25,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface, opened
 from clue_ds.job import watchdog
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.bert import BertModel
+from clue_ds.model.encoder import BertModel
 from clue_ds.model.finetuned import SINGLE_LABEL, unnamed
 from clue_ds.model.weights import TASK_HEADS, lacking, load_into
 from clue_ds.tasks import encoded as encodings
@@ -331,7 +331,7 @@ class Predictor:
         """The embedding of every encoded text, float32 [texts, H], not checked to be finite."""
         result = np.empty((len(encoded), self.config.hidden_size), dtype=np.float32)
         for rows, inputs in self._batches(encoded):
-            hidden = self.bert(**inputs).float()  # [B, S, H]
+            hidden = self.bert.of_lengths(**inputs).float()  # [B, S, H]
             lengths = inputs["lengths"][:, None]
             real = torch.arange(hidden.shape[1], device=self.device) < lengths
             mean = (hidden * real[..., None]).sum(1) / lengths

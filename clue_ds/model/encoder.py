@@ -1,0 +1,192 @@
+"""Embeddings and encoder of post-LN BERT, for rows of a batch and for sequences laid end to end.
+
+B: sequences   S: positions   R: positions kept by the last block   T: tokens of all sequences
+H: hidden size   D: sequences in a packed row
+
+Guarantees: the keys of `state_dict()` equal those of transformers' BertModel. Padding changes no
+state of a real token, however the rows are laid out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clue_ds.errors import UserError
+from clue_ds.model import ops
+from clue_ds.model.blocks import BertLayer, Dense, Table
+from clue_ds.model.masks import key_mask, split_rows
+from clue_ds.model.packed_attention import Layout
+from clue_ds.presets import ModelConfig
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type, LayerNorm, dropout."""
+
+    def __init__(self, config: ModelConfig, num_word_rows: int) -> None:
+        super().__init__()
+        self.word_embeddings = Table(
+            num_word_rows, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = Table(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.p = config.hidden_dropout_prob
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """ids [B, S] -> [B, S, H]; without `position_ids` positions count from 0 in each row."""
+        if position_ids is not None:
+            # Positions start again at each sequence. The fused operation takes positions 0 to
+            # S - 1 only, so the three embeddings are summed here.
+            summed = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+            if token_type_ids is None:
+                summed = summed + self.token_type_embeddings.weight[0]
+            else:
+                summed = summed + self.token_type_embeddings(token_type_ids)
+            norm = self.LayerNorm
+            normalized = ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
+            return ops.dropout(normalized, self.p, self.training)
+        return ops.embedding_layer_norm(
+            input_ids,
+            token_type_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.p,
+            self.LayerNorm.eps,
+            self.training,
+            self.word_embeddings.padding_idx,
+        )
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig, backend: ops.Attention) -> None:
+        super().__init__()
+        blocks = (BertLayer(config, backend) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(blocks)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keep: Tensor | None,
+        rows: Tensor | None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        for block in self.layer[:-1]:
+            hidden = block(hidden, keep, None, layout)
+        return self.layer[-1](hidden, keep, rows, layout)
+
+
+class Pooler(nn.Module):
+    """tanh(dense([CLS])): [B, H] -> [B, H]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Dense(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first))
+
+
+class BertModel(nn.Module):
+    """Embeddings, encoder and pooler; `forward` leaves the pooler to the heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: ops.Attention = "sdpa",
+        padded_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, padded_vocab_size or config.vocab_size)
+        self.encoder = Encoder(config, attention)
+        self.attention: ops.Attention = attention
+        self.pooler = Pooler(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of ids [B, S]: [B, S, H], or [B, R, H] at the positions `rows` [B, R].
+
+        Padding is everything from `lengths` [B] on, or where `attention_mask` [B, S] is 0. With
+        `cu_seqlens` [B, D + 1] (see SampleStream.batch) each sequence of a packed row is computed
+        as if it were alone: its positions begin at 0, attention stays inside it, and its segment
+        type is 0.
+        """
+        keep: Tensor | None
+        seq_length = self._check_length(input_ids)
+        if cu_seqlens is not None:
+            position_ids, keep = split_rows(cu_seqlens, seq_length)
+            return self.encoder(self.embeddings(input_ids, None, position_ids), keep, rows)
+        keep = key_mask(lengths, attention_mask, seq_length)
+        return self.encoder(self.embeddings(input_ids, token_type_ids), keep, rows)
+
+    def flat(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        rows: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """Hidden states [R, H] at the tokens `rows` [R] of sequences laid end to end, ids [T]."""
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
+        return self.encoder(embedded, None, rows, layout)
+
+    def of_lengths(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        lengths: Tensor | None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """Hidden states [B, S, H] of ids [B, S], or [B, 1, H]: only those of each first token.
+
+        On a CPU neither the padding after `lengths` [B] is computed (its states are 0) nor, in
+        training, are the scores of a whole batch kept at once: the rows are laid end to end. On a
+        GPU, finding their places would wait for the device, so the rows stay padded there.
+        """
+        num_rows, seq_length = len(input_ids), self._check_length(input_ids)
+        is_full = lengths is None or bool((lengths == seq_length).all())
+        drops = self.training and self.config.attention_probs_dropout_prob > 0.0
+        if input_ids.device.type != "cpu" or (is_full and not drops):
+            rows = torch.zeros_like(input_ids[:, :1]) if first_only else None
+            return self(input_ids, token_type_ids, lengths, rows=rows)
+        if lengths is None:
+            lengths = torch.full((num_rows,), seq_length)
+        places = torch.arange(seq_length).expand(num_rows, -1)
+        keep = places < lengths[:, None]
+        begins = F.pad(lengths.cumsum(0), (1, 0)).int()
+        cu_queries = torch.arange(num_rows + 1, dtype=torch.int32) if first_only else begins
+        most = 1 if first_only else seq_length
+        layout = Layout(begins, cu_queries, seq_length, most, self.attention)
+        types = None if token_type_ids is None else token_type_ids[keep]
+        embedded = self.embeddings(input_ids[keep], types, places[keep])
+        hidden = self.encoder(embedded, None, begins[:-1].long() if first_only else None, layout)
+        if first_only:
+            return hidden[:, None]
+        padded = hidden.new_zeros(num_rows, seq_length, hidden.shape[-1])
+        return padded.masked_scatter(keep[..., None], hidden)
+
+    def _check_length(self, input_ids: Tensor) -> int:
+        """The number of positions of ids [B, S], or UserError if the model has fewer."""
+        seq_length = input_ids.shape[1]
+        if seq_length > self.config.max_position_embeddings:
+            raise UserError(
+                f"sequences of {seq_length} tokens are longer than the model's "
+                f"{self.config.max_position_embeddings} positions; shorten them, or train a model "
+                "with a larger max_position_embeddings"
+            )
+        return seq_length
