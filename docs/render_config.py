@@ -1,19 +1,27 @@
 """Print docs/config.md, made from the descriptions of the config's fields.
 
-`python docs/render_config.py > docs/config.md` updates the page; tests/test_docs.py fails when the
-committed page differs from the output.
+`python docs/render_config.py > docs/config.md` updates the page, and
+`python docs/render_config.py zh-CN > docs/config.zh-CN.md` the Chinese one, whose words are in
+docs/config.zh-CN.yaml. Tests fail when a committed page differs from the output
+(tests/test_docs.py), and when a key has no Chinese description (tests/test_chinese_pages.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from clue_ds.config import RunConfig
+from clue_ds.settings import yaml_file
 
+CHINESE = Path(__file__).with_name("config.zh-CN.yaml")
 HEADER = """\
 # The config of a run
 
@@ -40,43 +48,73 @@ This page is generated from `clue_ds/config.py` by `python docs/render_config.py
 TABLE_HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 
 
-def _type(annotation: object) -> str:
+@dataclass(frozen=True)
+class Words:
+    """What a language says around and in the tables."""
+
+    header: str = HEADER
+    table_head: str = TABLE_HEAD
+    required: str = "required"
+    alternatives: str = " or "
+    list_of: str = "list of {}"
+    titles: dict[str, str] | None = None  # of each section; its name without one
+    sections: dict[str, str] | None = None  # what each section is; its docstring without one
+    keys: dict[str, str] | None = None  # what each key means; its description without one
+
+    def meaning(self, key: str, field: FieldInfo) -> str:
+        return self.keys[key] if self.keys else (field.description or "")
+
+
+def chinese() -> Words:
+    return Words(**yaml_file.read(CHINESE))
+
+
+def _type(annotation: object, words: Words) -> str:
     """How an annotation is shown: `int or null`, `adamw, lamb`, `list of str`, `str -> float`."""
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is dict:
-        return " -> ".join(map(_type, get_args(annotation)))
-    if get_origin(annotation) is list:
-        return f"list of {_type(get_args(annotation)[0])}"
     if get_origin(annotation) is Annotated:
-        return _type(get_args(annotation)[0])
-    if get_args(annotation):
-        return " or ".join(map(_type, get_args(annotation)))
+        return _type(get_args(annotation)[0], words)
+    parts = [_type(part, words) for part in get_args(annotation)]
+    if get_origin(annotation) is dict:
+        return " -> ".join(parts)
+    if get_origin(annotation) is list:
+        return words.list_of.format(parts[0])
+    if parts:
+        return words.alternatives.join(parts)
     return "null" if annotation is type(None) else annotation.__name__  # type: ignore[attr-defined]
 
 
-def render() -> str:
-    parts = [HEADER]
-    sections: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
-    for prefix, section in sections:
-        title = prefix.rstrip(".") or "top level"
-        parts.append(f"\n## {title}\n\n{section.__doc__}\n\n{TABLE_HEAD}")
+def sections() -> Iterator[tuple[str, type[BaseModel], dict[str, FieldInfo]]]:
+    """Name, class and keys of each section of the config, without the keys that are sections."""
+    found: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
+    for prefix, section in found:
+        fields = {}
         for name, field in section.model_fields.items():
             for each in get_args(field.annotation):
                 if isinstance(each, type) and issubclass(each, BaseModel):  # a list of sections
-                    sections.append((f"{prefix}{name}.N.", each))
+                    found.append((f"{prefix}{name}.N.", each))
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                sections.append((f"{prefix}{name}.", field.annotation))
-                continue
-            required = field.is_required()
-            value = "" if required else json.dumps(field.default).replace('"', "")
-            default = "required" if required else f"`{value}`"
-            meaning = (field.description or "").replace("|", ", ")
-            parts.append(
-                f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {meaning} |\n"
-            )
+                found.append((f"{prefix}{name}.", field.annotation))
+            else:
+                fields[f"{prefix}{name}"] = field
+        yield prefix.rstrip("."), section, fields
+
+
+def render(words: Words) -> str:
+    parts = [words.header]
+    for name, section, fields in sections():
+        title = (words.titles or {}).get(name, name or "top level")
+        about = words.sections[name] if words.sections else section.__doc__
+        parts.append(f"\n## {title}\n\n{about}\n\n{words.table_head}")
+        for key, field in fields.items():
+            value = "" if field.is_required() else json.dumps(field.default).replace('"', "")
+            default = words.required if field.is_required() else f"`{value}`"
+            meaning = words.meaning(key, field).replace("|", ", ")
+            shown = _type(field.annotation, words)
+            parts.append(f"| `{key}` | {shown} | {default} | {meaning} |\n")
     return "".join(parts)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render())
+    sys.stdout.write(render(chinese() if sys.argv[1:] == ["zh-CN"] else Words()))
