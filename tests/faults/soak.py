@@ -4,7 +4,7 @@ Two ranks train a small model and save every 20 steps. In every 1,000 steps, 20 
 ranks and three faults of FAULTS happen, at moments drawn from a seed; after each, the same command
 is started again. The twin runs first, with one process per rank from beginning to end, and shows
 whether memory or descriptors grow. At the end, weights, moments and random generators of both are
-compared bit for bit, and docs/soak.md is written from the report.
+compared bit for bit, and docs/soak.md and its Chinese twin are written from the report.
 
     make soak                                                  about an hour on 2 idle cores
     make soak ARGS="--hidden-size 32 --seq-length 16 --batch-size 8"     all of it in minutes
@@ -33,22 +33,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import soak_page  # noqa: E402
 from killer import differences, environments, state  # noqa: E402
 from ranks import make_corpus, tiny_config  # noqa: E402
+from soak_page import EVERY, FAULTS, FAULTS_PER_1000, KILLS_PER_1000, RANKS  # noqa: E402
 from zygote import Zygote  # noqa: E402
 
 from clue_ds import config as run_config  # noqa: E402
 from clue_ds.checkpoint import manifest  # noqa: E402
 
-EVERY, RANKS = 20, 2
-KILLS_PER_1000, FAULTS_PER_1000 = 20, 3
-FAULTS = {
-    "one rank": "rank 1 alone is killed; rank 0 notices it and ends",
-    "full disk": "publishing a checkpoint fails with ENOSPC, and both ranks end with a message",
-    "flipped bit": "both ranks are killed, and a bit of the newest checkpoint is flipped",
-    "pause": "rank 1 is stopped for a second (SIGSTOP), and the run goes on",
-    "torn log": "both ranks are killed; log.jsonl then ends in half a line",
-}
 GOES_ON = "pause"
 
 RANK = """
@@ -335,42 +328,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def page(report: dict[str, Any]) -> str:
-    """docs/soak.md, from the template beside this file."""
-    calm, events = report["undisturbed"], report["events"]
-    rows = {
-        "useful_steps_s": "steps, each the first time",
-        "repeated_steps_s": "steps that were trained again",
-        "saves_s": "saving",
-        "starts_s": "from the start of the ranks to the first step",
-        "ends_s": "from the last step or save to the end of the ranks",
-        "wall_s": "all",
-    }
-    different = report["tensors_that_differ"]
-    return (
-        (HERE / "soak_page.txt")
-        .read_text(encoding="utf-8")
-        .format(
-            **report,
-            every=EVERY,
-            kills_per_1000=KILLS_PER_1000,
-            faults_per_1000=FAULTS_PER_1000,
-            load_note=" Other processes used the machine." if report["environment"]["busy"] else "",
-            fault_rows="".join(
-                f"| {k} | {FAULTS[k]} | {events[k]} |\n" for k in FAULTS if k in events
-            ),
-            verdict=f"{len(different)} differ" if different else "all are equal bit for bit",
-            num_warnings=len(report["warnings_of_the_undisturbed"]),
-            time_rows="".join(
-                f"| {text} | {calm[key]} | {report['disturbed'][key]} |\n"
-                for key, text in rows.items()
-            ),
-            ms_per_save=1000 * calm["saves_s"] / calm["saves"],
-            ms_per_step=1000 * calm["useful_steps_s"] / report["settings"]["steps"],
-        )
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -386,7 +343,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="clue-ds-soak-") as folder:
         report = measure(options, Path(folder))
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    options.page.write_text(page(report), encoding="utf-8")
+    soak_page.write(report, options.page)
     print(json.dumps(report, indent=1))
     if report["tensors_that_differ"]:
         sys.exit("the disturbed run ended with other weights, moments or generators")
