@@ -119,21 +119,6 @@ def test_readme_says_the_path_of_every_file_it_points_at() -> None:
         assert text.rstrip("/") == target, f"README calls {target} {text!r}"
 
 
-def test_both_readmes_hold_the_same_commands_and_sections() -> None:
-    chinese = (ROOT / "README.zh-CN.md").read_text("utf-8")
-    for language in ("bash", "yaml"):
-        # Comments are translated, commands are not.
-        strip = re.compile(r"\s*#.*")
-        ours, theirs = (
-            [strip.sub("", block) for block in _blocks(text, language)]
-            for text in (README, chinese)
-        )
-        assert ours == theirs
-    assert len(re.findall(r"^#", README, re.MULTILINE)) == len(
-        re.findall(r"^#", chinese, re.MULTILINE)
-    )
-
-
 def test_readme_commands_run_as_written(tmp_path: Path, sample_text: str) -> None:
     section = _section(README, "On your own corpus")
     (tmp_path / "texts").mkdir()
