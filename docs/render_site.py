@@ -5,8 +5,8 @@ into one tree per language, in which every link leads to another page of the sit
 (strict, so that a broken link or anchor ends it) makes HTML of each tree:
 
     build/site/          English
-    build/site/zh-CN/    Chinese: X.zh-CN.md, or the part of X.md that follows the heading 中文;
-                         a page that has neither is there in English, and says so
+    build/site/zh-CN/    Chinese: X.zh-CN.md; a page for developers that has none is there in
+                         English, and says so
 
 A link to code leads to a page with that file (`source/`), so the site is complete in itself: it
 fetches no font and no script from elsewhere. With `--repository URL`, such links go to
@@ -46,11 +46,8 @@ ELSEWHERE = {
 }
 # Packages that install under another path than the one they have here (setup.cfg, package_dir).
 MAPPED = {"kernels": "clue_ds/kernels", "launcher": "clue_ds/launcher"}
-NO_CHINESE = """!!! note "本页暂时只有英文"
-    中文页面目前覆盖从准备数据到微调、排错的主要流程，其余页面以英文显示。
-
-"""
-SEE_ENGLISH = """!!! note "示例文件和全部可设的键见[英文页面]({})，下文中的“上文”即指该页"
+NO_CHINESE = """!!! note "本页只有英文"
+    使用文档都有中文版；面向开发者的几页（算子、参与开发、变更记录）只有英文。
 
 """
 FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.DOTALL | re.MULTILINE)
@@ -74,30 +71,21 @@ def site_paths() -> dict[str, str]:
 
 
 def chinese_of(page: str) -> str | None:
-    """The Chinese text of an English page: that of a file beside it, or its part 中文."""
+    """The Chinese text of an English page: that of the file beside it."""
     beside = ROOT / page.replace(".md", CHINESE)
-    if beside.is_file():
-        return beside.read_text("utf-8")
-    parts = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
-    return parts[1] if len(parts) > 1 else None
+    return beside.read_text("utf-8") if beside.is_file() else None
 
 
-def is_part(page: str) -> bool:
-    """Whether the Chinese text of a page is a part of the English file, which has the examples."""
-    return chinese_of(page) is not None and not (ROOT / page.replace(".md", CHINESE)).is_file()
-
-
-def text_of(page: str, language: str, title: str) -> str:
+def text_of(page: str, language: str) -> str:
     """The Markdown of `page` in one language, with the links that it has in the repository."""
+    english = OTHER_LANGUAGE.sub("", (ROOT / page).read_text("utf-8"))
     if language == "en":
-        text = re.split(r"^#+ 中文\n", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)[0]
-        return OTHER_LANGUAGE.sub("", text)
+        return english
     chinese = chinese_of(page)
     if chinese is None:
-        heading, newline, rest = text_of(page, "en", title).partition("\n")
+        heading, newline, rest = english.partition("\n")
         return f"{heading}{newline}\n{NO_CHINESE}{rest}"
-    chinese = OTHER_LANGUAGE.sub("", chinese)
-    return chinese if chinese.lstrip().startswith("# ") else f"# {title}\n\n{chinese}"
+    return OTHER_LANGUAGE.sub("", chinese)
 
 
 def anchors(text: str) -> list[str]:
@@ -160,10 +148,6 @@ class Links:
         up = "" if self.language == "en" else "../"
         return self._url(f"{up}source/{found}.md", here)
 
-    def english(self, page: str) -> str:
-        """The address of the English page, as seen from the Chinese one."""
-        return self._url(f"../{self.paths[page]}", self.paths[page])
-
     def _url(self, path: str, here: str) -> str:
         """The address of a page of any language, as seen from the page `here` of this one."""
         depth = 0 if here == "index.md" else here.count("/") + 1
@@ -207,7 +191,6 @@ def stage(language: str, tree: Path, repository: str | None) -> tuple[list[Any],
     """Write the pages of one language below `tree`; returns MkDocs' navigation and linked code."""
     number = LANGUAGES.index(language)
     links = Links(language, repository)
-    titles: dict[str, str] = {}
 
     def walk(entries: list[dict[str, Any]]) -> list[Any]:
         shown = []
@@ -216,17 +199,12 @@ def stage(language: str, tree: Path, repository: str | None) -> tuple[list[Any],
             if "pages" in entry:
                 shown.append({title: walk(entry["pages"])})
             else:
-                titles[entry["page"]] = title
                 shown.append({title: links.paths[entry["page"]]})
         return shown
 
     navigation = walk(yaml.safe_load((SITE / "navigation.yaml").read_text("utf-8")))
     for page, path in links.paths.items():
-        text = links.rewrite(text_of(page, language, titles[page]), page)
-        if language != "en" and is_part(page):
-            heading, newline, rest = text.partition("\n")
-            text = f"{heading}{newline}\n{SEE_ENGLISH.format(links.english(page))}{rest}"
-        _write(tree / path, text)
+        _write(tree / path, links.rewrite(text_of(page, language), page))
     for picture in links.pictures:
         (tree / "pictures" / picture).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / picture, tree / "pictures" / picture)
