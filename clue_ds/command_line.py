@@ -32,7 +32,7 @@ def parse(argv: list[str], prog: str) -> RunConfig:
     arguments.refuse_repeated(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", type=paths.expand)
-    argv = ["--extend=True" if word == "--extend" else word for word in argv]  # a switch
+    argv = ["--extend=true" if word == "--extend" else word for word in argv]  # a switch
     known, _ = only_config.parse_known_args(argv)
     default = tyro.MISSING if known.config is None else _tyro_default(known.config)
     given = tyro.cli(
@@ -48,6 +48,7 @@ def parse(argv: list[str], prog: str) -> RunConfig:
         default=default,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
+        registry=arguments.REGISTRY,
     )
     return RunConfig(**{name: getattr(given, name) for name in RunConfig.model_fields})
 

@@ -51,6 +51,22 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     )
 
 
+@REGISTRY.primitive_rule
+def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """Where a bool takes a value: `true` and `false` as in YAML, and Python's spelling."""
+    if info.type is not bool:
+        return None
+    values = {"true": True, "false": False, "True": True, "False": False}
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: values[words[0]],
+        choices=tuple(values),
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
+
 def call(
     target: Callable[..., Any] | dict[str, Callable[..., Any]],
     prog: str,
