@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from limits import files_of_at_most
 from test_finetune import WORDS
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
+from test_finetune_runs import saved_steps
+from test_pickles import put, with_bomb
 
 import clue_ds.export as export
+from clue_ds.checkpoint import manifest
 from clue_ds.errors import UserError
 from clue_ds.tasks.finetune import directory, run, score, state
 from clue_ds.tasks.finetune.directory import LOCK, RESULT, RUN, STATE
+from clue_ds.tasks.finetune.state import States
 
 ROW = "name: tone\ntext: [sentence]\nlabels: [好, 坏]\nbatch_size: 16\nlr: 2e-3\nepochs: 1\n"
 
@@ -135,33 +140,44 @@ def test_the_lock_of_a_killed_process_is_free(model: Path, data: Path, place: Pa
 
 
 def half_done(place: Path) -> Path:
-    """Make a finished run look like one that was killed; the path of its state."""
-    values = torch.arange(1000.0)
-    state.save(place / STATE, {"network": {"a": values}, "progress": {"step": 3}})
+    """Make a finished run look like one that was killed after step 3; the file of its state."""
+    content = {"network": {"a": torch.arange(1000.0)}, "progress": {"step": 3}}
+    States(place / STATE).save(3, content)
     (place / RESULT).unlink()
-    return place / STATE
+    return place / STATE / manifest.name(3) / state.FILE
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_every_damaged_byte_of_a_state_is_found(tmp_path: Path) -> None:
-    path = tmp_path / STATE
-    state.save(path, {"a": torch.arange(100.0), "b": [1, 2]})
-    assert state.damage(path) is None and state.load(path)["b"] == [1, 2]
-    assert torch.load(path, weights_only=True)["b"] == [1, 2]  # the bytes at the end are no harm
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 7):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        path.write_bytes(damaged)
-        assert state.damage(path) is not None, position
-    for length in (0, 1, 47, 48, 49, len(whole) // 2, len(whole) - 48, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        assert state.damage(path) is not None, length
-    with pytest.raises(UserError, match=r"can't resume from .*state.pt: it has no checksum"):
-        state.load(path)
+    States(tmp_path).save(3, {"a": torch.arange(100.0), "b": [1, 2]})
+    states, skipped = state.choose(tmp_path)
+    assert skipped == [] and states.newest is not None
+    assert states.load()["b"] == [1, 2] and torch.equal(states.load()["a"], torch.arange(100.0))
+    for name in (state.FILE, manifest.FILE):
+        path = states.newest / name
+        whole = path.read_bytes()
+        for position in range(0, len(whole), 7):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            with pytest.raises((manifest.Damaged, UserError)):
+                state.verify(states.newest)
+        for length in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(manifest.Damaged):
+                state.verify(states.newest)
+        path.write_bytes(whole)
+    assert state.verify(states.newest).step == 3
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "old"])
-def test_a_run_with_a_damaged_state_starts_again(
+@pytest.mark.parametrize("damage", ["flip", "cut", "no manifest", "old"])
+def test_a_run_with_no_intact_state_starts_again(
     damage: str,
     model: Path,
     data: Path,
@@ -171,15 +187,74 @@ def test_a_run_with_a_damaged_state_starts_again(
 ) -> None:
     """A flipped bit was resumed from, and a truncated state was a traceback."""
     path = half_done(place)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    if damage == "old":
-        torch.save({"network": {}}, path)
+    if damage == "flip":
+        flip(path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "no manifest":
+        (path.parent / manifest.FILE).unlink()
+    else:
+        shutil.rmtree(place / STATE)
+        torch.save({"network": {}}, place / directory.OLD_STATE)
     again = run.run(spec(data, model, place), show=False)
     assert again["losses"] == json.loads((finished / RESULT).read_text())["losses"]
     (note,) = capsys.readouterr().err.splitlines()
     assert "can't resume from" in note and "the run starts again" in note
+    assert not {STATE, directory.OLD_STATE} & {p.name for p in place.iterdir()}
+
+
+@pytest.fixture
+def interrupted(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> run.RunSpec:
+    """A run that trained all of its two steps, and died before it wrote its result."""
+    dies = pytest.MonkeyPatch()
+    dies.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    of = spec(data, model, tmp_path / "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        run.run(of, show=False)
+    dies.undo()
+    assert saved_steps(of.directory) == [2, 1]
+    return of
+
+
+def test_a_damaged_state_costs_only_the_steps_since_the_one_before(
+    finished: Path, interrupted: run.RunSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(interrupted.directory / STATE / manifest.name(2) / state.FILE)
+    again = run.run(interrupted, show=False)
+    assert again["losses"] == json.loads((finished / RESULT).read_text())["losses"]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert "state.pt has other bytes than when it was saved" in note
+    assert note.endswith("the run goes on from step-00000001")
+
+
+def test_a_state_that_others_could_have_changed_is_refused(interrupted: run.RunSpec) -> None:
+    path = interrupted.directory / STATE / manifest.name(2) / state.FILE
+    assert path.stat().st_mode & 0o022 == 0
+    path.chmod(0o666)
+    refused(interrupted, "can be changed by every user.*chmod -R go-w")
+    path.chmod(0o644)
+    if os.getuid() == 0:  # giving a file away needs root
+        os.chown(path, 65534, 65534)
+        refused(interrupted, "belongs to user 65534, neither to you nor to root")
+
+
+def test_a_bomb_in_a_state_with_hashes_that_fit_runs_nothing(
+    interrupted: run.RunSpec, tmp_path: Path
+) -> None:
+    place = interrupted.directory / STATE / manifest.name(2)
+    put(place, state.FILE, with_bomb({}, tmp_path / "marker", zipped=True), state.verify)
+    with pytest.raises(UserError, match=r"state\.pt was not opened.*Nothing in it was run"):
+        run.run(interrupted, show=False)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_states_of_a_finished_run_do_not_stay(data: Path, model: Path, place: Path) -> None:
+    """A process that died while it deleted them left some for ever."""
+    (place / STATE / manifest.name(2)).mkdir(parents=True)
+    assert run.run(spec(data, model, place), show=False)["epochs"]
+    assert not (place / STATE).exists()
 
 
 def as_an_earlier_version_wrote(place: Path) -> dict[str, Any]:
@@ -194,15 +269,15 @@ def test_runs_of_earlier_versions(model: Path, data: Path, place: Path, tmp_path
     """A finished one is kept with a note, an unfinished one starts again."""
     now = json.loads((place / RUN).read_text(encoding="utf-8"))
     as_an_earlier_version_wrote(place)
-    notes, result = directory.prepare(place, now, force=False)
+    notes, result, _ = directory.prepare(place, now, force=False)
     assert result is not None and "did not record the weights" in notes[0]
     other = Path(shutil.copytree(place, tmp_path / "other"))
     with pytest.raises(UserError, match=r"differs in model \('.*', now 'moved'\)"):
         directory.prepare(other, now | {"model": "moved"}, force=False)
-    assert directory.prepare(other, now, force=True) == ([], None)
+    assert directory.prepare(other, now, force=True) == ([], None, States(other / STATE))
     assert snapshot(other).keys() == {RUN}
     path = half_done(place)
-    notes, result = directory.prepare(place, now, force=False)
+    notes, result, _ = directory.prepare(place, now, force=False)
     assert result is None and "the run starts again" in notes[0] and not path.exists()
 
 
@@ -221,18 +296,28 @@ def test_a_full_disk_is_one_message(
     model: Path, data: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`capsys` keeps what is printed in memory, where the limit of a file does not count."""
-    for num_bytes, name in ((100, "new"), (20_000, STATE)):
+    cases = ((100, "new", "free some space"), (20_000, STATE, "free, and a checkpoint needs about"))
+    for num_bytes, name, advice in cases:
         with files_of_at_most(num_bytes), pytest.raises(UserError) as caught:
             run.run(spec(data, model, tmp_path / "new"), show=False)
         assert "can't write" in str(caught.value) and name in str(caught.value)
-        assert "free some space" in str(caught.value)
-    assert not list((tmp_path / "new").glob("*.tmp"))
+        assert advice in str(caught.value)
+    assert not list((tmp_path / "new").rglob("*.tmp"))
     page = tmp_path / "scores.md"
     page.write_text("before", encoding="utf-8")
     message = r"can't write .*scores\.md.*free some"
     with files_of_at_most(100), pytest.raises(UserError, match=message):
         score.score((place,), markdown=page)
     assert page.read_text(encoding="utf-8") == "before"
+
+
+def test_a_start_without_room_for_its_states_is_refused(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 0, 10_000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"state has 9.8 KiB free.* room for 2.2 of them"):
+        run.run(spec(data, model, tmp_path / "new"), show=False)
 
 
 def test_an_output_below_a_file_is_one_message(

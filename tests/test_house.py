@@ -105,6 +105,7 @@ LAW: dict[str, set[str]] = {
         "clue_ds.data",
         "clue_ds.model",
         "clue_ds.job",
+        "clue_ds.checkpoint",
         "clue_ds.export",
         *(f"clue_ds.pretrain.{name}" for name in ("engine", "optim", "schedule")),
     },

@@ -13,6 +13,7 @@ import torch
 import transformers
 from test_finetune import WORDS
 from test_finetune import model as model  # the fixture
+from test_finetune_runs import saved_steps
 
 pytest.importorskip("fastapi", reason="serving needs the [serve] extra")
 from fastapi.testclient import TestClient  # noqa: E402
@@ -228,7 +229,7 @@ def test_a_stopped_run_continues(model: Path, data: Path, tmp_path: Path, runs: 
             run.run(specs[1], show=False)
     finally:
         run._finish = finish
-    assert (tmp_path / "b" / run.STATE).is_file()
+    assert saved_steps(tmp_path / "b")
     assert run.run(specs[1], show=False)["epochs"] == whole["epochs"]
 
 

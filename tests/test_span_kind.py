@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from models import SPECIAL
+from test_finetune_runs import saved_steps
 
 import clue_ds.export as export
 from clue_ds.errors import UserError
@@ -109,7 +110,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
         patched.setattr(run, "_write_epochs", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.run(spec, show=False)
-    assert torch.load(spec.directory / run.STATE)["progress"]["step"] == 20
+    assert saved_steps(spec.directory)[0] == 20
     resumed, whole = run.run(spec, show=False), result_of(finetuned)
     assert resumed["losses"] == whole["losses"] and resumed["epochs"] == whole["epochs"]
 

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from ranks import run_ranks
 from test_finetune import examples
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
-from test_finetune_runs import same_weights
+from test_finetune_runs import same_weights, saved_steps
 
 from clue_ds.tasks import Predictor
 from clue_ds.tasks.finetune import command as finetune_command
 from clue_ds.tasks.finetune import fit
 from clue_ds.tasks.finetune.loop import Recipe
-from clue_ds.tasks.finetune.run import RESULT, STATE
+from clue_ds.tasks.finetune.run import RESULT
 from clue_ds.tasks.predict import command as predict_command
 
 CLUE_DS = str(Path(sys.executable).with_name("clue-ds"))
@@ -85,14 +84,14 @@ def test_embeddings_agree_and_killed_training_continues_bit_for_bit(
     whole, cut = (tmp_path / name / "tone" / "seed=42" for name in ("whole", "cut"))
     process = subprocess.Popen(command, env=ENVIRONMENT)
     deadline = time.monotonic() + PATIENCE_S
-    while not (cut / STATE).exists() and process.poll() is None:
+    while not saved_steps(cut) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()  # its guard ends the ranks
     process.wait()
     time.sleep(3)
     assert not (cut / RESULT).exists()
-    step = torch.load(cut / STATE)["progress"]["step"]
+    step = saved_steps(cut)[0]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=PATIENCE_S)
     results = [json.loads((run / RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["num_ranks"] == 2 and 0 < step < len(results[0]["losses"])

@@ -15,14 +15,14 @@ import pytest
 from test_finetune import examples
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
-from test_finetune_runs import same_weights
+from test_finetune_runs import same_weights, saved_steps
 from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S
 from test_watchdog import two_ranks
 from zygote import Zygote
 
 from clue_ds.tasks.finetune import fit
 from clue_ds.tasks.finetune.loop import Recipe
-from clue_ds.tasks.finetune.run import RESULT, STATE
+from clue_ds.tasks.finetune.run import RESULT
 
 FINETUNE = """
 from clue_ds.tasks import encoded
@@ -95,7 +95,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
         [*command, str(tmp_path / "cut")], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
     )
     deadline = time.monotonic() + PATIENCE_S
-    while not (cut / STATE).exists() and job.poll() is None:
+    while not saved_steps(cut) and job.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""The layout of checkpoint directories, their manifest, and the choice of an intact one.
+"""How a checkpoint gets onto the disk and is found intact: its directory and its manifest.
 
     checkpoints/
       step-00000200/          published: complete; manifest.json lists every file
@@ -7,6 +7,9 @@
         deepspeed/            DeepSpeed's own shards
       step-00000300.tmp/      being written, or left behind by a run that died
       latest                  name of the newest one, for people and tools; not used here
+
+The states of fine-tuning are directories of this kind, too; they have other files and a manifest
+with fewer entries (tasks/finetune/state.py).
 
 Guarantees: a directory is published by one rename, after its files and its manifest are on disk;
 `newest` returns a directory in which every byte was read and compared, the manifest included, and
@@ -28,9 +31,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -62,19 +66,28 @@ class FileRecord:
     sha256: Digest
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json. `samples`: sequences consumed; `group_names`: see Engine.
-
-    `stream_version`: STREAM_VERSION of data/stream/samples.py; 0: saved before it existed.
-    `num_threads`: of torch on rank 0; 0: not recorded. `held_out_loss`: if it was evaluated at this
-    step. `sha256`: see the header; only `publish` sets it.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """What every manifest.json says. `sha256`: see the header; only `publish` sets it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     format: Positive
     step: Positive
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Entries):
+    """manifest.json of a pretraining run. `samples`: sequences consumed; `group_names`: see Engine.
+
+    `stream_version`: STREAM_VERSION of data/stream/samples.py; 0: saved before it existed.
+    `num_threads`: of torch on rank 0; 0: not recorded. `held_out_loss`: if it was evaluated at this
+    step.
+    """
+
     samples: Positive
     world_size: Positive
     zero_stage: Annotated[int, Field(ge=0, le=3)]
@@ -85,15 +98,13 @@ class Manifest:
     vocab_sha256: str
     corpus_fingerprint: str
     group_names: list[list[str]]
-    versions: dict[str, str]
-    files: dict[str, FileRecord]
     stream_version: Count = 0
     num_threads: Count = 0
     held_out_loss: float | None = None
-    sha256: str = ""
 
 
 _ADAPTER = TypeAdapter(Manifest)
+M = TypeVar("M", bound=Entries)
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def record(directory: Path, paths: list[Path]) -> dict[str, FileRecord]:
     return records
 
 
-def publish(staging: Path, final: Path, manifest: Manifest) -> Manifest:
+def publish(staging: Path, final: Path, manifest: M) -> M:
     """Write the manifest of `staging` and rename it to `final`; returns it, all files included.
 
     `manifest.files` are on disk; all other files in `staging` are recorded here.
@@ -197,20 +208,7 @@ def read(directory: Path) -> Manifest:
 
     Damaged with the reason; UserError when a newer clue_ds made it.
     """
-    text, values = _parse(directory / FILE)
-    number = values.get("format")
-    if type(number) is int and number > FORMAT:
-        raise UserError(_newer(directory, values))
-    if number == FORMAT or "sha256" in values:
-        _check_seal(text, values)
-    try:
-        manifest = _ADAPTER.validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise Damaged(f"{FILE} is wrong at {key}: {first['msg']}") from None
-    if STEP_NAME.fullmatch(directory.name) and step_of(directory) != manifest.step:
-        raise Damaged(f"{FILE} says step {manifest.step}, which is not the directory's name")
+    manifest = read_entries(directory, _ADAPTER, FORMAT)
     try:
         samples = phases.num_samples(manifest.config, manifest.step)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -220,6 +218,25 @@ def read(directory: Path) -> Manifest:
             f"{FILE} says {manifest.samples} samples after step {manifest.step}, which is not what "
             "the batch sizes in its config give"
         )
+    return manifest
+
+
+def read_entries(directory: Path, adapter: TypeAdapter[M], newest_format: int) -> M:
+    """As `read`, for the entries of any kind of run; those of `newest_format` have a hash."""
+    text, values = _parse(directory / FILE)
+    number = values.get("format")
+    if type(number) is int and number > newest_format:
+        raise UserError(_newer(directory, values, newest_format))
+    if number == newest_format or "sha256" in values:
+        _check_seal(text, values)
+    try:
+        manifest = adapter.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise Damaged(f"{FILE} is wrong at {key}: {first['msg']}") from None
+    if STEP_NAME.fullmatch(directory.name) and step_of(directory) != manifest.step:
+        raise Damaged(f"{FILE} says step {manifest.step}, which is not the directory's name")
     return manifest
 
 
@@ -248,13 +265,13 @@ def _check_seal(text: str, values: dict[str, Any]) -> None:
         raise Damaged(f"{FILE} has other bytes than when it was saved (its own SHA-256 differs)")
 
 
-def _newer(directory: Path, values: dict[str, Any]) -> str:
+def _newer(directory: Path, values: dict[str, Any], newest_format: int) -> str:
     versions = values.get("versions")
     made_by = versions.get("clue_ds", "") if isinstance(versions, dict) else ""
     return (
         f"{directory} was made by a newer clue_ds{f' ({made_by})' if made_by else ''}: its {FILE} "
-        f"has format {values['format']}, and this version reads up to {FORMAT}. Install that "
-        "version to use it, or give another run_dir. Nothing was changed"
+        f"has format {values['format']}, and this version reads up to {newest_format}. "
+        "Install that version to use it, or give the run another directory. Nothing was changed"
     )
 
 
@@ -263,8 +280,13 @@ def verify(directory: Path) -> Manifest:
 
     UserError when others could have changed the checkpoint, or a newer clue_ds made it.
     """
+    return verify_files(directory, read)
+
+
+def verify_files(directory: Path, reader: Callable[[Path], M]) -> M:
+    """As `verify`, for a manifest that `reader` reads."""
     permissions.check(directory)
-    manifest = read(directory)
+    manifest = reader(directory)
     for key, expected in manifest.files.items():
         _compare(directory, key, expected)
     for path in (directory / TAG).rglob("*"):
@@ -301,12 +323,9 @@ def newest(run_dir: str | Path) -> Choice | None:
     also when one that is not older may not be used at all (see `verify`).
     """
     folder = Path(run_dir) / FOLDER
-    skipped: dict[Path, str] = {}
-    for directory in published(folder):
-        try:
-            return Choice(directory, verify(directory), skipped)
-        except Damaged as error:
-            skipped[directory] = str(error)
+    found, skipped = first_intact(folder, verify)
+    if found is not None:
+        return Choice(*found, skipped)
     if not skipped:
         return None
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
@@ -314,3 +333,16 @@ def newest(run_dir: str | Path) -> Choice | None:
         f"no checkpoint in {folder} is intact ({reasons}); restore one from a copy, or move "
         f"{folder} away to start this run again"
     )
+
+
+def first_intact(
+    folder: Path, verifier: Callable[[Path], M]
+) -> tuple[tuple[Path, M] | None, dict[Path, str]]:
+    """(the newest directory in which `verifier` finds no damage, why each newer one was skipped)"""
+    skipped: dict[Path, str] = {}
+    for directory in published(folder):
+        try:
+            return (directory, verifier(directory)), skipped
+        except Damaged as error:
+            skipped[directory] = str(error)
+    return None, skipped

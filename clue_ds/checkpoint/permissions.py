@@ -69,7 +69,7 @@ def problem(folder: Path) -> str | None:
         return (
             f"the disk of {folder} shows what this process (user {os.geteuid()}) writes as owned "
             f"by user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}, so anybody "
-            "could change its checkpoints, and no run would resume from them; put run_dir on a "
+            "could change its checkpoints, and no run would resume from them; put the run on a "
             "disk that keeps owners and modes"
         )
     finally:

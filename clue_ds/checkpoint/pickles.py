@@ -51,6 +51,11 @@ def load(path: Path, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", mmap=maps)
 
 
+def load_plain(path: Path) -> Any:
+    """The content of a pickle of tensors and plain values, on the CPU; UserError for all else."""
+    return _restricted(torch.load)(path, map_location="cpu")
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The content of a safetensors file; UserError when it is none."""
     try:
@@ -65,6 +70,16 @@ def guarded() -> Iterator[None]:
     import_deepspeed()
     allowed = [getattr(importlib.import_module(module), name) for module, name in ALLOWED]
     original = torch.load
+    torch.load = _restricted(original)
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        torch.load = original
+
+
+def _restricted(original: Any) -> Any:
+    """torch.load that opens only what is allowed, whatever the caller asks for."""
 
     def restricted(f: Any, map_location: Any = None, *_: Any, **options: Any) -> Any:
         mmap = options.get("mmap")
@@ -74,12 +89,7 @@ def guarded() -> Iterator[None]:
         except Exception as error:
             raise UserError(_refusal(f, error)) from error
 
-    torch.load = restricted
-    try:
-        with torch.serialization.safe_globals(allowed):
-            yield
-    finally:
-        torch.load = original
+    return restricted
 
 
 def _refusal(file: Any, error: Exception) -> str:

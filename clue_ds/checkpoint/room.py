@@ -23,13 +23,12 @@ from clue_ds.files import size_text
 CHECKPOINTS_AT_START = 2.2
 
 
-def prepare_folder(run_dir: Path, num_bytes: int) -> list[str]:
+def prepare_folder(folder: Path, num_bytes: int) -> list[str]:
     """Make the folder of checkpoints and remove what dead processes left there; returns notes.
 
     UserError when the disk has too little room or does not keep owners and modes; the caller holds
     the run lock. That is checked here, rather than after the hours until the first checkpoint.
     """
-    folder = run_dir / manifests.FOLDER
     with clear_write_errors(folder, num_bytes):
         folder.mkdir(parents=True, exist_ok=True)
         removed = retention.remove_leftovers(folder)
@@ -41,12 +40,15 @@ def prepare_folder(run_dir: Path, num_bytes: int) -> list[str]:
     return []
 
 
-def prepare(staging: Path, num_bytes: int) -> None:
-    """Make an empty directory for a checkpoint; UserError when the checkpoint does not fit."""
+def prepare(staging: Path, num_bytes: int, relief: str = "") -> None:
+    """Make an empty directory for a checkpoint; UserError when the checkpoint does not fit.
+
+    `relief`: what beside free space would help.
+    """
     with clear_write_errors(staging, num_bytes):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        message = no_room(staging, num_bytes)
+        message = no_room(staging, num_bytes, relief)
     if message is not None:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(message)
@@ -71,19 +73,19 @@ def no_room_to_start(folder: Path, num_bytes: int) -> str | None:
         f"the disk of {folder} has {size_text(free)} free, and its checkpoints take "
         f"{size_text(taken)}. A checkpoint needs about {size_text(num_bytes)}, and a run needs "
         f"room for {CHECKPOINTS_AT_START} of them ({size_text(needed)}), because a new one is "
-        "complete before the oldest is deleted. Free some space, or set another run_dir"
+        "complete before the oldest is deleted. Free some space, or give the run another directory"
     )
 
 
-def no_room(directory: Path, num_bytes: int) -> str | None:
+def no_room(directory: Path, num_bytes: int, relief: str = "") -> str | None:
     """The message when the disk of `directory` has less than `num_bytes` free; else None."""
     free = shutil.disk_usage(directory).free
     if free >= num_bytes:
         return None
     return (
         f"the disk of {directory} has {size_text(free)} free, but a checkpoint needs about "
-        f"{size_text(num_bytes)}; the earlier checkpoints are untouched. Free some space (or lower "
-        "checkpoint.keep) and start the same command again: it resumes"
+        f"{size_text(num_bytes)}; the earlier checkpoints are untouched. Free some space"
+        f"{relief and f' (or {relief})'} and start the same command again: it resumes"
     )
 
 
@@ -102,7 +104,7 @@ def clear_write_errors(path: Path, num_bytes: int) -> Iterator[None]:
             f"checkpoints are untouched. The disk of {existing} has "
             f"{size_text(shutil.disk_usage(existing).free)} free, and a checkpoint needs about "
             f"{size_text(num_bytes)}; a quota of this user may allow less. Make room on that disk "
-            "(or move run_dir) and start the same command again: it resumes"
+            "(or move the run) and start the same command again: it resumes"
         ) from error
 
 

@@ -212,7 +212,7 @@ class Saver:
             error = run_lock.lost(config.run_dir)
             try:
                 if error is None:
-                    room.prepare(capture.staging, capture.num_bytes)
+                    room.prepare(capture.staging, capture.num_bytes, "lower checkpoint.keep")
             except UserError as refusal:
                 error = str(refusal)
         dist.agree(error)

@@ -24,6 +24,7 @@ import torch
 
 from clue_ds import command_line, dist
 from clue_ds import config as run_config
+from clue_ds.checkpoint import manifest as manifests
 from clue_ds.checkpoint import room
 from clue_ds.config import RunConfig
 from clue_ds.data import Corpus, Loader, SampleStream
@@ -351,7 +352,7 @@ def prepare_run_dir(config: RunConfig, engine: Engine) -> list[str]:
     if dist.rank() == 0:
         run_dir = Path(config.run_dir)
         try:
-            notes = room.prepare_folder(run_dir, saving.checkpoint_bytes(engine))
+            notes = room.prepare_folder(run_dir / manifests.FOLDER, saving.checkpoint_bytes(engine))
             run_config.save(config, run_dir / "config.yaml")
         except UserError as refusal:
             error = str(refusal)

@@ -77,11 +77,16 @@ def _child(root: Path, function: Callable[[], Any], fault: Fault, writer: int) -
         os._exit(status)
 
 
+def _version(status: os.stat_result) -> tuple[int, int]:
+    """A file as it was last written. Its inode may be that of a file that was deleted before."""
+    return status.st_ino, status.st_mtime_ns
+
+
 class _Counter:
     def __init__(self, root: Path, fault: Fault) -> None:
         self.root, self.fault, self.number, self.off = str(root), fault, 0, False
-        self._before = {p.stat().st_ino for p in root.rglob("*") if p.is_file()}
-        self._synced: set[int] = set()
+        self._before = {_version(p.stat()) for p in root.rglob("*") if p.is_file()}
+        self._synced: set[tuple[int, int]] = set()
 
     def install(self) -> None:
         original = os.fsync
@@ -89,7 +94,7 @@ class _Counter:
         def fsync(descriptor: int) -> None:
             self.operation()
             original(descriptor)
-            self._synced.add(os.fstat(descriptor).st_ino)
+            self._synced.add(_version(os.fstat(descriptor)))
 
         os.fsync = fsync
         sys.addaudithook(self._hook)
@@ -114,6 +119,6 @@ class _Counter:
             raise OSError(self.fault.error, os.strerror(self.fault.error))
         if self.fault.power_loss:
             for path in Path(self.root).rglob("*"):
-                if path.is_file() and path.stat().st_ino not in self._synced | self._before:
+                if path.is_file() and _version(path.stat()) not in self._synced | self._before:
                     os.truncate(path, path.stat().st_size // 2)
         os._exit(KILLED)

@@ -68,7 +68,7 @@ def save(root: Path, step: int, async_save: bool = True) -> None:
         group_names=[["weights"]],
         frozen={"position": torch.full((100,), step)},
     )
-    room.prepare_folder(root / "run", saving.checkpoint_bytes(engine))
+    room.prepare_folder(root / "run" / manifest.FOLDER, saving.checkpoint_bytes(engine))
     with saving.Saver(engine, identity) as saver:
         saver.save(step)
         engine.weights.fill_(-1)  # training goes on

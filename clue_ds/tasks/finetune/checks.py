@@ -18,8 +18,10 @@ from clue_ds.tasks.finetune import directory, request, run
 from clue_ds.tasks.finetune.directory import RESULT
 from clue_ds.tasks.finetune.run import RunSpec
 
-# Weights, two moments and the best epoch's weights in state.pt; the model in two forms.
-STATE_BYTES, MODEL_BYTES = 16, 8
+# A parameter of the finished model, which is written in two forms.
+MODEL_BYTES = 8
+# The newest one, and the one that is being written.
+NUM_STATES = 2
 
 Data = dict[str, Examples]
 
@@ -74,8 +76,9 @@ def _of_model(
     left = [spec for spec in specs if not (spec.directory / RESULT).exists()]
     if left:
         parameters = sum(tensor.numel() for tensor in source.state_dict.values())
-        each = MODEL_BYTES * len(left) + STATE_BYTES * min(workers, len(left))
-        problems += _no_room(left[0].directory, parameters * each, len(left))
+        states = NUM_STATES * run.state_bytes(source) * min(workers, len(left))
+        needed = MODEL_BYTES * parameters * len(left) + states
+        problems += _no_room(left[0].directory, needed, len(left))
     return problems
 
 

@@ -2,13 +2,14 @@
 
 Guarantees: while a process works in a directory, from before its first byte to after its last, no
 other process changes it; a result is given only to the request that it was computed for; a state
-that is damaged is never resumed from, and the run starts again from its first step. The lock is the
-file system's and ends with its process. On a disk without such locks (Lustre without `-o flock`)
-every process gets the lock, and the user must start only one.
+that is damaged is never resumed from: the run goes on from the one before, or starts again when
+there is none. The lock is the file system's and ends with its process. On a disk without such locks
+(Lustre without `-o flock`) every process gets the lock, and the user must start only one.
 
 Earlier versions of clue_ds recorded neither the model's weights nor the versions of the packages. A
 finished result of such a version is kept if all that it recorded agrees, with a note; an unfinished
-run starts again, because there is no telling what its state was trained from.
+run starts again, because there is no telling what its state was trained from. So does one whose
+state is a single file, as it was before fine-tuning saved its states as pretraining does.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clue_ds import files
+from clue_ds.checkpoint import manifest as manifests
 from clue_ds.errors import UserError
 from clue_ds.tasks import outputs
 from clue_ds.tasks.kinds.measures import MAJORITY
 
-RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state.pt", "result.json"
+if TYPE_CHECKING:
+    from clue_ds.tasks.finetune.state import States
+
+RUN, EPOCHS, STATE, RESULT = "run.json", "epochs.jsonl", "state", "result.json"
+OLD_STATE = "state.pt"  # of earlier versions
 LOCK = ".lock"
 RESULT_KEYS = (
     "task", "labels", "model", "from_scratch", "limit", "recipe", "data", "test_versions",
@@ -82,22 +88,25 @@ def _holder(text: str) -> str:
 
 def prepare(
     directory: Path, run_json: dict[str, Any], force: bool
-) -> tuple[list[str], dict[str, Any] | None]:
-    """(notes for the user, the result if the run is finished); the caller holds the lock.
+) -> tuple[list[str], dict[str, Any] | None, States]:
+    """(notes for the user, the result if the run is finished, the state that it resumes from).
 
-    UserError when the directory holds something else. Afterwards it holds `run_json`, and a state
-    only if the run can resume from it.
+    UserError when the directory holds something else. Afterwards it holds `run_json`, and states
+    only if the run can resume from the newest one. The caller holds the lock.
     """
+    from clue_ds.tasks.finetune.state import States  # here, because `--help` needs no torch
+
     notes: list[str] = []
+    states = States(directory / STATE)
     found = holds(directory)
     if found and RUN not in found:
         raise UserError(_no_run(directory))
     if found:
-        result = _earlier(directory, run_json, force, notes)
+        result, states = _earlier(directory, run_json, force, notes)
         if result is not None:
-            return notes, result
+            return notes, result, states
     files.write_json(directory / RUN, run_json)
-    return notes, None
+    return notes, None, states
 
 
 def _no_run(directory: Path) -> str:
@@ -123,19 +132,29 @@ def refusal(directory: Path, run_json: dict[str, Any]) -> str | None:
     found = holds(directory)
     if found and RUN not in found:
         return _no_run(directory)
-    if not found & {RESULT, STATE}:
+    if RESULT not in found and not _has_state(directory):
         return None
     different = request.differences(files.read_json(directory / RUN, "run"), run_json)
     return _other_run(directory, different) if different else None
 
 
+def _has_state(directory: Path) -> bool:
+    """Whether a run has saved a state there, intact or not."""
+    return (directory / OLD_STATE).exists() or bool(manifests.published(directory / STATE))
+
+
 def _earlier(
     directory: Path, run_json: dict[str, Any], force: bool, notes: list[str]
-) -> dict[str, Any] | None:
-    """The result of the earlier run in a directory, which is cleared unless it can be continued."""
-    from clue_ds.tasks.finetune import request, state
+) -> tuple[dict[str, Any] | None, States]:
+    """(the result of the earlier run in a directory, or the state that it can be continued from).
 
-    is_finished, has_state = ((directory / name).exists() for name in (RESULT, STATE))
+    If there is neither, the directory is cleared.
+    """
+    from clue_ds.tasks.finetune import request
+    from clue_ds.tasks.finetune.state import States
+
+    none = States(directory / STATE)
+    is_finished, has_state = (directory / RESULT).exists(), _has_state(directory)
     try:
         earlier = files.read_json(directory / RUN, "run")
         result = read_result(directory) if is_finished else None
@@ -143,7 +162,7 @@ def _earlier(
         if not force:
             raise UserError(f"{error}. To discard this run, give --force") from None
         clear(directory)
-        return None
+        return None, none
     different = request.differences(earlier, run_json)
     if different and (is_finished or has_state) and not force:
         raise UserError(_other_run(directory, different))
@@ -154,15 +173,35 @@ def _earlier(
                 f"{directory} was finished by an earlier version, which did not record the weights "
                 "of the model; if they may have changed since, give --force to train it again"
             )
-        return result
-    reason = state.damage(directory / STATE) if has_state else None
-    if has_state and not is_known:
-        reason = "an earlier version saved it, which did not record the weights of the model"
-    if reason is not None and not different:
-        notes.append(f"can't resume from {directory / STATE}: {reason}; the run starts again")
-    if different or reason is not None or not has_state:
+        # A process that died while it deleted them may have left some.
+        shutil.rmtree(none.folder, ignore_errors=True)
+        return result, none
+    states = none
+    if has_state and not different:
+        states = _resumed(directory, is_known, notes)
+    if states.newest is None:
         clear(directory)
-    return None
+    return None, states
+
+
+def _resumed(directory: Path, is_known: bool, notes: list[str]) -> States:
+    """The state that the run of a directory goes on from, with notes on what was skipped."""
+    from clue_ds.tasks.finetune import state
+
+    states, skipped = state.States(directory / STATE), list[str]()
+    if not is_known:
+        skipped = [
+            f"{directory}: an earlier version saved it, which did not record the weights of the "
+            "model"
+        ]
+    elif (directory / OLD_STATE).exists():
+        skipped = [f"{directory / OLD_STATE}: an earlier version saved it, in another format"]
+    else:
+        states, skipped = state.choose(states.folder)
+    if skipped:
+        then = f"goes on from {states.newest.name}" if states.newest else "starts again"
+        notes.append(f"can't resume from {'; '.join(skipped)}; the run {then}")
+    return states
 
 
 def clear(directory: Path) -> None:

@@ -28,6 +28,7 @@ from clue_ds.tasks import kinds, registry
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.finetune import loop
 from clue_ds.tasks.finetune.loop import OnEpoch, OnStep, Outcome, Recipe
+from clue_ds.tasks.finetune.state import States
 from clue_ds.tasks.kinds import Example, Kind
 from clue_ds.tasks.task import Task
 
@@ -102,14 +103,14 @@ def fit_source(
     force: bool = False,
     names: dict[str, str] | None = None,
     data: dict[str, str] | None = None,
-    state_file: Path | None = None,
+    states: States | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
     """Fine-tune a model that is already open for a task of any kind; messages call it `name`.
 
     `task`: its name in the saved model. `names`: label -> what people read instead. `data`: split
-    -> SHA-256 of its file, for the record. `state_file` and `on_epoch`: see `loop.train`.
+    -> SHA-256 of its file, for the record. `states` and `on_epoch`: see `loop.train`.
     """
     config = source.config
     huggingface.read_tokens(source.vocab_file, config.vocab_size)
@@ -132,7 +133,7 @@ def fit_source(
         for note, count in part.notes.items() if dist.rank() == 0 else ():
             print(f"{task or name}, {where}: {count:,} {note}", flush=True)
     outcome = loop.train(
-        network, kind, encoded, held_out, tokenizer.pad_id, recipe, state_file, on_step, on_epoch
+        network, kind, encoded, held_out, tokenizer.pad_id, recipe, states, on_step, on_epoch
     )
     with watchdog.current().section("save"):
         if output is not None and dist.rank() == 0:

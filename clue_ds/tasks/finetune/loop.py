@@ -3,10 +3,10 @@
 All kinds of tasks are trained here; what differs between them is what their `Kind` says.
 
 Guarantees: the recipe's seed determines everything, and torch's global generator is left alone; a
-killed run continues bit for bit from `state_file` (dropout is a function of seed and step, so there
-is no generator state to restore); a run that is asked to stop saves its state first; batches are
-padded only to their longest sequence; LayerNorm and biases have no weight decay; several ranks make
-the same update as one, up to rounding and dropout.
+killed run continues bit for bit from its newest state (dropout is a function of seed and step, so
+there is no generator state to restore); a run that is asked to stop saves its state first; batches
+are padded only to their longest sequence; LayerNorm and biases have no weight decay; several ranks
+make the same update as one, up to rounding and dropout.
 
 Rejected: keeping every epoch's weights on disk (nobody needs any but the best).
 """
@@ -18,7 +18,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from clue_ds.tasks import encoded as encodings
 from clue_ds.tasks import features
 from clue_ds.tasks.encoded import Encoded
 from clue_ds.tasks.features import Unit
-from clue_ds.tasks.finetune import state
+from clue_ds.tasks.finetune.state import States
 from clue_ds.tasks.finetune.updater import RanksUpdater, Updater
 from clue_ds.tasks.kinds import Answer, Kind
 from clue_ds.tasks.task import Precision
@@ -97,23 +96,23 @@ def train(
     dev: Encoded,
     pad_id: int,
     recipe: Recipe,
-    state_file: Path | None = None,
+    states: States | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Outcome:
     """Train `network` in place and leave it with the weights of the epoch that was best on `dev`.
 
-    `state_file`: the file for the state to resume from; training continues from it if it exists,
-    and the caller removes it in the end. Without it, requests to stop are ignored. `on_step` is
-    called with (step, number of steps, loss), `on_epoch` with each epoch's line.
+    `states`: where states are saved, and the one that training continues from; the caller removes
+    them in the end. Without it, requests to stop are ignored. `on_step` is called with (step,
+    number of steps, loss), `on_epoch` with each epoch's line.
     """
     plan = [_epoch(examples.units, recipe.batch_size, recipe.seed, e) for e in range(recipe.epochs)]
     ends = _ends([len(batches) for batches in plan], kind.task.evaluations_per_epoch)
     steps = [rows for batches in plan for rows in batches]
     updater = _updater(network, recipe, len(steps))
     progress, watch = TrainingState(), watchdog.current()
-    if state_file is not None and state_file.exists():
-        progress = _resume(state_file, updater)
+    if states is not None and states.newest is not None:
+        progress = _resume(states, updater)
     for step in range(progress.step, len(steps)):
         if _is_over(progress.epochs, recipe, kind):
             break
@@ -122,7 +121,7 @@ def train(
         _check_finite(loss, step)
         progress.losses.append(loss)
         progress.step = step + 1
-        stops = watch.step(step + 1) and state_file is not None and step + 1 < len(steps)
+        stops = watch.step(step + 1) and states is not None and step + 1 < len(steps)
         if on_step is not None:
             on_step(step + 1, len(steps), loss)
         if step + 1 in ends:
@@ -131,9 +130,9 @@ def train(
             if on_epoch is not None:
                 on_epoch(progress.epochs[-1])
         saves = stops or step + 1 in ends or (step + 1) % recipe.save_every == 0
-        if state_file is not None and saves:
+        if states is not None and saves:
             with watch.section("save"):
-                _save(state_file, updater, progress)
+                _save(states, updater, progress)
         if stops:
             raise Stopped(f"stopped on request after step {step + 1} of {len(steps)}")
     network.load_state_dict(progress.best_weights)
@@ -290,20 +289,24 @@ def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.Ada
 # ------------------------------------------------------------------------------------ resuming
 
 
-def _save(path: Path, updater: Updater, progress: TrainingState) -> None:
-    """Replace the state file, on rank 0."""
+def _save(states: States, updater: Updater, progress: TrainingState) -> None:
+    """Publish the state, on rank 0; UserError on every rank when it can't be written."""
+    error = None
     if dist.rank() == 0:
         saved = {
             "network": updater.network.state_dict(),
             "optimizer": updater.optimizer.state_dict(),
             "progress": vars(progress),
         }
-        state.save(path, saved)
-    dist.barrier()
+        try:
+            states.save(progress.step, saved)
+        except UserError as refusal:
+            error = str(refusal)
+    dist.agree(error)
 
 
-def _resume(path: Path, updater: Updater) -> TrainingState:
-    saved = state.load(path)
+def _resume(states: States, updater: Updater) -> TrainingState:
+    saved = states.load()
     updater.network.load_state_dict(saved["network"])
     updater.optimizer.load_state_dict(saved["optimizer"])
     return TrainingState(**saved["progress"])

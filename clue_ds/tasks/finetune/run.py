@@ -2,7 +2,7 @@
 
     run.json       what to do: task, recipe, hashes of model and data, versions
     epochs.jsonl   one line per epoch
-    state.pt       the state to resume from, while the run trains
+    state/         the states to resume from, while the run trains (state.py)
     tensorboard/   the loss of every step, and the figures of every epoch
     .lock          keeps other processes out, while this one works here
     result.json    scores, confusion matrix, versions; written last
@@ -21,6 +21,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from clue_ds import dist, files
+from clue_ds.checkpoint import room
 from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel
 from clue_ds.export.sources import opened
@@ -41,6 +43,7 @@ from clue_ds.tasks.finetune import directory, fit, request
 from clue_ds.tasks.finetune.directory import EPOCHS, RESULT, STATE
 from clue_ds.tasks.finetune.loop import Outcome, Recipe
 from clue_ds.tasks.finetune.progress import Progress
+from clue_ds.tasks.finetune.state import States
 from clue_ds.tasks.kinds import Example, Kind
 from clue_ds.tasks.task import Split, Task
 
@@ -99,12 +102,13 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
             spec.limit,
             spec.kernels,
         )
-        done = _prepare(spec, run_json, held)
+        done, states = _prepare(spec, run_json, source, held)
         if done is not None:
             return done
         began = time.perf_counter()
         data = {"train": train.sha256, "dev": dev.sha256}
-        outcome = _fit(spec, kind, recipe, source, kept, dev, data, train.names | dev.names, show)
+        names = train.names | dev.names
+        outcome = _fit(spec, kind, recipe, source, kept, dev, data, names, states, show)
         seconds = time.perf_counter() - began
         with watch.section("save"):
             result = _result(run_json, kind, kept, dev, outcome, seconds)
@@ -114,27 +118,34 @@ def run(spec: RunSpec, show: bool = True) -> dict[str, Any]:
     return result
 
 
+def state_bytes(source: OpenedModel) -> int:
+    """About the size of a state: fp32 weights, two moments and the best epoch's weights."""
+    return 16 * sum(tensor.numel() for tensor in source.state_dict.values())
+
+
 def _prepare(
-    spec: RunSpec, run_json: dict[str, Any], held: contextlib.ExitStack
-) -> dict[str, Any] | None:
-    """The result if the run is finished. `held` keeps the directory's lock.
+    spec: RunSpec, run_json: dict[str, Any], source: OpenedModel, held: contextlib.ExitStack
+) -> tuple[dict[str, Any] | None, States]:
+    """(the result if the run is finished, its states). `held` keeps the directory's lock.
 
     Rank 0 prepares the directory and decides for all ranks.
     """
-    message, done = None, None
+    message, done, states = None, None, States(spec.directory / STATE)
     if dist.rank() == 0:
         try:
             held.enter_context(directory.locked(spec.directory))
             with outputs.explained(spec.directory, "give another --output"):
-                notes, done = directory.prepare(spec.directory, run_json, spec.force)
+                notes, done, states = directory.prepare(spec.directory, run_json, spec.force)
+            if done is None:
+                notes += room.prepare_folder(states.folder, state_bytes(source))
             for note in notes:
                 print(f"clue-ds finetune: {note}", file=sys.stderr, flush=True)
         except UserError as error:
             message = str(error)
-    message, done = dist.broadcast((message, done))
+    message, done, states = dist.broadcast((message, done, states))
     if message is not None:
         raise UserError(message)
-    return done
+    return done, states
 
 
 def _print_notes(task: Task, *read: Examples) -> None:
@@ -170,6 +181,7 @@ def _fit(
     dev: Examples,
     data: dict[str, str],
     names: dict[str, str],
+    states: States,
     show: bool,
 ) -> Outcome:
     place, task = spec.directory, kind.task
@@ -207,7 +219,7 @@ def _fit(
             force=True,
             names=names,
             data=data,
-            state_file=place / STATE,
+            states=states,
             on_step=on_step,
             on_epoch=on_epoch,
         )
@@ -252,4 +264,4 @@ def _finish(place: Path, result: dict[str, Any]) -> None:
             plots.confusion(result, place / "confusion.png")
     with outputs.explained(place):
         files.write_json(place / RESULT, result)
-        (place / STATE).unlink(missing_ok=True)
+        shutil.rmtree(place / STATE)

@@ -1,86 +1,98 @@
-"""state.pt: what an interrupted fine-tuning run resumes from, with a checksum at its end.
+"""The states that an interrupted fine-tuning run resumes from, published as checkpoints are.
 
-    the file of torch.save | MARK | SHA-256 of all before MARK, 32 bytes
+    state/
+      step-00000500/     manifest.json, and state.pt: torch.save of weights, moments and progress
+      step-00000640/
+      latest             name of the newest one, for people and tools; not used here
 
-Guarantees: the file is the old one or the new one after a kill, and on disk when `save` returns; a
-file that is truncated, damaged or without a checksum (as earlier versions wrote it) is never
-resumed from; only tensors and plain values are unpickled. torch.load ignores the bytes at the end,
-so the file opens in torch as before.
+Guarantees: those of checkpoint/manifest.py, because its functions publish, verify and choose these
+directories, and checkpoint/room.py makes room for them. A damaged state is skipped, with the
+reason, and the run resumes from the one before, which is deleted only when the next save begins;
+so two states are on the disk at most, one of which may be incomplete. A state that others could
+have changed is refused. Nothing but tensors and plain values is unpickled.
+
+Rejected: one file with a checksum at its end, which earlier versions wrote. It was a second
+protocol, and a damaged one cost the whole run.
 """
 
 from __future__ import annotations
 
-import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from torch import Tensor
 
-from clue_ds import files
+from clue_ds.checkpoint import manifest as manifests
+from clue_ds.checkpoint import pickles, retention, room
+from clue_ds.checkpoint.manifest import Entries
 from clue_ds.errors import UserError
-from clue_ds.tasks import outputs
+from clue_ds.job import preflight
 
-MARK = b"clue_ds sha256: "
+FORMAT = 1
+FILE = "state.pt"
+# The names of tensors, the losses and the answers on dev, beside the tensors themselves.
+OTHER_BYTES = 1 << 20
+
+_ADAPTER = TypeAdapter(Entries)
 
 
-class _Hashing:
-    """A file for torch.save that hashes what is written and keeps the first error."""
+@dataclass(frozen=True)
+class States:
+    """Where a run saves its states, and the directory of the one that it resumes from."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
+    folder: Path
+    newest: Path | None = None
 
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Publish the state after `step` steps; UserError when it can't be written."""
+        num_bytes = OTHER_BYTES + sum(t.numel() * t.element_size() for t in _tensors(content))
+        final = self.folder / manifests.name(step)
+        staging = final.with_name(final.name + ".tmp")
+        entries = Entries(format=FORMAT, step=step, versions=preflight.versions(), files={})
+        for problem in retention.look_after(self.folder, retention.Rule(newest=1)):
+            print(f"warning: {problem}", flush=True)
         try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
+            room.prepare(staging, num_bytes)
+            with room.clear_write_errors(staging, num_bytes):
+                torch.save(content, staging / FILE)
+                manifests.publish(staging, final, entries)
+        except UserError:
+            shutil.rmtree(staging, ignore_errors=True)
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
+    def load(self) -> dict[str, Any]:
+        """The content of the state that the run resumes from, which `choose` has verified."""
+        assert self.newest is not None
+        return pickles.load_plain(self.newest / FILE)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the state file; UserError when the disk is full."""
-    with outputs.explained(path, "give another --output"), files.writing(path) as file:
-        hashing = _Hashing(file)
-        try:
-            torch.save(state, cast(IO[bytes], hashing))
-        except RuntimeError:  # torch's own report of an error that `write` raised
-            if hashing.error is None:
-                raise
-            raise hashing.error from None
-        file.write(MARK + hashing.digest.digest())
+def choose(folder: Path) -> tuple[States, list[str]]:
+    """(the newest intact state, if there is one; why each newer one was skipped).
+
+    Damaged ones are renamed to step-N.damaged. UserError when others could have changed one.
+    """
+    found, skipped = manifests.first_intact(folder, verify)
+    for directory in skipped:
+        retention.set_aside(directory)
+    reasons = [f"{directory}: {reason}" for directory, reason in skipped.items()]
+    return States(folder, None if found is None else found[0]), reasons
 
 
-def damage(path: Path) -> str | None:
-    """Why a state file can't be resumed from; None when every byte is as it was saved."""
-    digest = hashlib.sha256()
-    end = len(MARK) + digest.digest_size
-    left = path.stat().st_size - end
-    if left <= 0:
-        return f"it is truncated to {path.stat().st_size:,} bytes"
-    with path.open("rb") as file:
-        while left:
-            block = file.read(min(left, 1 << 20))
-            if not block:
-                return "it is shorter than a moment ago"
-            digest.update(block)
-            left -= len(block)
-        found = file.read()
-    if not found.startswith(MARK):
-        return "it has no checksum: it is truncated, damaged, or from an earlier version"
-    if found != MARK + digest.digest():
-        return "it has other bytes than when it was saved (SHA-256 differs)"
-    return None
+def verify(directory: Path) -> Entries:
+    """The manifest of a state in which every byte is as it was saved; Damaged with the reason."""
+    return manifests.verify_files(
+        directory, lambda place: manifests.read_entries(place, _ADAPTER, FORMAT)
+    )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote; UserError when the file is damaged."""
-    reason = damage(path)
-    if reason is not None:
-        raise UserError(f"can't resume from {path}: {reason}; remove it to start the run again")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)

@@ -1,7 +1,7 @@
 """Fine-tuning on several ranks with the engine of pretraining, without ZeRO's sharding.
 
 The models that are fine-tuned fit on each rank as a whole. Stage 0 uses torch's own optimizer, so
-the state file is the same as that of a single process.
+a saved state is the same as that of a single process.
 """
 
 from __future__ import annotations
