@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S
 from test_watchdog import two_ranks
 from zygote import Zygote
 
-from clue_ds.tasks.finetune import fit
+from clue_ds.tasks.finetune import command, fit
 from clue_ds.tasks.finetune.loop import Recipe
 from clue_ds.tasks.finetune.run import RESULT
 
@@ -82,6 +83,33 @@ def test_prediction(zygote: Zygote, model: Path, tmp_path: Path) -> None:
     )
     assert status == 72, said
     assert f"clue-ds predict: error: rank 1 on {socket.gethostname()} is stopped" in said
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_finetuning_without_a_launcher_saves_and_stops_on_a_signal(
+    model: Path, data: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process, or the owner of a pool; it used to die of TERM with what it had saved before."""
+    places = [tmp_path / "tone" / f"seed={seed}" for seed in range(42, 42 + workers)]
+
+    def ask() -> None:
+        while not all(map(saved_steps, places)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = list(map(signal.getsignal, numbers))
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(SystemExit) as end:
+        names = ((str(data / "tone.yaml"),), str(model), str(data), tmp_path)
+        command.finetune(*names, epochs=300, seeds=workers, workers=workers)
+    assert end.value.code == 75
+    assert list(map(signal.getsignal, numbers)) == before
+    said = capsys.readouterr().out
+    for place in places:
+        step = saved_steps(place)[0]
+        assert f"{place}: stopped on request after step {step} of 3900; the same command" in said
+        assert not (place / RESULT).exists()
 
 
 def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(

@@ -78,7 +78,8 @@ def discard_output() -> None:
 
 def say_that_it_stops(command: str, number: int) -> None:
     """Tell the user what the first INT or TERM does."""
-    with contextlib.suppress(OSError, ValueError):
+    # RuntimeError: a handler that interrupted the main thread while that wrote to the same stream.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         print(
             f"{command}: {signal.Signals(number).name} received: the run saves after this step and "
             "stops; a second signal ends it at once, without saving",

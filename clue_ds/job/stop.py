@@ -24,6 +24,8 @@ SECONDS_BETWEEN_CHECKS = 1.0
 # A launcher passes on the Ctrl-C that the terminal has sent to the ranks too, as INT or as TERM.
 # Signals within this time of the first are the same request.
 SECONDS_OF_ONE_REQUEST = 3.0
+# `timeout` sends its signal to the process and then to the whole group.
+SECONDS_OF_ONE_SENDER = 0.3
 MAX_STEPS_BETWEEN_CHECKS = 1_000
 RESTARTS_FILE = "restarts.json"
 
@@ -59,7 +61,7 @@ class StopRequest:
     def ask_by_signal(self) -> bool:
         """Record INT or TERM; False for a second signal, which means: end now, without saving."""
         now = time.monotonic()
-        grace = SECONDS_OF_ONE_REQUEST if dist.is_launched() else 0.0
+        grace = SECONDS_OF_ONE_REQUEST if dist.is_launched() else SECONDS_OF_ONE_SENDER
         if self._first_signal is not None and now - self._first_signal > grace:
             return False
         if self._first_signal is None:

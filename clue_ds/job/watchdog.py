@@ -42,7 +42,7 @@ from typing import Any
 
 from clue_ds import dist
 from clue_ds.errors import UserError, first_line
-from clue_ds.job import diagnosis, procfs, rendezvous, run_lock, signals
+from clue_ds.job import alone, diagnosis, procfs, rendezvous, run_lock, signals
 from clue_ds.job.diagnosis import Diagnosis
 from clue_ds.job.heartbeat import Activity
 from clue_ds.job.signals import SignalPipe
@@ -378,7 +378,7 @@ def start(
 
 def current() -> Activity:
     """This process' watchdog, or where none was started an object with the same methods."""
-    return Activity(DEFAULT_HEALTH) if _watchdog is None else _watchdog
+    return _watchdog or alone.current() or Activity(DEFAULT_HEALTH)
 
 
 @contextlib.contextmanager

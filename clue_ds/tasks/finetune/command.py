@@ -26,6 +26,7 @@ from clue_ds import dist
 from clue_ds.data.build.workers import spawned
 from clue_ds.errors import UserError, run_module
 from clue_ds.job import watchdog
+from clue_ds.job.alone import Alone
 from clue_ds.presets import Kernels
 from clue_ds.settings import arguments
 from clue_ds.settings.arguments import PathOrName
@@ -206,24 +207,29 @@ def _run_all(specs: list[RunSpec], workers: int, kernels: Kernels, health: Healt
             "--workers is for a command without clue-ds launch: launched ranks train one run "
             "together; drop --workers"
         )
-    _start_watching(health)
-    checks.check(specs, workers)
-    if workers <= 1 or len(specs) <= 1:
-        return _one_by_one(specs)
-    return _in_a_pool(specs, workers, kernels, health)
+    # Without a lock, because the handler of a signal writes it.
+    told = multiprocessing.get_context("spawn").Value("b", 0, lock=False)
+    with _watching(health, told):
+        checks.check(specs, workers)
+        if workers <= 1 or len(specs) <= 1:
+            return _one_by_one(specs)
+        return _in_a_pool(specs, workers, kernels, health, told)
 
 
-def _start_watching(health: HealthSection) -> None:
-    """Start the watchdog and meet the other ranks.
+def _watching(health: HealthSection, told: Any) -> contextlib.AbstractContextManager[Any]:
+    """Start the watchdog and meet the other ranks; in the block the job may be asked to stop.
 
-    A single process under `clue-ds launch` starts the watchdog too, for requests to stop.
+    A single process under `clue-ds launch` starts the watchdog too, because the launcher passes
+    requests to stop on to it. `told`: see Alone.
     """
-    if dist.world_size() > 1 or dist.job_dir() is not None:
-        watchdog.start(health, "clue-ds finetune")
+    if dist.world_size() == 1 and dist.job_dir() is None:
+        return Alone(health, "clue-ds finetune", told)
+    watchdog.start(health, "clue-ds finetune")
     if dist.world_size() > 1:
         from clue_ds.pretrain import engine
 
         engine.start()
+    return contextlib.nullcontext()
 
 
 def _one_by_one(specs: list[RunSpec]) -> bool:
@@ -239,7 +245,9 @@ def _one_by_one(specs: list[RunSpec]) -> bool:
     return False
 
 
-def _in_a_pool(specs: list[RunSpec], workers: int, kernels: Kernels, health: HealthSection) -> bool:
+def _in_a_pool(
+    specs: list[RunSpec], workers: int, kernels: Kernels, health: HealthSection, told: Any
+) -> bool:
     """Each process of the pool learns by itself that the job is asked to stop."""
     from clue_ds.tasks.finetune import run
     from clue_ds.tasks.finetune.loop import Stopped
@@ -248,7 +256,7 @@ def _in_a_pool(specs: list[RunSpec], workers: int, kernels: Kernels, health: Hea
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
     stopped = False
-    with spawned(workers, _start_worker, num_started, threads, kernels, health) as pool:
+    with spawned(workers, _start_worker, num_started, threads, kernels, health, told) as pool:
         jobs = {pool.submit(run.run, spec, False): spec for spec in specs}
         for job in concurrent.futures.as_completed(jobs):
             if job.cancelled():
@@ -263,7 +271,9 @@ def _in_a_pool(specs: list[RunSpec], workers: int, kernels: Kernels, health: Hea
     return stopped
 
 
-def _start_worker(num_started: Any, threads: int, kernels: Kernels, health: HealthSection) -> None:
+def _start_worker(
+    num_started: Any, threads: int, kernels: Kernels, health: HealthSection, told: Any
+) -> None:
     import torch
 
     from clue_ds.model import ops
@@ -273,7 +283,7 @@ def _start_worker(num_started: Any, threads: int, kernels: Kernels, health: Heal
     ops.choose_kernels(kernels)
     # Each process is a job of one rank and must not use the parent's rendezvous port.
     os.environ.pop("MASTER_PORT", None)
-    _start_watching(health)
+    _watching(health, told).__enter__()  # until the process ends
 
 
 def take_device(num_started: Any) -> None:
