@@ -62,6 +62,14 @@ def _section(markdown: str, title: str) -> str:
     return match[1]
 
 
+def test_promises_name_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    for file, name in re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?`", text):
+        path = ROOT / (file if file.startswith("tests/") else f"tests/{file}")
+        assert path.is_file(), file
+        assert not name or f"\ndef {name}(" in path.read_text("utf-8"), f"{file} has no {name}"
+
+
 def test_config_page_is_what_the_config_says() -> None:
     printed = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "render_config.py")],

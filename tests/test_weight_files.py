@@ -415,6 +415,22 @@ def test_zip_bomb_is_refused_before_it_is_unpacked(directory: Path, tmp_path: Pa
             pass
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("MOST_BYTES", r"would unpack to .*nothing was unpacked"),
+        ("MOST_MEMBERS", "files, and a model has at most 2"),
+    ],
+)
+def test_zips_that_are_too_large_are_refused(
+    limit: str, message: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archives.pack(directory, tmp_path / "model.zip")
+    monkeypatch.setattr(archives, limit, 2)
+    with pytest.raises(UserError, match=message), sources.opened(tmp_path / "model.zip"):
+        pass
+
+
 def test_card_ignores_a_manifest_of_others(directory: Path, tmp_path: Path) -> None:
     for content in ('{"config": 3}', "[]", '{"config": {"train": {}, "data": {"corpus": "/"}}}'):
         (directory / "manifest.json").write_text(content)
