@@ -23,7 +23,7 @@ from clue_ds.benchmarks.sides import LOSS_TOLERANCE, Batch, Setting, Side, make_
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.flat import ON_HOST, FlatStream, split
 from clue_ds.data.sampling import RowKind
-from clue_ds.model.masks import without_full_lengths
+from clue_ds.model.encoder import without_full_lengths
 
 WARMUP_STEPS = 2
 

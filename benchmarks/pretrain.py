@@ -45,7 +45,7 @@ from clue_ds.benchmarks.sides import (
 from clue_ds.data import Corpus
 from clue_ds.metrics import flops_per_token, peak_flops
 from clue_ds.model import BertForPreTraining
-from clue_ds.model.masks import without_full_lengths
+from clue_ds.model.encoder import without_full_lengths
 
 WARMUP_STEPS = 3
 CPU_MICRO_BATCH_SIZE = 32

@@ -18,7 +18,7 @@ from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.bert import pad_vocab
-from clue_ds.model.masks import key_mask, without_full_lengths
+from clue_ds.model.encoder import key_mask, without_full_lengths
 from clue_ds.model.weights import trim_vocab
 from clue_ds.presets import ModelConfig
 

@@ -42,7 +42,7 @@ from clue_ds.data import flat
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
 from clue_ds.model.cuda_graph import LAST_STAGE, GraphedForward
-from clue_ds.model.masks import without_full_lengths
+from clue_ds.model.encoder import without_full_lengths
 from clue_ds.pretrain import ds_json, muon, optim
 from clue_ds.pretrain.update import DeviceUpdate, Skip, without_update
 

@@ -83,7 +83,7 @@ class Trial:
 
     def run(self, size: int) -> Tensor:
         """The loss of the first `size` rows; leaves gradients in the network."""
-        from clue_ds.model.masks import without_full_lengths
+        from clue_ds.model.encoder import without_full_lengths
 
         rows = {name: tensor[:size] for name, tensor in self._batch.items()}
         moved = {n: t.to(self._device) for n, t in without_full_lengths(rows).items()}
