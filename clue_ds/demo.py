@@ -169,7 +169,7 @@ def num_ranks() -> int:
     """One rank per GPU, at most MAX_RANKS; MAX_RANKS without a GPU."""
     import torch
 
-    return min(torch.cuda.device_count(), MAX_RANKS) or MAX_RANKS
+    return min(torch.accelerator.device_count(), MAX_RANKS) or MAX_RANKS
 
 
 class _Steps:

@@ -1,4 +1,5 @@
-"""The rank of this process, from the environment that launchers set, and small collectives.
+"""The rank of this process, from the environment that launchers set, its device, and small
+collectives.
 
 Guarantees: importing this module starts nothing; every function also works in a single process that
 no launcher started. An error that occurs on all ranks is printed once.
@@ -13,9 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clue_ds.errors import UserError
 from clue_ds.launcher.contract import (
@@ -26,6 +27,9 @@ from clue_ds.launcher.contract import (
     STOPPED,
 )
 from clue_ds.settings import variables
+
+if TYPE_CHECKING:  # which takes a second to import
+    import torch
 
 # deepspeed and torchrun; OpenMPI; MPICH and Intel MPI.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -62,6 +66,37 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process' number among the ranks of its machine, from 0."""
     return _from_environment(LOCAL_RANK_VARIABLES, SLURM_VARIABLES[2], 0)
+
+
+def device() -> torch.device:
+    """torch's accelerator (CUDA and ROCm, XPU, NPU and others), or the CPU where there is none.
+
+    It has no number, so it is the one that this process has chosen. DeepSpeed's own variable
+    DS_ACCELERATOR=cpu chooses the CPU. What an accelerator has of its own is in
+    `torch.get_device_module(device)`, which is `torch.cuda` for CUDA.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    return found
+
+
+def device_name(of: torch.device) -> str:
+    """What its maker calls an accelerator (`NVIDIA H200`), or cpu."""
+    import torch
+
+    return "cpu" if of.type == "cpu" else torch.get_device_module(of).get_device_name(of)
+
+
+def fork_random_state(of: torch.device) -> AbstractContextManager[None]:
+    """What is drawn in the block, on the host and on a device, changes nothing after it."""
+    import torch
+
+    if of.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([of], device_type=of.type)
 
 
 def is_launched() -> bool:
@@ -102,9 +137,8 @@ def all_reduce(values: list[float]) -> list[float]:
         return values
     import torch.distributed
 
-    on_cuda = torch.distributed.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    on_host = torch.distributed.get_backend() == "gloo"
+    tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device())
     torch.distributed.all_reduce(tensor)
     return tensor.tolist()
 

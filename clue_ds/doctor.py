@@ -68,9 +68,11 @@ def _versions() -> Check:
 def _devices() -> Check:
     import torch
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-        return Check("ok", f"{len(names)} GPUs: {', '.join(dict.fromkeys(names))}")
+    kind, number = dist.device().type, torch.accelerator.device_count()
+    if kind != "cpu":
+        names = [dist.device_name(torch.device(kind, n)) for n in range(number)]
+        noun = "GPUs" if kind == "cuda" else f"{kind} devices"
+        return Check("ok", f"{number} {noun}: {', '.join(dict.fromkeys(names))}")
     if any(Path("/dev").glob("nvidia[0-9]*")):
         fix = (
             f"this torch needs CUDA {torch.version.cuda}; install one for your driver (nvidia-smi)"
@@ -85,10 +87,10 @@ def _shared_memory() -> Check:
 
     free = shutil.disk_usage(preflight.SHM).free if preflight.SHM.is_dir() else 0
     text = f"/dev/shm has {free >> 20} MiB free"
-    needed = preflight.SHM_BYTES_PER_RANK * max(1, torch.cuda.device_count())
+    needed = preflight.SHM_BYTES_PER_RANK * max(1, torch.accelerator.device_count())
     if free >= needed:
         return Check("ok", text)
-    level = "bad" if torch.cuda.device_count() > 1 else "note"
+    level = "bad" if torch.accelerator.device_count() > 1 else "note"
     return Check(level, text, "NCCL needs more: start the container with --shm-size=1g")
 
 
@@ -130,15 +132,12 @@ def _kernels(config: RunConfig | None) -> list[Check]:
 
     At the sizes and in the precision of the run; without one, at those that are the defaults.
     """
-    import torch
-
     from clue_ds.pretrain.auto import kernels
 
     config = auto.on_this_machine(config or RunConfig.model_validate(NO_RUN))
     model = config.model.resolve(presets.get(config.model.preset).vocab_size)
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = kernels.describe(config, model, device)
+        found = kernels.describe(config, model, dist.device())
     except UserError as error:
         return [Check("bad", str(error))]
     if found is None:

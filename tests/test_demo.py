@@ -35,7 +35,7 @@ def test_news_is_plain_text_again(tmp_path: Path) -> None:
 def test_its_batch_can_be_shared_by_its_ranks(
     num_gpus: int, num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: num_gpus)
     assert demo.num_ranks() == num_ranks
     path = tmp_path / "run.yaml"
     settings = {"steps": 100, "warmup_steps": 10, "seed": 1}

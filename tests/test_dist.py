@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from clue_ds import dist
 from clue_ds.errors import UserError
+from clue_ds.pretrain.auto.precision import precision_on
 
 LAUNCHERS = {
     "none": ({}, (0, 1, 0)),
@@ -92,3 +94,25 @@ def test_a_rank_that_stopped_on_request_waits_for_nobody(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit), dist.report_errors_once():
         dist.report_end(stopped=True)
     assert not waited
+
+
+def test_the_device_is_torchs_accelerator_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: which calls of torch are made (tests/gpu uses a real GPU)."""
+    assert dist.device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    xpu = torch.device("xpu")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: xpu)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: f"the {device}")
+    assert dist.device() == xpu and dist.device_name(dist.device()) == "the xpu"
+    for supported, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda answer=supported: answer)
+        assert precision_on(xpu)[0] == precision
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert dist.device().type == "cpu" and dist.device_name(dist.device()) == "cpu"
+
+
+def test_a_block_that_draws_leaves_the_generator_as_it_was() -> None:
+    before = torch.get_rng_state()
+    with dist.fork_random_state(torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -190,9 +190,9 @@ def test_grid_continues_shares_and_keeps_the_best(model: Path, data: Path, tmp_p
 
 def test_the_processes_of_a_pool_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
     num_started = multiprocessing.get_context("spawn").Value("i", 0)
     for _ in range(3):
         command.take_device(num_started)

@@ -155,6 +155,8 @@ ONLY_IN = {
     "triton": {"clue_ds.kernels", "clue_ds.benchmarks.fake_gpu"},
     "tensorflow": set(),
 }
+# Only these call torch.cuda; all others ask torch.accelerator, or the module of the accelerator.
+CUDA_ONLY = {"clue_ds.kernels", "clue_ds.benchmarks", "clue_ds.model.cuda_graph"}
 MAX_FILES = 14
 STANDARD_LIBRARY_ONLY = {"clue_ds.launcher"}
 TORCH_AND_TRITON_ONLY = {"clue_ds.kernels"}
@@ -218,6 +220,16 @@ def test_module_imports_only_what_the_law_allows(name: str) -> None:
             assert top in sys.stdlib_module_names, f"{name} must start without {top}"
         if room in TORCH_AND_TRITON_ONLY and top != "clue_ds":
             assert top in {"torch", "triton", *sys.stdlib_module_names}, f"{name} imports {top}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not _inside(name, CUDA_ONLY)])
+def test_only_kernels_and_cuda_graphs_ask_for_cuda(name: str) -> None:
+    found = [
+        node.lineno
+        for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
+    ]
+    assert not found, f"{name} uses torch.cuda in the lines {found}; see clue_ds.dist.device"
 
 
 def test_launcher_does_not_even_import_the_leaves() -> None:

@@ -62,7 +62,7 @@ def test_batches_for_a_gpu_are_pinned_by_a_thread_that_uses_that_gpu(
         asked.append((threading.current_thread().name, "pinned"))
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
 
-    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", set_device)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     gpu = torch.device("cuda", 1)
     with Loader(stream, device=gpu) as loader:

@@ -16,8 +16,8 @@ import torch
 
 
 def import_deepspeed() -> Any:
-    """The deepspeed package, set to print only errors and to use the CPU if there is no GPU."""
-    if not torch.cuda.is_available():
+    """The deepspeed package: it prints errors only, and uses the CPU without an accelerator."""
+    if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch 2.13 warns at every call about the names of collectives that DeepSpeed uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

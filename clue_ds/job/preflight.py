@@ -49,11 +49,10 @@ def report(
     import torch
 
     values = "" if config is None else json.dumps(config.model_dump(), sort_keys=True)
-    cuda = device.type == "cuda"
     return {
         "host": socket.gethostname(),
         "rank": dist.rank(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device": dist.device_name(device),
         "same": {
             "python": platform.python_version(),
             **versions(),

@@ -40,7 +40,7 @@ class SlowRanks:
 
     def __init__(self, hosts: list[str], device: torch.device, waits_in_forward: bool) -> None:
         """`hosts`: of all ranks, in order; `waits_in_forward`: whether ranks do (ZeRO stage 3)."""
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._waits_in_forward = waits_in_forward
         self._hosts = hosts
         self._slowest: tuple[int, float] | None = None
@@ -48,11 +48,11 @@ class SlowRanks:
         self._slow_before: set[int] = set()
         self._num_rounds = 0
         self._on_host = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[torch.Event, torch.Event]] = []
         self._start_round()
 
     def _start_round(self) -> None:
-        self._steps: list[tuple[float, list[tuple[torch.cuda.Event, torch.cuda.Event]]]] = []
+        self._steps: list[tuple[float, list[tuple[torch.Event, torch.Event]]]] = []
         self._began = time.perf_counter()
 
     @contextlib.contextmanager
@@ -67,8 +67,9 @@ class SlowRanks:
         """The block is a forward pass."""
         if self._waits_in_forward:
             yield
-        elif self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        elif self._device.type != "cpu":
+            module = torch.get_device_module(self._device)
+            begin, end = (module.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
             end.record()

@@ -72,20 +72,16 @@ def flops_per_token(config: ModelConfig, s_eff: float, mask_prob: float) -> floa
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a GPU whose name is in PEAK_FLOPS; None for other devices and CPUs."""
-    if device.type != "cuda":
-        return None
-    import torch
-
-    name = torch.cuda.get_device_name(device)
+    name = dist.device_name(device)
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
+    """Peak memory of this rank: of its accelerator, or of the process on a CPU."""
+    if device.type != "cpu":
         import torch
 
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.accelerator.max_memory_allocated(device) / 2**30
     # ru_maxrss is in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

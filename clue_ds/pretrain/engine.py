@@ -63,7 +63,7 @@ def start() -> torch.device:
     c10d.default_pg_nccl_timeout = PROCESS_GROUP_TIMEOUT
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            torch.distributed.get_default_backend_for_device(device),
             store=torch.distributed.PrefixStore(f"{meeting.prefix}/group", meeting.store),
             rank=dist.rank(),
             world_size=dist.world_size(),
@@ -86,13 +86,14 @@ def _leave() -> None:
 
 
 def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    device = dist.device()
+    if device.type == "cpu":
+        return device
     # With Slurm's --gpus-per-task every rank sees a single device, with number 0.
-    number = dist.local_rank() % torch.cuda.device_count()
+    number = dist.local_rank() % torch.accelerator.device_count()
     os.environ["LOCAL_RANK"] = str(number)
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    torch.accelerator.set_device_index(number)
+    return torch.device(device.type, number)
 
 
 class LossScaleExhausted(UserError):
@@ -206,7 +207,9 @@ class Engine:
         return [{k: v[i] for k, v in chunks.items()} for i in range(number)]
 
     def _device_random_state(self) -> Tensor | None:
-        return torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        if self.device.type == "cpu":
+            return None
+        return torch.get_device_module(self.device).get_rng_state()
 
     @property
     def uses_graphs(self) -> bool:
@@ -223,7 +226,7 @@ class Engine:
         on_host, on_device = state
         torch.set_rng_state(on_host)
         if on_device is not None:
-            torch.cuda.set_rng_state(on_device)
+            torch.get_device_module(self.device).set_rng_state(on_device)
 
     def forward(self, **inputs: Tensor) -> Any:
         """The model's output on one micro-batch."""

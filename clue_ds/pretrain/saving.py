@@ -366,8 +366,9 @@ def _random_file(rank: int) -> str:
 def _random_state() -> dict[str, Tensor]:
     """State of the random generators that dropout uses on this rank."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    device = dist.device()
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -387,6 +388,7 @@ def load(engine: Engine, choice: Choice) -> list[str]:
     else:
         states = pickles.load_tensors(choice.directory / _random_file(dist.rank()))
         torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
+        device = dist.device()
+        if device.type != "cpu" and device.type in states:
+            torch.get_device_module(device).set_rng_state(states[device.type])
     return resume.regrouped(saved, engine.stage, engine.offload, num_bytes)

@@ -61,7 +61,7 @@ class Loader(Iterator[Batch]):
         self.next_step = start_step
         self._stream = stream
         self._rank, self._world_size, self._skips = rank, world_size, tuple(skips)
-        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._gpu = device if device is not None and device.type != "cpu" else None
         self._read_ahead = ReadAhead(stream, rank, world_size) if stream.uses_lanes else None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(NUM_PREFETCHED)
         self._stop = threading.Event()
@@ -99,7 +99,7 @@ class Loader(Iterator[Batch]):
                 import torch
 
                 # A new thread's device is GPU 0, and pinning memory there would take some of it.
-                torch.cuda.set_device(self._gpu)
+                torch.accelerator.set_device_index(self._gpu)
             while not self._stop.is_set():
                 number = batch_number(step, self._skips)
                 if self._read_ahead is not None:

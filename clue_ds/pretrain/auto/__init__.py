@@ -30,10 +30,7 @@ def on_this_machine(config: RunConfig) -> RunConfig:
 
     On a GPU nothing is tried yet: the size of micro-batches is that of a CPU.
     """
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = precision.with_precision(config, precision.precision_on(device)[0])
+    config = precision.with_precision(config, precision.precision_on(dist.device())[0])
     return micro_batch.without_trial(config, dist.world_size())
 
 

@@ -96,18 +96,18 @@ class Trial:
         """Bytes that `size` rows take besides weights and gradients; infinite if too many."""
         import torch
 
-        cuda = torch.cuda
+        module = torch.get_device_module(self._device)
         self._network.zero_grad(set_to_none=True)
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats(self._device)
-        before = cuda.memory_allocated(self._device)
+        module.empty_cache()
+        module.reset_peak_memory_stats(self._device)
+        before = module.memory_allocated(self._device)
         try:
             self.run(size)
-            cuda.synchronize(self._device)
+            module.synchronize(self._device)
         except torch.OutOfMemoryError:
             return float("inf")
         # Reserved, not allocated: what is lost between blocks is lost in training, too.
-        used = cuda.max_memory_reserved(self._device) - before
+        used = module.max_memory_reserved(self._device) - before
         gradients = sum(p.grad.nbytes for p in self._network.parameters() if p.grad is not None)
         return float(used - gradients)
 
@@ -162,7 +162,7 @@ def choose(
     config = identity.config
     if not _is_auto(config):
         return config, []
-    trials = _Trials(identity, device) if device.type == "cuda" else None
+    trials = _Trials(identity, device) if device.type != "cpu" else None
     sizes, notes = [], []
     for number, stream in enumerate(streams):
         own = config.in_phase(number)
@@ -229,8 +229,8 @@ class _Trials:
         import torch
 
         self._identity, self._device = identity, device
-        torch.cuda.empty_cache()
-        self.free, _ = torch.cuda.mem_get_info(device)
+        torch.accelerator.empty_cache()
+        self.free, _ = torch.get_device_module(device).mem_get_info(device)
 
     def largest(
         self, own: RunConfig, share: int, stream: SampleStream, kept: int | None
@@ -241,15 +241,14 @@ class _Trials:
         from clue_ds.data import SampleStream
 
         room = self.free * (1 - MARGIN) - state_bytes(own, self._identity.model)
-        devices = [self._device]
-        with torch.random.fork_rng(devices):
+        with dist.fork_random_state(self._device):
             # Padded rows, which take no less memory than the same rows without their padding.
             batch = SampleStream.batch(stream, 0, dist.rank(), dist.world_size())
             trial = Trial(network_of(self._identity, stream, self._device), batch, self._device)
             fit = largest_that_fits(share, trial.peak, room, kept)
         del trial
         gc.collect()
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
         return fit
 
 

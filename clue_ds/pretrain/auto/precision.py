@@ -25,12 +25,14 @@ def precision_on(device: torch.device, cpuinfo: Path | None = None) -> tuple[str
     """The precision that `auto` means on this device, and why."""
     import torch
 
-    if device.type != "cuda":
+    if device.type == "cpu":
         if preflight.has_bf16_units(cpuinfo):
             return "bf16", "this processor has instructions for bf16"
         return "fp32", "this processor has no instructions for bf16 (avx512_bf16, amx_bf16)"
-    name = torch.cuda.get_device_name(device)
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    name = dist.device_name(device)
+    # A CUDA device that has no units for bf16 emulates it; the others have units or nothing.
+    options = {"including_emulation": False} if device.type == "cuda" else {}
+    if torch.get_device_module(device).is_bf16_supported(**options):
         return "bf16", f"the {name} computes in it"
     return "fp32", f"the {name} has no bf16; fp16 is faster there, and may skip updates"
 

@@ -113,7 +113,7 @@ class Skip:
             return
         self._host = torch.empty((), pin_memory=True)
         self._host.copy_(flag, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.get_device_module(flag.device).Event()
         self._event.record()
 
     def read(self) -> bool:

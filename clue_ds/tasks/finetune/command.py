@@ -293,8 +293,8 @@ def take_device(num_started: Any) -> None:
     with num_started.get_lock():
         number = num_started.value
         num_started.value += 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(number % torch.accelerator.device_count())
 
 
 def _print_stopped(spec: RunSpec, reason: Stopped) -> None:

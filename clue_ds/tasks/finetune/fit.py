@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from clue_ds import dist
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
@@ -123,7 +121,7 @@ def fit_source(
         fresh = [n for n in missing if n not in head]
         if fresh and dist.rank() == 0:
             print(f"{name} has no {', '.join(fresh)}, which start from random weights", flush=True)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(dist.device())
     max_length = min(recipe.max_length, config.max_position_embeddings)
     encoded, held_out = (
         encodings.encode(kind, tokenizer, examples, max_length, where=where)

@@ -260,7 +260,7 @@ def _step(
 @contextlib.contextmanager
 def _dropout(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Seed dropout for this step and rank; restore the global generator afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with dist.fork_random_state(device):
         torch.manual_seed(dropout_seed(seed, step))
         yield
 

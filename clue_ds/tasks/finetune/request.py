@@ -91,7 +91,7 @@ def run_json(
     kernels: str,
 ) -> dict[str, Any]:
     """The content of run.json. `model`: the path or name that the user gave."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = dist.device().type
     uses_triton = kernels == "triton" or (kernels == "auto" and device == "cuda")
     return {
         "task": task.name,

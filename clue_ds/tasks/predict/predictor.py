@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clue_ds import dist
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.export import OpenedModel, huggingface, opened
@@ -79,7 +80,7 @@ class Predictor:
     ) -> None:
         self.directory = Path(directory)
         self.batch_size = batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = dist.device()
         with opened(directory) as source:
             self._open(source, task)
         self.max_length = self._max_length(max_length)
