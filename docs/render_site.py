@@ -10,12 +10,16 @@ into one tree per language, in which every link leads to another page of the sit
 
 A link to code leads to a page with that file (`source/`), so the site is complete in itself: it
 fetches no font and no script from elsewhere. With `--repository URL`, such links go to
-URL/blob/main/FILE instead.
+URL/blob/main/FILE instead. A notebook (docs/examples/*.ipynb) becomes a page, too: its cells, and
+what is in it of their outputs.
+
+Rejected: mkdocs-jupyter, which needs 25 more packages and gives notebooks a look of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import posixpath
 import re
@@ -33,7 +37,7 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
 LANGUAGES = ("en", "zh-CN")
-CHINESE = ".zh-CN.md"
+CHINESE = ".zh-CN"
 # Pages that are not in docs/, and what they are called on the site.
 ELSEWHERE = {
     "README.md": "quickstart.md",
@@ -50,6 +54,7 @@ NO_CHINESE = """!!! note "本页只有英文"
     使用文档都有中文版；面向开发者的几页（算子、参与开发、变更记录）只有英文。
 
 """
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in what a notebook's cells have printed
 FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 # The links between the languages of a page, for which the site has one in its header.
@@ -65,20 +70,53 @@ LANGUAGE_OF_CODE = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": 
 
 def site_paths() -> dict[str, str]:
     """Every English page of the repository -> its path on the site."""
-    pages = {f"docs/{p.relative_to(ROOT / 'docs')}" for p in (ROOT / "docs").rglob("*.md")}
-    own = {page: page.removeprefix("docs/") for page in pages if not page.endswith(CHINESE)}
+    files = [p for kind in ("md", "ipynb") for p in (ROOT / "docs").rglob(f"*.{kind}")]
+    pages = {str(path.relative_to(ROOT)) for path in files if CHINESE not in path.name}
+    own = {page: page.removeprefix("docs/").replace(".ipynb", ".md") for page in pages}
     return own | ELSEWHERE
+
+
+def read(path: Path) -> str:
+    """A page or a notebook as Markdown."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join(part for cell in json.loads(text)["cells"] for part in _parts(cell)) + "\n"
+
+
+def _parts(cell: dict[str, Any]) -> list[str]:
+    """The Markdown of a notebook's cell and of its outputs."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return [source]
+    parts, said = [f"```python\n{source}\n```"], ""
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        if "image/png" in data:
+            picture = "".join(data["image/png"].split())
+            parts.append(f"![the figure of this cell](data:image/png;base64,{picture})")
+        else:
+            said += "".join(output.get("text", data.get("text/plain", "")))
+    if said.strip():
+        parts.append(f"```text\n{COLOUR.sub('', said).strip()}\n```")
+    return parts
+
+
+def beside(page: str) -> Path:
+    """Where the Chinese file of an English page is, if there is one."""
+    path = ROOT / page
+    return path.with_name(f"{path.stem}{CHINESE}{path.suffix}")
 
 
 def chinese_of(page: str) -> str | None:
     """The Chinese text of an English page: that of the file beside it."""
-    beside = ROOT / page.replace(".md", CHINESE)
-    return beside.read_text("utf-8") if beside.is_file() else None
+    path = beside(page)
+    return read(path) if path.is_file() else None
 
 
 def text_of(page: str, language: str) -> str:
     """The Markdown of `page` in one language, with the links that it has in the repository."""
-    english = OTHER_LANGUAGE.sub("", (ROOT / page).read_text("utf-8"))
+    english = OTHER_LANGUAGE.sub("", read(ROOT / page))
     if language == "en":
         return english
     chinese = chinese_of(page)
@@ -99,7 +137,7 @@ def chinese_anchor(page: str, anchor: str) -> str:
     chinese = chinese_of(page)
     if chinese is None:
         return anchor
-    ours, theirs = anchors((ROOT / page).read_text("utf-8")), anchors(chinese)
+    ours, theirs = anchors(read(ROOT / page)), anchors(chinese)
     return theirs[ours.index(anchor)] if len(ours) == len(theirs) and anchor in ours else anchor
 
 
@@ -123,13 +161,13 @@ class Links:
 
     def _target(self, target: str, page: str) -> str:
         path, hash_, anchor = target.partition("#")
-        if "://" in target or not path or target.startswith("mailto:"):
+        if "://" in target or not path or target.startswith(("mailto:", "data:")):
             return target
         found = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
         if not (ROOT / found).exists():
             sys.exit(f"{page} links to {target}, and there is no {found}; correct the link")
-        is_chinese = found.endswith(CHINESE)
-        found = found.replace(CHINESE, ".md")
+        is_chinese = CHINESE in found
+        found = found.replace(CHINESE, "")
         here = self.paths[page]
         if hash_ and found in self.paths and self.language != "en" and not is_chinese:
             anchor = chinese_anchor(found, anchor)

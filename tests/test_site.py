@@ -52,8 +52,8 @@ def _quoted(page: Path) -> list[str]:
 def test_navigation_has_every_page_once() -> None:
     listed = list(_pages(yaml.safe_load(NAVIGATION.read_text("utf-8"))))
     assert len(listed) == len(set(listed))
-    docs = {str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")}
-    english = {page for page in docs if not page.endswith(".zh-CN.md")}
+    files = [p for kind in ("md", "ipynb") for p in (ROOT / "docs").rglob(f"*.{kind}")]
+    english = {str(p.relative_to(ROOT)) for p in files if ".zh-CN" not in p.name}
     assert english <= set(listed), "docs/site/navigation.yaml lacks pages"
     assert all((ROOT / page).is_file() for page in listed)
 
