@@ -7,10 +7,9 @@ clue_ds.finetune(result.run_dir, train, dev, "my-model")
 clue_ds.Predictor("my-model").predict(["一段文本"])
 """
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # type checkers know the name; importing typing would take the longest here
 if TYPE_CHECKING:
     from clue_ds.tasks.finetune.fit import fit as finetune
     from clue_ds.tasks.finetune.loop import Recipe
