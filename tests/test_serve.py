@@ -27,6 +27,7 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 service = pytest.importorskip("clue_ds.tasks.serve.app")
 
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from test_predict import TEXTS, WORDS, finetuned, pretrained, vocab_file  # noqa: E402, F401
 
 from clue_ds.tasks.serve import connections  # noqa: E402
@@ -115,7 +116,19 @@ def test_health_metrics_page_and_openapi(classifier: Running) -> None:
     assert httpx.get(f"{classifier.url}/health/live").json() == {"status": "live"}
     ready = httpx.get(f"{classifier.url}/health/ready").json()
     assert ready["labels"] == ["坏", "中", "好"] and ready["can"] == ["predict", "embed"]
-    assert "clue_ds_batches_total" in httpx.get(f"{classifier.url}/metrics").text
+    httpx.get(f"{classifier.url}/nowhere")
+    metrics = httpx.get(f"{classifier.url}/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=")
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(metrics.text)
+        for sample in family.samples
+        if sample.labels.get("path", "other") == "other"
+    }
+    assert found["clue_ds_responses_total"] >= 1
+    assert found["clue_ds_request_seconds_count"] == found["clue_ds_responses_total"]
+    assert found["clue_ds_batches_total"] == classifier.batcher.counters.num_batches
+    assert 'path="/nowhere"' not in metrics.text and 'path="/health/ready"' in metrics.text
     page = httpx.get(classifier.url).text
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page), "loads something from elsewhere"
     paths = httpx.get(f"{classifier.url}/openapi.json").json()["paths"]

@@ -11,7 +11,6 @@ own page, and /openapi.json describes the API.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.routing import Route
 
 from clue_ds.errors import UserError
 from clue_ds.tasks import records
@@ -30,6 +31,7 @@ from clue_ds.tasks.predict.command import text_of_record
 from clue_ds.tasks.predict.predictor import MASK, NotFinite, Predictor, check_finite
 from clue_ds.tasks.serve.batcher import Closed, Counters, Full
 from clue_ds.tasks.serve.http_errors import REFUSALS, Gate, Refusal, add_refusals
+from clue_ds.tasks.serve.metrics import Metrics
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -181,11 +183,12 @@ def create_app(
         title="clue_ds", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
         description=f"Predictions of the model {predictor.directory.name}.",
     )  # fmt: skip
-    statuses: Counter[tuple[str, int]] = Counter()
-    app.add_middleware(Gate, limit=limits.body_bytes, statuses=statuses, hosts=hosts)
+    counted = Metrics(waiting)
+    app.add_middleware(Gate, limit=limits.body_bytes, answered=counted.answered, hosts=hosts)
     add_refusals(app)
-    _add_health(app, predictor, waiting, limits, statuses)
+    _add_health(app, predictor, waiting, limits, counted)
     _add_answers(app, predictor, waiting, limits)
+    counted.paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     return app
 
 
@@ -341,7 +344,7 @@ def _add_health(
     predictor: Predictor,
     waiting: Queue,
     limits: Limits,
-    statuses: Counter[tuple[str, int]],
+    counted: Metrics,
 ) -> None:
     page = PAGE.read_text(encoding="utf-8")
 
@@ -382,19 +385,6 @@ def _add_health(
         }
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        """Counters in Prometheus' text format."""
-        done = waiting.counters
-        lines = [
-            f'clue_ds_responses_total{{path="{path}",status="{status}"}} {count}'
-            for (path, status), count in sorted(statuses.items())
-        ]
-        lines += [
-            f"clue_ds_requests_computed_total {done.num_requests}",
-            f"clue_ds_requests_refused_total {done.num_refused}",
-            f"clue_ds_texts_total {done.num_items}",
-            f"clue_ds_batches_total {done.num_batches}",
-            f"clue_ds_model_seconds_total {done.busy_s:.3f}",
-            f"clue_ds_texts_waiting {waiting.num_waiting}",
-        ]
-        return PlainTextResponse("\n".join(lines) + "\n")
+    async def metrics() -> Response:
+        """Counters, and the time of answers, in Prometheus' text format."""
+        return Response(counted.text(), media_type=CONTENT_TYPE_LATEST)

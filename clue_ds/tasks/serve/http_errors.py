@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -122,31 +122,37 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Gate:
-    """ASGI middleware: checks the Host, reads bodies within size and time, counts answers."""
+    """ASGI middleware: checks the Host, reads bodies within size and time, reports answers.
+
+    `answered`: called with path, status and seconds at the end of every answer.
+    """
 
     def __init__(
         self,
         app: Any,
         limit: int,
-        statuses: Counter[tuple[str, int]],
+        answered: Callable[[str, int, float], None],
         hosts: frozenset[str] | None = None,
     ) -> None:
         self.app = app
         self.hosts = hosts
         self.limit = limit
-        self.statuses = statuses
+        self.answered = answered
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
+        began, status = time.perf_counter(), 0
+
         async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # Count only paths that exist, or a client could fill the memory with names.
-                known = message["status"] not in (404, 405)
-                self.statuses[scope["path"] if known else "other", message["status"]] += 1
+            nonlocal status
             await send(message)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif not message.get("more_body", False):
+                self.answered(scope["path"], status, time.perf_counter() - began)
 
         try:
             self._check_host(scope)
