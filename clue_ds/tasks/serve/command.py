@@ -120,7 +120,8 @@ def _hosts(listener: socket.socket, host: str, allowed: tuple[str, ...]) -> froz
 
 def check_installed() -> None:
     """Raise a UserError if the packages of the [serve] extra are missing."""
-    missing = [n for n in ("fastapi", "uvicorn") if importlib.util.find_spec(n) is None]
+    needed = ("fastapi", "uvicorn", "prometheus_client")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"serving needs {' and '.join(missing)}; install with: pip install 'clue_ds[serve]'"
