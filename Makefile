@@ -26,7 +26,9 @@ BENCH_VOCAB ?= $(BENCH_DATA)/vocab/vocab_google_chinese.txt
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_add_layer_norm \
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
-.PHONY: help demo sample test test-cluster test-clients test-gpu soak bench lint docs clean
+OTHER_PYTHONS := 3.10 3.12 3.13
+
+.PHONY: help demo sample test test-pythons test-cluster test-clients test-gpu soak bench lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -47,6 +49,21 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# All tests there: `make test VENV=.venv-3.12 PYTHON=python3.12`, which is 5 GB where torch has no CPU build.
+test-pythons:  ## Python 3.10, 3.12 and 3.13, as far as they are here, compile all code and run the launcher
+	@for version in $(OTHER_PYTHONS); do \
+		python=; \
+		for one in python$$version $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python 2>/dev/null); do \
+			if $$one --version > /dev/null 2>&1; then python=$$one; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then echo "there is no Python $$version on this machine: not tested"; continue; fi; \
+		PYTHONPYCACHEPREFIX=build/pycache $$python -W error -m compileall -q -f \
+			clue_ds kernels launcher benchmarks tests docs || exit 1; \
+		PYTHONPYCACHEPREFIX=build/pycache DS_ACCELERATOR=cpu $$python -c "from launcher.launch import main; main( \
+			'--local 2 --dry-run -- pretrain --config run.yaml'.split())" > /dev/null || exit 1; \
+		echo "$$($$python --version) compiles all code and runs the launcher"; \
+	done
+
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
 	CLIENTS_PYTHON=$(CLIENTS)/bin/python TRANSFORMERS4_PYTHON=$(CLIENTS)/4/bin/python \
 		TRANSFORMERS2_PYTHON=$(wildcard $(CLIENTS)/2/bin/python) \
@@ -54,6 +71,7 @@ test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras
 		ONNXRUNTIME114_PYTHON=$(wildcard $(CLIENTS)/onnxruntime114/bin/python) \
 		ONNXRUNTIME116_PYTHON=$(wildcard $(CLIENTS)/onnxruntime116/bin/python) \
 		TRACKERS_PACKAGES=$(wildcard $(CURDIR)/$(CLIENTS)/trackers/lib/python*/site-packages) \
+		MANIFESTS_PYTHON=$(wildcard $(CLIENTS)/manifests/bin/python) \
 		$(BIN)/pytest tests/clients $(ARGS)
 
 test-cluster: $(VENV)/.dev  ## real Slurm, ssh, mpirun: needs root and Debian packages (.ci/run names them)
@@ -159,6 +177,9 @@ $(CLIENTS)/.done: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)/trackers
 	$(CLIENTS)/trackers/bin/python -m pip --disable-pip-version-check install --quiet wandb==0.31.0 \
 		swanlab==0.10.3 mlflow-skinny==3.17.2 SQLAlchemy==2.1.9 alembic==1.20.1
+	$(PYTHON) -m venv $(CLIENTS)/manifests
+	$(CLIENTS)/manifests/bin/python -m pip --disable-pip-version-check install --quiet kubeflow-training==1.9.4 \
+		skypilot==0.14.1
 	$(PYTHON) -m venv $(CLIENTS)/onnxruntime116
 	@$(CLIENTS)/onnxruntime116/bin/python -m pip --disable-pip-version-check install --quiet onnxruntime==1.16.3 "numpy < 2" \
 		|| { echo "no onnxruntime 1.16.3 for this Python: it will not be checked"; rm -r $(CLIENTS)/onnxruntime116; }
