@@ -164,18 +164,6 @@ def test_weights_of_transformers_tensorflow_classes(
     assert "tf_model.h5 can't be read as the weights of a Keras" in capsys.readouterr().err
 
 
-def test_object_checkpoint_of_tensorflow_2_is_called_that(
-    folder: Path, vocab_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = ("_CHECKPOINTABLE_OBJECT_GRAPH", "bert/embeddings/weight/.ATTRIBUTES/VARIABLE_VALUE")
-    there = tmp_path / "object"
-    there.mkdir()
-    bundle.write(there / "model.ckpt", [(name, np.zeros(2, np.float32)) for name in names])
-    (there / "bert_config.json").write_bytes((folder / "bert_config.json").read_bytes())
-    assert main(["import", str(there), "--output", str(tmp_path / "out")]) == 2
-    assert "is an object checkpoint of TensorFlow 2" in capsys.readouterr().err
-
-
 def test_uer_layers_and_config_must_agree(tmp_path: Path, vocab_file: Path) -> None:
     state = dict(random_model(CONFIG, 0).state_dict())
     directory = export.save(CONFIG, state, vocab_file, tmp_path / "uer", to="uer")

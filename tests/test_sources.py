@@ -227,7 +227,7 @@ def test_layers_that_the_config_does_not_know_are_not_dropped(
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("bert_config.json", "bert_config.json does not exist"),
+        ("bert_config.json", "no config; copy the model's bert_config.json"),
         ("bert_model.ckpt.index", "bert_model.ckpt.index|no .index"),
         ("bert_model.ckpt.data-00000-of-00001", "data-00000-of-00001 is missing"),
     ],

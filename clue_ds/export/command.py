@@ -220,9 +220,10 @@ def import_model(
     Embedding rows beyond vocab.txt are dropped, because no text ever uses them.
 
     Args:
-        model: a directory or a zip in Google's or Hugging Face's layout, the name of a model on
-            the Hugging Face hub (clue/roberta_chinese_clue_tiny), or the preset that CLUE
-            published under such a name (roberta_tiny_clue).
+        model: a directory or a zip in the layout of Google, Hugging Face or UER, one of several
+            TensorFlow checkpoints or .h5 files, the name of a model on the Hugging Face hub
+            (clue/roberta_chinese_clue_tiny) or on ModelScope (modelscope:ORG/NAME), or the preset
+            that CLUE published under such a name (roberta_tiny_clue).
         output: where to write; default NAME-imported in the current directory.
         layout: which weights to read, hf or tf, where a directory holds both; default the hf ones.
         hidden_act: gelu (erf) or gelu_new (tanh), to override the config; by default a TensorFlow
@@ -235,7 +236,7 @@ def import_model(
     if output is None:
         # Not Path.resolve, which fails on a link that leads to itself.
         name = Path(os.path.abspath(model)).name
-        output = Path(f"{name.removesuffix('.zip')}-imported")
+        output = Path(f"{name.removesuffix('.zip').removesuffix('.h5')}-imported")
     with opened(model, layout) as opened_model:
         before = slim.sizes(opened_model)
         for note in [*opened_model.notes, *_fresh_heads(opened_model)]:

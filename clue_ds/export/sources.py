@@ -2,10 +2,10 @@
 
     a run or one of its checkpoints       checkpoints/, manifest.json
     a Hugging Face directory              config.json, model.safetensors or pytorch_model.bin
-    a directory in Google's layout        bert_config.json, bert_model.ckpt.*
+    a directory in Google's layout        bert_config.json, bert_model.ckpt.* or an .h5 of Keras
     a directory in UER's layout           a config with "heads_num", one .bin
     a zip of one of the last three        the form of CLUE's downloads
-    one of several TF checkpoints         its prefix, or its .index
+    one of several TF checkpoints         its prefix, its .index, or an .h5 file
     what `clue-ds finetune` wrote         a run, a task's directory, or the model in it
     a name on the Hugging Face hub        clue/roberta_chinese_clue_tiny
     a name on ModelScope                  modelscope:ORG/NAME
@@ -29,7 +29,7 @@ from clue_ds.errors import UserError
 from clue_ds.export import archives, hub, tensorflow
 from clue_ds.export.legacy import uer
 from clue_ds.files import read_json
-from clue_ds.model import finetuned, weights
+from clue_ds.model import finetuned, keras_file, weights
 from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import CLASSIFIER_WEIGHT, WORD_EMBEDDINGS, StateDict
 from clue_ds.presets import ModelConfig
@@ -119,7 +119,7 @@ def hidden_act(where: str | Path) -> str:
     """The activation that a model was trained with; the weights are not read."""
     with _located(where) as (directory, layout):
         if layout == "tf":
-            values = tensorflow.read_config(directory)
+            values = tensorflow.read_config(directory, tensorflow.of_prefix(where))
             path = directory / tensorflow.CONFIG_FILE
             return weights.model_config({**values, "model_type": "bert"}, path).hidden_act
         if layout == "uer":
@@ -177,11 +177,12 @@ def _layout(directory: Path) -> str:
 
 
 def _open_tf(directory: Path, prefix: Path | None = None) -> OpenedModel:
+    prefix = prefix or tensorflow.find_prefix(directory)
     config, state, left_out = tensorflow.read(directory, prefix)
-    values = tensorflow.read_config(directory)
-    said = values["vocab_size"]
+    values = tensorflow.read_config(directory, prefix)
     weights.check_shapes(config, state, directory)
-    notes = _notes(config, said) + _left_out(left_out, directory)
+    notes = _notes(config, values["vocab_size"]) + _left_out(left_out, directory)
+    notes += _of_keras(config, values, tensorflow.program_of(prefix))
     lower_case = tensorflow.lower_case(directory)
     vocab_file = vocab_files.find(directory)
     if lower_case is None:
@@ -189,6 +190,24 @@ def _open_tf(directory: Path, prefix: Path | None = None) -> OpenedModel:
     about = _finetuned(values, state, directory / tensorflow.CONFIG_FILE)
     state = weights.tie(state, directory)
     return OpenedModel(config, state, vocab_file, lower_case, notes, about)
+
+
+def _of_keras(
+    config: ModelConfig, values: dict[str, Any], program: keras_file.Program | None
+) -> tuple[str, ...]:
+    """Notes on a checkpoint that a program of Keras wrote."""
+    if program is None:
+        return ()
+    notes = [f"the weights have the names of {program.name}"]
+    said, found = values.get("max_position_embeddings"), config.max_position_embeddings
+    if said is not None and said != found:
+        notes.append(f"the config says {said} positions, but the weights have {found}")
+    if program == keras_file.BERT4KERAS and config.hidden_act == "gelu":
+        notes.append(
+            "bert4keras computes the erf GELU unless the program calls set_gelu('tanh'); if it "
+            "did, import the model with --hidden-act gelu_new"
+        )
+    return tuple(notes)
 
 
 def _open_uer(directory: Path) -> OpenedModel:

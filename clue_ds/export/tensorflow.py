@@ -2,6 +2,9 @@
 
     bert_model.ckpt.{data-00000-of-00001,index,meta}  bert_config.json  vocab.txt
 
+In place of the checkpoint, an object checkpoint of TensorFlow 2 or an .h5 file of Keras is read,
+if transformers, bert4keras, keras-bert or TensorFlow's Model Garden wrote it (model/keras_file.py).
+
 One table of names serves both directions. Guarantees: a tensor that is written and read back has
 the same bits; the files equal those of TensorFlow's Saver byte for byte. Optimizer slots are
 dropped on reading, other variables that the table doesn't know are reported, and an encoder with a
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +35,9 @@ from clue_ds.export.publish import (
     staged,
     write_model_json,
 )
-from clue_ds.export.tf_files import bundle, graph
+from clue_ds.export.tf_files import bundle, graph, object_graph
 from clue_ds.files import read_json
+from clue_ds.model import keras_file
 from clue_ds.model.finetuned import FineTuned
 from clue_ds.model.weights import (
     CLASSIFIER_BIAS,
@@ -69,7 +73,7 @@ CONFIG_KEYS = (
     "type_vocab_size",
     "vocab_size",
 )
-OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
 TRUE_ACTIVATION = "hidden_act_in_transformers"
 OPTIMIZER_SUFFIXES = ("/adam_m", "/adam_v", "/lamb_m", "/lamb_v", "/Adam", "/Adam_1")
 OPTIMIZER_NAMES = ("global_step", "beta1_power", "beta2_power")
@@ -190,13 +194,14 @@ def config_json(config: ModelConfig, lower_case: bool) -> dict[str, Any]:
 
 
 def find_prefix(directory: Path) -> Path:
-    """Path of the checkpoint in `directory`, without its suffixes.
+    """Path of the checkpoint in `directory`, without its suffixes, or else of its .h5 file.
 
     Of several, it is the one called PREFIX, or else the newest by TensorFlow's own `checkpoint`.
     """
     found = sorted(path.with_suffix("") for path in directory.glob("*.index"))
     if directory / PREFIX in found:
         return directory / PREFIX
+    found = found or _keras_files(directory)
     if len(found) == 1:
         return found[0]
     newest = _newest(directory)
@@ -212,6 +217,11 @@ def find_prefix(directory: Path) -> Path:
         f"{directory} holds no .index, which each TensorFlow V2 checkpoint has{_old(directory)}; "
         f"give a directory with one, which is usually called {PREFIX}"
     )
+
+
+def _keras_files(directory: Path) -> list[Path]:
+    """The .h5 files in a directory, unless one is that of a Hugging Face directory."""
+    return [] if (directory / keras_file.FILE).is_file() else sorted(directory.glob("*.h5"))
 
 
 def _newest(directory: Path) -> Path:
@@ -235,19 +245,45 @@ def _old(directory: Path) -> str:
 
 
 def of_prefix(where: str | Path) -> Path | None:
-    """The prefix that `where` is, if a checkpoint or the .index of one is given."""
+    """The prefix that `where` is, if a checkpoint, the .index of one, or an .h5 file is given."""
+    if _is_keras(Path(where)):
+        return Path(where) if Path(where).is_file() else None
     prefix = Path(str(where).removesuffix(".index"))
     return prefix if bundle.index_file(prefix).is_file() else None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """bert_config.json, or the first *config*.json, with hidden_act in Hugging Face's meaning."""
+def _is_keras(prefix: Path) -> bool:
+    return prefix.suffix == ".h5"
+
+
+def read_config(directory: Path, prefix: Path | None = None) -> dict[str, Any]:
+    """bert_config.json, or the first *config*.json, with hidden_act in Hugging Face's meaning.
+
+    "gelu" means what the program that wrote the checkpoint computes, which is the tanh form in
+    Google's. `prefix`: which checkpoint.
+    """
     paths = [directory / CONFIG_FILE, *sorted(directory.glob("*config*.json"))]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{directory} has a checkpoint but no config; copy the model's {CONFIG_FILE} into it, "
+            "or the config.json of a model of transformers"
+        )
     values = read_json(path)
     if values.get("hidden_act") == "gelu":
-        values["hidden_act"] = values.get(TRUE_ACTIVATION, "gelu_new")
+        program = program_of(prefix or find_prefix(directory))
+        values["hidden_act"] = values.get(TRUE_ACTIVATION, program.gelu if program else "gelu_new")
     return values
+
+
+def program_of(prefix: Path) -> keras_file.Program | None:
+    """The program of Keras that wrote a checkpoint; None for one with Google's names."""
+    if _is_keras(prefix):
+        return keras_file.program_of_file(prefix)
+    reader = bundle.Reader(prefix)
+    if not object_graph.is_object_checkpoint(reader):
+        return None
+    return keras_file.program_of(object_graph.variables(reader))
 
 
 def read(
@@ -256,39 +292,69 @@ def read(
     """(config, state dict, names of variables that were left out) of a directory in this layout.
 
     `prefix`: which of its checkpoints. vocab_size is the number of rows in the checkpoint, even if
-    bert_config.json says otherwise.
+    bert_config.json says otherwise, and so is max_position_embeddings if Keras wrote it.
     """
     directory = Path(directory)
-    values = read_config(directory)
+    prefix = prefix or find_prefix(directory)
+    values = read_config(directory, prefix)
     config = model_config({**values, "model_type": "bert"}, directory / CONFIG_FILE)
-    reader = bundle.Reader(prefix or find_prefix(directory))
-    state: StateDict = {}
-    known = set()
-    for row in name_table(config.num_hidden_layers):
-        known.add(row.theirs)
-        if row.theirs in reader.entries:
-            tensor = torch.from_numpy(reader.read(row.theirs)).float()
-            turns = row.is_transposed and tensor.dim() == 2
-            state[row.ours] = tensor.T.contiguous() if turns else tensor
-    if WORD_EMBEDDINGS not in state:
-        if OBJECT_GRAPH in reader.entries:
-            raise UserError(
-                f"{reader.path} is an object checkpoint of TensorFlow 2, which names variables by "
-                "the attributes of the program that wrote it; load it there, and save it with "
-                "transformers (save_pretrained), with bert4keras (save_weights_as_checkpoint) or "
-                "with tf.compat.v1.train.Saver under the names of Google's BERT"
-            )
-        holds = min(reader.entries, key=len) if reader.entries else "nothing"
-        raise UserError(
-            f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "
-            f"variable names of Google's BERT can be read (this one holds {holds})"
-        )
-    if state[WORD_EMBEDDINGS].dim() != 2:
-        raise UserError(f"{reader.path}: the word embeddings are no matrix; download it again")
+    known = name_table(config.num_hidden_layers)
+    by_keras = program_of(prefix) is not None
+    left_out: list[str] = []
+    if _is_keras(prefix):
+        state = keras_file.read(prefix)
+    else:
+        state, left_out = _read_bundle(bundle.Reader(prefix), known)
+    ours = {row.ours for row in known}
+    left_out += [name for name in state if name not in ours]
+    state = {name: tensor for name, tensor in state.items() if name in ours}
+    if WORD_EMBEDDINGS not in state or state[WORD_EMBEDDINGS].dim() != 2:
+        raise UserError(f"{prefix}: the word embeddings are no matrix; download it again")
     if DECODER_WEIGHT in state and PREDICTION_BIAS in state:
         state[DECODER_BIAS] = state[PREDICTION_BIAS]
-    left_out = [name for name in reader.entries if name not in known and not _is_optimizer(name)]
-    return config.replace(vocab_size=len(state[WORD_EMBEDDINGS])), state, left_out
+    config = config.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
+    if by_keras and POSITIONS in state:
+        # keras-bert keeps as many positions as the texts in training were long.
+        config = config.replace(max_position_embeddings=len(state[POSITIONS]))
+    return config, state, left_out
+
+
+def _read_bundle(reader: bundle.Reader, table: list[Row]) -> tuple[StateDict, list[str]]:
+    """(tensors in our names, variables that are none of them) of a checkpoint of TensorFlow."""
+    is_object = object_graph.is_object_checkpoint(reader)
+    keys = object_graph.variables(reader) if is_object else {name: name for name in reader.entries}
+    if table[0].theirs in keys:
+        rows = {row.theirs: row for row in table}
+        state: StateDict = {}
+        for name, row in rows.items():
+            if name in keys:
+                tensor = torch.from_numpy(reader.read(keys[name])).float()
+                turns = row.is_transposed and tensor.dim() == 2
+                state[row.ours] = tensor.T.contiguous() if turns else tensor
+        return state, [name for name in keys if name not in rows and not _is_optimizer(name)]
+    program = keras_file.program_of(keys)
+    if program is None:
+        raise _unknown(reader, keys, is_object)
+    names = keras_file.renamed(program, keys, reader.path)
+    tensors = {
+        ours: keras_file.in_our_shape(ours, reader.read(keys[n])) for n, ours in names.items()
+    }
+    return tensors, [name for name in keys if name not in names and not _is_optimizer(name)]
+
+
+def _unknown(reader: bundle.Reader, names: Iterable[str], is_object: bool) -> UserError:
+    if is_object:
+        return UserError(
+            f"{reader.path} is an object checkpoint of TensorFlow 2 whose variables are named "
+            "otherwise than in the BERTs of Google, transformers, bert4keras, keras-bert and "
+            f"TensorFlow's Model Garden: {keras_file.some(names)}; load it in the program that "
+            "wrote it, and save it with transformers (save_pretrained), with bert4keras "
+            "(save_weights_as_checkpoint) or with tf.compat.v1.train.Saver under Google's names"
+        )
+    return UserError(
+        f"{reader.path} has no bert/embeddings/word_embeddings; only checkpoints with the "
+        f"variable names of Google's BERT can be read (this one holds {keras_file.some(names)})"
+    )
 
 
 def _is_optimizer(name: str) -> bool:
@@ -296,9 +362,10 @@ def _is_optimizer(name: str) -> bool:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether `directory` holds a TensorFlow checkpoint."""
+    """Whether `directory` holds a TensorFlow checkpoint, or an .h5 file that takes its place."""
     patterns = ("*.index", f"{PREFIX}*", "*.ckpt*.meta", "*.ckpt*.data-*")
-    return any(any(directory.glob(pattern)) for pattern in patterns)
+    is_bundle = any(any(directory.glob(pattern)) for pattern in patterns)
+    return is_bundle or bool(_keras_files(directory))
 
 
 def lower_case(directory: Path) -> bool | None:

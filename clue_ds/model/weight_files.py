@@ -106,7 +106,6 @@ def _read_files(directory: Path) -> StateDict:
         if index.is_file() or index.is_symlink():
             return _read_shards(directory, index)
     if (directory / keras_file.FILE).is_file():
-        refuse_placeholder(directory / keras_file.FILE)
         return keras_file.read(directory / keras_file.FILE)
     raise UserError(
         f"{directory} has a config.json but no weights; copy {' or '.join(WEIGHT_FILES)} into it"

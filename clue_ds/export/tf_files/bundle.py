@@ -41,7 +41,7 @@ RESTART_INTERVAL = 16
 BLOCK_SIZE = 262_144  # at which TensorFlow begins a new block; 500 variables take 40 kB
 
 # tensorflow.DataType -> numpy; bfloat16 has no numpy type and is widened on reading.
-BFLOAT16 = 14
+BFLOAT16, STRING = 14, 7
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2", BFLOAT16: "<u2"}
 NUMBERS = {np.dtype(name): number for number, name in DTYPES.items() if number != BFLOAT16}
 
@@ -217,18 +217,7 @@ class Reader:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor called `name`; bfloat16 is returned as float32."""
-        entry = self.entries[name]
-        if not self._is_inside(entry):
-            raise UserError(
-                f"{self.path}: {name} has an impossible place or shape; the index is damaged, so "
-                "copy or download it again"
-            )
-        path = data_file(self.prefix, entry.shard, self.num_shards)
-        if entry.is_partitioned:
-            raise UserError(
-                f"{self.path}: {name} is a partitioned variable, which is not supported; save it "
-                "again with TensorFlow without a partitioner"
-            )
+        entry = self._entry(name)
         if entry.dtype not in DTYPES:
             raise UserError(
                 f"{self.path}: {name} has TensorFlow type {entry.dtype}, which is not read; "
@@ -240,19 +229,63 @@ class Reader:
                 f"{self.path}: {name} has {entry.size} bytes for shape {entry.shape}; the index is "
                 "damaged, so copy or download it again"
             )
-        with open(path, "rb") as file:
-            file.seek(entry.offset)
-            data = file.read(entry.size)
-        if mask(google_crc32c.value(data)) != entry.crc:
-            raise UserError(
-                f"{path}: the bytes of {name} (from {entry.offset:,}) do not match their checksum: "
-                "the file is damaged; copy or download it again"
-            )
+        data = self._bytes(entry)
+        self._compare(name, data)
         array = np.frombuffer(data, dtype).reshape(entry.shape).astype(dtype.newbyteorder("="))
         if entry.dtype == BFLOAT16:
             # The upper half of a float32.
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array
+
+    def read_string(self, name: str) -> bytes:
+        """The one string in the tensor called `name`.
+
+        It is stored as its length (a varint), a masked checksum of the length, and its bytes. The
+        checksum in the index counts the length as 4 bytes, or as 8 from 4 GiB on.
+        """
+        entry = self._entry(name)
+        data = self._bytes(entry)
+        try:
+            length, at = protobuf.read_varint(data, 0)
+        except WireError:
+            length, at = -1, 0
+        if entry.dtype != STRING or math.prod(entry.shape) != 1 or at + 4 + length != len(data):
+            raise UserError(
+                f"{self.path}: {name} is not one string; the index is damaged, so copy or download "
+                "it again"
+            )
+        size = struct.pack("<I" if length < 1 << 32 else "<Q", length)
+        self._compare(name, size + data[at:])
+        return data[at + 4 :]
+
+    def _entry(self, name: str) -> Entry:
+        entry = self.entries[name]
+        if not self._is_inside(entry):
+            raise UserError(
+                f"{self.path}: {name} has an impossible place or shape; the index is damaged, so "
+                "copy or download it again"
+            )
+        if entry.is_partitioned:
+            raise UserError(
+                f"{self.path}: {name} is a partitioned variable, which is not supported; save it "
+                "again with TensorFlow without a partitioner"
+            )
+        return entry
+
+    def _bytes(self, entry: Entry) -> bytes:
+        with open(data_file(self.prefix, entry.shard, self.num_shards), "rb") as file:
+            file.seek(entry.offset)
+            return file.read(entry.size)
+
+    def _compare(self, name: str, data: bytes) -> None:
+        """UserError unless `data`, as the checksum of `name` counts it, has that checksum."""
+        entry = self.entries[name]
+        if mask(google_crc32c.value(data)) != entry.crc:
+            path = data_file(self.prefix, entry.shard, self.num_shards)
+            raise UserError(
+                f"{path}: the bytes of {name} (from {entry.offset:,}) do not match their checksum: "
+                "the file is damaged; copy or download it again"
+            )
 
 
 def _rows(table: bytes) -> Iterable[tuple[bytes, bytes]]:
