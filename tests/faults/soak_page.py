@@ -43,6 +43,7 @@ def page(report: dict[str, Any], language: str) -> str:
     is_english = language == "en"
     calm, events = report["undisturbed"], report["events"]
     different = report["tensors_that_differ"]
+    warnings = report["warnings_of_the_undisturbed"]
     if is_english:
         faults = {kind: (kind, text) for kind, text in FAULTS.items()}
         busy, equal, differ = (
@@ -66,7 +67,8 @@ def page(report: dict[str, Any], language: str) -> str:
             if kind in events
         ),
         verdict=differ.format(len(different)) if different else equal,
-        num_warnings=len(report["warnings_of_the_undisturbed"]),
+        num_slow=sum("slow at step" in line for line in warnings),
+        num_spikes=sum("standard deviations" in line for line in warnings),
         time_rows="".join(
             f"| {texts[not is_english]} | {calm[key]} | {report['disturbed'][key]} |\n"
             for key, texts in TIMES.items()
