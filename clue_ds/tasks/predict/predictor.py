@@ -332,8 +332,11 @@ class Predictor:
         """The embedding of every encoded text, float32 [texts, H], not checked to be finite."""
         result = np.empty((len(encoded), self.config.hidden_size), dtype=np.float32)
         for rows, inputs in self._batches(encoded):
-            hidden = self.bert.of_lengths(**inputs).float()  # [B, S, H]
-            lengths = inputs["lengths"][:, None]
+            ids, types, lengths = (
+                inputs[name] for name in ("input_ids", "token_type_ids", "lengths")
+            )
+            hidden = self.bert.of_lengths(ids, types, lengths).float()  # [B, S, H]
+            lengths = lengths[:, None]
             real = torch.arange(hidden.shape[1], device=self.device) < lengths
             mean = (hidden * real[..., None]).sum(1) / lengths
             result[rows] = mean.cpu().numpy()
