@@ -103,13 +103,13 @@ bench: $(VENV)/.dev $(CLIENTS)/streaming/.done  ## the figures in benchmarks/res
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
 		--output benchmarks/results/finetune.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
-		--task cmrc2018 --num-examples 60 --output benchmarks/results/finetune_span.json
+		--task cmrc2018 --num-examples 32 --output benchmarks/results/finetune_span.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
 		--task cluener --output benchmarks/results/finetune_tag.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
-		--task c3 --num-examples 60 --output benchmarks/results/finetune_choice.json
+		--task c3 --num-examples 12 --output benchmarks/results/finetune_choice.json
 	$(BIN)/clue-ds bench finetune --data $(BENCH_DATA)/clue --vocab $(BENCH_DATA)/vocab/vocab_clue.txt \
-		--task chid --num-examples 240 --output benchmarks/results/finetune_cloze.json
+		--task chid --num-examples 48 --output benchmarks/results/finetune_cloze.json
 
 lint: $(VENV)/.dev  ## ruff and mypy; mypy sees the mapped packages on an installed tree only
 	$(BIN)/ruff check .
