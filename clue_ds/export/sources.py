@@ -177,12 +177,10 @@ def _layout(directory: Path) -> str:
 
 
 def _open_tf(directory: Path, prefix: Path | None = None) -> OpenedModel:
-    prefix = prefix or tensorflow.find_prefix(directory)
-    config, state, left_out = tensorflow.read(directory, prefix)
-    values = tensorflow.read_config(directory, prefix)
+    config, state, left_out, values, program = tensorflow.read(directory, prefix)
     weights.check_shapes(config, state, directory)
     notes = _notes(config, values["vocab_size"]) + _left_out(left_out, directory)
-    notes += _of_keras(config, values, tensorflow.program_of(prefix))
+    notes += _of_keras(config, values, program)
     lower_case = tensorflow.lower_case(directory)
     vocab_file = vocab_files.find(directory)
     if lower_case is None:

@@ -262,6 +262,15 @@ def read_config(directory: Path, prefix: Path | None = None) -> dict[str, Any]:
     "gelu" means what the program that wrote the checkpoint computes, which is the tanh form in
     Google's. `prefix`: which checkpoint.
     """
+    values = _config_values(directory)
+    program = None
+    if values.get("hidden_act") == "gelu":
+        program = program_of(prefix or find_prefix(directory))
+    return _with_our_activation(values, program)
+
+
+def _config_values(directory: Path) -> dict[str, Any]:
+    """The config as it stands in its file."""
     paths = [directory / CONFIG_FILE, *sorted(directory.glob("*config*.json"))]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -269,11 +278,16 @@ def read_config(directory: Path, prefix: Path | None = None) -> dict[str, Any]:
             f"{directory} has a checkpoint but no config; copy the model's {CONFIG_FILE} into it, "
             "or the config.json of a model of transformers"
         )
-    values = read_json(path)
-    if values.get("hidden_act") == "gelu":
-        program = program_of(prefix or find_prefix(directory))
-        values["hidden_act"] = values.get(TRUE_ACTIVATION, program.gelu if program else "gelu_new")
-    return values
+    return read_json(path)
+
+
+def _with_our_activation(
+    values: dict[str, Any], program: keras_file.Program | None
+) -> dict[str, Any]:
+    if values.get("hidden_act") != "gelu":
+        return values
+    meant = values.get(TRUE_ACTIVATION, program.gelu if program else "gelu_new")
+    return {**values, "hidden_act": meant}
 
 
 def program_of(prefix: Path) -> keras_file.Program | None:
@@ -286,20 +300,28 @@ def program_of(prefix: Path) -> keras_file.Program | None:
     return keras_file.program_of(object_graph.variables(reader))
 
 
-def read(
-    directory: str | Path, prefix: Path | None = None
-) -> tuple[ModelConfig, StateDict, list[str]]:
-    """(config, state dict, names of variables that were left out) of a directory in this layout.
+class Contents(NamedTuple):
+    """What `read` finds. `left_out`: names of variables; `values`: as `read_config`."""
 
-    `prefix`: which of its checkpoints. vocab_size is the number of rows in the checkpoint, even if
-    bert_config.json says otherwise, and so is max_position_embeddings if Keras wrote it.
+    config: ModelConfig
+    state: StateDict
+    left_out: list[str]
+    values: dict[str, Any]
+    program: keras_file.Program | None
+
+
+def read(directory: Path, prefix: Path | None = None) -> Contents:
+    """A model in this layout. `prefix`: which of the directory's checkpoints.
+
+    vocab_size is the number of rows in the checkpoint, even if bert_config.json says otherwise, and
+    so is max_position_embeddings if Keras wrote it.
     """
-    directory = Path(directory)
     prefix = prefix or find_prefix(directory)
-    values = read_config(directory, prefix)
+    values = _config_values(directory)
+    program = program_of(prefix)
+    values = _with_our_activation(values, program)
     config = model_config({**values, "model_type": "bert"}, directory / CONFIG_FILE)
     known = name_table(config.num_hidden_layers)
-    by_keras = program_of(prefix) is not None
     left_out: list[str] = []
     if _is_keras(prefix):
         state = keras_file.read(prefix)
@@ -313,10 +335,10 @@ def read(
     if DECODER_WEIGHT in state and PREDICTION_BIAS in state:
         state[DECODER_BIAS] = state[PREDICTION_BIAS]
     config = config.replace(vocab_size=len(state[WORD_EMBEDDINGS]))
-    if by_keras and POSITIONS in state:
+    if program is not None and POSITIONS in state:
         # keras-bert keeps as many positions as the texts in training were long.
         config = config.replace(max_position_embeddings=len(state[POSITIONS]))
-    return config, state, left_out
+    return Contents(config, state, left_out, values, program)
 
 
 def _read_bundle(reader: bundle.Reader, table: list[Row]) -> tuple[StateDict, list[str]]:
