@@ -318,3 +318,12 @@ def test_rows_of_any_length_equal_padded_rows(first_only: bool) -> None:
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
     if not first_only:
         assert not hidden[~real].any()
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_rows_of_any_length_wait_for_no_device(first_only: bool) -> None:
+    """Off the CPU nothing looks at `lengths`; on the meta device looking is an error."""
+    bert = BertForPreTraining(SMALL).bert.to("meta")
+    ids = torch.zeros(5, 12, dtype=torch.int64, device="meta")
+    hidden = bert.of_lengths(ids, None, torch.ones_like(ids[:, 0]), first_only)
+    assert hidden.shape == (5, 1 if first_only else 12, SMALL.hidden_size)

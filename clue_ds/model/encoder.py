@@ -137,10 +137,10 @@ class BertModel(nn.Module):
         input_ids: Tensor,
         token_type_ids: Tensor | None,
         position_ids: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        """Hidden states [R, H] at the tokens `rows` [R] of sequences laid end to end, ids [T]."""
+        """Hidden states of sequences laid end to end, ids [T]: [T, H], or [R, H] at `rows` [R]."""
         embedded = self.embeddings(input_ids, token_type_ids, position_ids)
         return self.encoder(embedded, None, rows, layout)
 
@@ -158,9 +158,10 @@ class BertModel(nn.Module):
         GPU, finding their places would wait for the device, so the rows stay padded there.
         """
         num_rows, seq_length = len(input_ids), self._check_length(input_ids)
-        is_full = lengths is None or bool((lengths == seq_length).all())
+        on_cpu = input_ids.device.type == "cpu"
+        is_full = lengths is None or (on_cpu and bool((lengths == seq_length).all()))
         drops = self.training and self.config.attention_probs_dropout_prob > 0.0
-        if input_ids.device.type != "cpu" or (is_full and not drops):
+        if not on_cpu or (is_full and not drops):
             rows = torch.zeros_like(input_ids[:, :1]) if first_only else None
             return self(input_ids, token_type_ids, lengths, rows=rows)
         if lengths is None:
@@ -172,8 +173,8 @@ class BertModel(nn.Module):
         most = 1 if first_only else seq_length
         layout = Layout(begins, cu_queries, seq_length, most, self.attention)
         types = None if token_type_ids is None else token_type_ids[keep]
-        embedded = self.embeddings(input_ids[keep], types, places[keep])
-        hidden = self.encoder(embedded, None, begins[:-1].long() if first_only else None, layout)
+        firsts = begins[:-1].long() if first_only else None
+        hidden = self.flat(input_ids[keep], types, places[keep], firsts, layout)
         if first_only:
             return hidden[:, None]
         padded = hidden.new_zeros(num_rows, seq_length, hidden.shape[-1])
