@@ -10,6 +10,8 @@ import pytest
 import torch
 from zygote import Zygote
 
+from clue_ds.job.rendezvous import VARIABLES
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, so before anything imports clue_ds.kernels. Only
     # tests that ask for `kernel_device` notice: elsewhere a CPU tensor takes the torch twin.
@@ -31,6 +33,20 @@ SAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "sample.txt
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; `make test` hands files to its processes in this order."""
     items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
+@pytest.fixture(autouse=True)
+def no_traces() -> Iterator[None]:
+    """A test leaves no rank's environment and no process group to the tests that come after it.
+
+    They would pass or fail with the order in which `make test` hands out files. A test that
+    pretrains does so in a process of its own: `ranks.run_ranks`.
+    """
+    before = [os.environ.get(name) for name in VARIABLES]
+    initialized = torch.distributed.is_initialized()
+    yield
+    assert [os.environ.get(name) for name in VARIABLES] == before
+    assert torch.distributed.is_initialized() == initialized
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +60,17 @@ class Meeting(NamedTuple):
         return PrefixStore(self.prefix, client)
 
 
+# What `meet` sets where a launcher has not.
+VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)
+
 _meeting: Meeting | None = None
 
 
@@ -70,10 +82,28 @@ def myself() -> Peer:
 def meet(seconds: float = START_SECONDS) -> Meeting:
     """Connect to all other ranks, once per process; a UserError names hosts that are missing."""
     global _meeting
+    _complete_environment(seconds)
     if _meeting is None:
-        _complete_environment(seconds)
         _meeting = _meet(seconds)
     return _meeting
+
+
+@contextlib.contextmanager
+def environment_restored() -> Iterator[None]:
+    """Take back in the end what `meet` has set in the block.
+
+    A process that is started later would take itself for a rank, whose launcher is this process:
+    `nohup clue-ds pretrain` in a notebook would end with its shell.
+    """
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _complete_environment(seconds: float) -> None:

@@ -87,24 +87,25 @@ def run(
 
 @contextlib.contextmanager
 def _running(config: RunConfig) -> Iterator[Run]:
-    """The run, whose threads, files, lock and signals are given back in the end."""
-    from clue_ds.job import run_lock, signals, watchdog
+    """The run, whose threads, files, lock, signals and variables are given back in the end."""
+    from clue_ds.job import rendezvous, run_lock, signals, watchdog
     from clue_ds.pretrain import train
 
     started: Run | None = None
-    try:
-        started = train.build(config)
-        yield started
-    finally:
-        if started is not None:
-            started.loader.close()
-            started.writers.close()
-            started.engine.close(leaves=False)
-        watch = watchdog.current()
-        if isinstance(watch, watchdog.Watchdog):
-            watch.close()
-        signals.restore()
-        run_lock.withdraw(config.run_dir)
+    with rendezvous.environment_restored():
+        try:
+            started = train.build(config)
+            yield started
+        finally:
+            if started is not None:
+                started.loader.close()
+                started.writers.close()
+                started.engine.close(leaves=False)
+            watch = watchdog.current()
+            if isinstance(watch, watchdog.Watchdog):
+                watch.close()
+            signals.restore()
+            run_lock.withdraw(config.run_dir)
 
 
 def _result(config: RunConfig, step: int) -> Result:

@@ -281,8 +281,6 @@ def _start_worker(
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
-    # Each process is a job of one rank and must not use the parent's rendezvous port.
-    os.environ.pop("MASTER_PORT", None)
     _watching(health, told).__enter__()  # until the process ends
 
 
