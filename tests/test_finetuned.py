@@ -401,7 +401,8 @@ def test_finetuning_writes_names_length_score_and_data(
             table = capsys.readouterr().out
             assert main(["score", str(model)]) == 0
             assert capsys.readouterr().out == table
-    assert main(["score", str(packed)]) == 2
+    assert main(["score", str(packed)]) == 0
+    assert "tone" in capsys.readouterr().out
     about = export.open_model(model).finetuned
     result = json.loads((place / "tone" / "best" / "result.json").read_text("utf-8"))
     assert about is not None

@@ -9,6 +9,7 @@ from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
 
 from clue_ds.errors import UserError
+from clue_ds.export import command as export_command
 from clue_ds.report.command import report
 from clue_ds.tasks.finetune import command, score
 
@@ -47,3 +48,32 @@ def test_the_report_needs_nothing_beside_it(output: Path) -> None:
 def test_no_runs_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         score.collect((tmp_path,))
+
+
+def test_a_model_without_its_run_says_what_it_scored(output: Path, tmp_path: Path) -> None:
+    model, own = output / "tone" / "best" / "model", tmp_path / "exported"
+    export_command.export(str(model), output=own)
+    export_command.export(str(model), output=tmp_path / "sent.zip", zip=True)
+    (of_run,) = score.collect((model,))
+    best = of_run.results[0]
+    for place in (own, tmp_path / "sent.zip"):
+        (group,) = score.collect((place,))
+        assert (group.task, group.model, group.settings) == (
+            of_run.task,
+            of_run.model.rpartition("/")[2],
+            of_run.settings,
+        )
+        assert group.results[0]["best"] == best["best"] and group.columns == of_run.columns
+        text = score.as_markdown([group])
+        assert "train 203, dev 45" in text
+        assert all(about["sha256"] in text for about in best["data"].values())
+        report((place,))
+        page = tmp_path / f"{place.stem}-report.html"
+        assert "in its run" in page.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"nothing.zip"):
+        score.collect((tmp_path / "nothing.zip",))
+
+
+def test_a_model_that_was_not_fine_tuned_has_no_score(model: Path) -> None:
+    with pytest.raises(UserError, match="has no task with a score on dev"):
+        score.collect((model,))

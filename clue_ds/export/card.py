@@ -179,7 +179,7 @@ def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: s
             metric_name=said,
             metric_value=round(float(dev[key]), 4),
         )
-        for key, metric, said, _ in _scores(finetuned)
+        for key, metric, said, _ in scores(finetuned)
         if task is not None
     ]
     data = ModelCardData(
@@ -196,7 +196,7 @@ def _front(name: str, architecture: str, finetuned: FineTuned | None, licence: s
     return data.to_yaml()
 
 
-def _scores(about: FineTuned | None) -> list[tuple[str, str, str, str]]:
+def scores(about: FineTuned | None) -> list[tuple[str, str, str, str]]:
     """The rows of SCORES that a fine-tuned model has."""
     if about is None:
         return []
@@ -213,11 +213,14 @@ def _of_finetuning(about: FineTuned) -> Facts:
     if about.labels:
         facts.append(("classes", "类别", f"{len(about.labels)}: {shown}{more}"))
     if about.base is not None:
-        facts.append(("started from", "初始模型", about.base))
+        said = ("started from", "初始模型")
+        if about.from_scratch:
+            said = ("random weights in the shape of", "随机初始化，结构同")
+        facts.append((*said, about.base))
     if about.max_length is not None:
         facts.append(("tokens of a text", "最大文本长度（词元）", str(about.max_length)))
     seed = f" (seed {about.recipe['seed']})" if "seed" in about.recipe else ""
-    for key, _, english, chinese in _scores(about):
+    for key, _, english, chinese in scores(about):
         facts.append((f"{english} on dev", f"验证集{chinese}", f"{about.dev[key]:.4f}{seed}"))
     names = {"lr": "lr", "epochs": "epochs", "batch_size": "batch size", "precision": "precision"}
     settings = [f"{name} {about.recipe[key]}" for key, name in names.items() if key in about.recipe]

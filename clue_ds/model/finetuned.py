@@ -6,10 +6,12 @@
     finetuning_task                  the task that it was fine-tuned for
     clue_ds                          labels: the classes as the task's files write them ("109"),
                                      where they differ; max_length: the most tokens of a text in
-                                     training; base: the model it started from; recipe, dev: its
+                                     training; base: the model it started from, or with
+                                     from_scratch the one whose shape it has; recipe, dev: its
                                      settings and scores; options: what tasks of its kind can
                                      set (a stride); reads: of a user's own task, the kind and
-                                     the fields of its records; data: SHA-256 of the data's files
+                                     the fields of its records; data: SHA-256 of the data's files;
+                                     examples: how many were trained on, and how many are in dev
 
 Guarantees: every layout that is written carries all of it; a value of another type is one message
 that names the file and the key; labels are distinct, so that none hides another.
@@ -54,12 +56,15 @@ class FineTuned:
     architecture: str = SEQUENCE
     problem_type: str | None = None  # transformers' name for what the logits mean
     base: str | None = None  # the model that fine-tuning started from
+    from_scratch: bool = False  # only base's shape and vocabulary were taken
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the settings of the run
     dev: Mapping[str, Any] = field(default_factory=dict)  # the scores of the best epoch
     options: Mapping[str, Any] = field(default_factory=dict)  # of a task of its kind (Task.options)
     # Of a user's own task, so that its file is not needed again: kind, fields, label (a field).
     reads: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)  # split -> SHA-256 of its file
+    # Split -> number of examples trained on, or of those in dev, the unlabelled ones included.
+    examples: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -86,6 +91,8 @@ class FineTuned:
             "options": dict(self.options),
             "reads": dict(self.reads),
             "data": dict(self.data),
+            "from_scratch": self.from_scratch,
+            "examples": dict(self.examples),
         }
         own = {key: value for key, value in own.items() if value}
         return values | ({OWN_KEY: own} if own else {})
@@ -157,6 +164,8 @@ def read(values: Mapping[str, Any], num_classes: int, path: Path) -> FineTuned:
         options=_object(own, "options", path),
         reads=_reads(own, path),
         data=_object(own, "data", path),
+        from_scratch=own.get("from_scratch") is True,
+        examples=_object(own, "examples", path),
     )
 
 

@@ -28,9 +28,10 @@ def report(
     what the vocabulary lacks.
 
     Args:
-        places: directories of pretraining runs; or a corpus; or a fine-tuning run, the model in it,
-            or an output directory of `clue-ds finetune`.
-        output: the file to write; default PLACE/report.html, of the first place.
+        places: directories of pretraining runs; or a corpus; or a fine-tuning run, an output
+            directory of `clue-ds finetune`, or a fine-tuned model (a directory or a zip).
+        output: the file to write; default PLACE/report.html, of the first place, or of a model
+            without its run PLACE-report.html.
     """
     if not places:
         raise UserError("give the directory of a run; several pretraining runs stand side by side")
@@ -49,7 +50,10 @@ def report(
     else:
         from clue_ds.tasks.finetune import score
 
-        target = output if output is not None else score.run_of(places[0]) / FILE
+        target = score.run_of(places[0]) / FILE
+        if score.is_alone(places[0]):
+            target = places[0].with_name(f"{places[0].name.removesuffix('.zip')}-{FILE}")
+        target = output or target
         text = score.as_html(score.collect(places), details=True)
     if target.is_dir():
         raise UserError(f"{target} is a directory; give the path of a file")

@@ -23,6 +23,7 @@ from clue_ds.model import finetuned
 from clue_ds.model.weights import load_into
 from clue_ds.tasks import encoded as encodings
 from clue_ds.tasks import kinds, registry
+from clue_ds.tasks.examples import Examples
 from clue_ds.tasks.features import Text
 from clue_ds.tasks.finetune import loop
 from clue_ds.tasks.finetune.loop import OnEpoch, OnStep, Outcome, Recipe
@@ -135,6 +136,7 @@ def fit_source(
     )
     with watchdog.current().section("save"):
         if output is not None and dist.rank() == 0:
+            num_skipped = dev.num_skipped if isinstance(dev, Examples) else 0
             about = finetuned.describe(
                 kind.task.labels,
                 names,
@@ -148,6 +150,8 @@ def fit_source(
                 data=data or {},
                 options=kind.task.options,
                 reads=kinds.reads(kind.task) if _is_own(kind.task) else {},
+                from_scratch=from_scratch,
+                examples={"train": len(train), "dev": len(dev) + num_skipped},
             )
             weights, vocab_file = network.state_dict(), source.vocab_file
             lower_case = source.lower_case

@@ -46,6 +46,7 @@ ALWAYS_SHOWN = ("afqmc", "tnews", "iflytek", "cmnli")
 COLUMNS = ["task", "model", "settings", "seeds", "score", "second score", "without a model", "data"]
 
 
+CONFIG = "config.json"  # of a model
 # What runs have in common that differ only in their seed; earlier versions recorded a part of it.
 SAME = ("task", "model", "task_content", "model_content", "from_scratch", "limit", "data")
 
@@ -83,8 +84,8 @@ def score(
     """Print a table of fine-tuning runs over tasks and seeds, beside the published scores.
 
     Args:
-        places: output directories of `clue-ds finetune`, directories of single runs, or the models
-            in them (runs/finetune/tnews/best/model).
+        places: output directories of `clue-ds finetune`, directories of single runs, or models:
+            runs/finetune/tnews/best/model, or a zip or directory that `clue-ds export` wrote.
         markdown: a file to write the tables to, as Markdown.
         html: a file to write the tables to, as one self-contained page.
     """
@@ -109,28 +110,32 @@ def score(
 
 def run_of(place: Path) -> Path:
     """The run that a model directory lies in; other places are returned as they are."""
-    if place.is_file():
-        raise UserError(
-            f"{place} is a file; a zip of a model holds its score in its model card, but not its "
-            "run: give the directory that clue-ds finetune wrote"
-        )
-    inside = (place / "config.json").is_file() and (place.resolve().parent / RESULT).is_file()
+    inside = (place / CONFIG).is_file() and (place.resolve().parent / RESULT).is_file()
     return place.resolve().parent if inside else place
 
 
+def is_alone(place: Path) -> bool:
+    """Whether `place` is a model without its run: a zip, or a directory that was exported."""
+    return place.is_file() or ((place / CONFIG).is_file() and run_of(place) == place)
+
+
 def collect(places: tuple[Path, ...]) -> list[Group]:
-    """The finished runs in `places`, grouped over seeds, CLUE's tasks in CLUE's order."""
-    found = [run_of(place) for place in places]
-    paths = {path.resolve() for place in found for path in place.glob(f"**/{RESULT}")}
-    if not paths:
+    """The finished runs in `places`, grouped over seeds, CLUE's tasks in CLUE's order.
+
+    A fine-tuned model without its run counts as one, with what it says about itself.
+    """
+    runs = [run_of(place) for place in places if not is_alone(place)]
+    paths = {path.resolve() for place in runs for path in place.glob(f"**/{RESULT}")}
+    results = [read_result(path.parent) for path in sorted(paths)]
+    results += [_of_model(place) for place in places if is_alone(place)]
+    if not results:
         where = f" in {', '.join(map(str, places))}" if places else ""
         raise UserError(
             f"there is no finished run ({RESULT}){where}; give an output directory of clue-ds "
             "finetune"
         )
     groups: dict[str, Group] = {}
-    for path in sorted(paths):
-        result = read_result(path.parent)
+    for result in results:
         same = {k: result.get(k) for k in SAME}
         key = json.dumps({**same, **result["recipe"], "seed": None})
         if key not in groups:
@@ -138,6 +143,42 @@ def collect(places: tuple[Path, ...]) -> list[Group]:
         groups[key].results.append(result)
     order = {name: i for i, name in enumerate(registry.TASKS)}
     return sorted(groups.values(), key=lambda g: (order.get(g.task, len(order)), g.model))
+
+
+def _of_model(place: Path) -> dict[str, Any]:
+    """What a fine-tuned model says about its run, as far as the table needs it."""
+    # Here, because `--help` needs no torch.
+    from clue_ds.export import card, sources
+    from clue_ds.tasks import kinds
+
+    with sources.opened(place) as opened:
+        about = opened.finetuned
+    if about is None or about.task is None or not about.dev:
+        raise UserError(
+            f"{place} is not a model that clue-ds finetune made: its {CONFIG} has no task with a "
+            "score on dev"
+        )
+    columns = tuple((key, title) for key, _, title, _ in card.scores(about))
+    if about.task in registry.TASKS:
+        columns = kinds.of(registry.get(about.task)).columns
+    files: dict[str, dict[str, Any]] = {
+        split: {"file": "", "sha256": digest} for split, digest in about.data.items()
+    }
+    files.setdefault("dev", {"file": "", "sha256": ""})
+    for split, file in files.items():
+        file |= {"num_examples": about.examples.get(split), "num_skipped": None}
+    return {
+        "task": about.task,
+        "model": about.base or place.name,
+        "from_scratch": about.from_scratch,
+        "recipe": dict(about.recipe),
+        "best": dict(about.dev),
+        "columns": [column for column in columns if column[0] in about.dev],
+        "baselines": {},
+        "num_trained_on": about.examples.get("train"),
+        "data": files,
+        "test_versions": {},
+    }
 
 
 def _model(result: dict[str, Any]) -> str:
@@ -155,6 +196,8 @@ def _settings(result: dict[str, Any]) -> str:
 def _data(result: dict[str, Any]) -> str:
     """How much of CLUE's data a run used: "whole", or the example counts of the splits."""
     task = registry.TASKS.get(result["task"])
+    if result["num_trained_on"] is None:
+        return "not recorded"  # a model of an earlier version, without its run
     counts: dict[Split, int] = {
         "train": result["num_trained_on"],
         "dev": result["data"]["dev"]["num_examples"],
@@ -162,7 +205,7 @@ def _data(result: dict[str, Any]) -> str:
     counted = []
     for split, count in counts.items():
         published = task.num_published.get(split) if task else None
-        whole = count + (result["data"][split]["num_skipped"] if split == "dev" else 0)
+        whole = count + (result["data"][split]["num_skipped"] or 0 if split == "dev" else 0)
         if published is None:
             counted.append(f"{split} {count:,}")
         elif whole < published:
@@ -196,8 +239,9 @@ def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
     files = {}
     for group in groups:
         for split, about in group.results[0]["data"].items():
-            counts = f"{about['num_examples']:,}", f"{about['num_skipped']:,}"
-            row = [group.task, split, about["file"], *counts, about["sha256"]]
+            counts = [about["num_examples"], about["num_skipped"]]
+            shown = ["" if count is None else f"{count:,}" for count in counts]
+            row = [group.task, split, about["file"], *shown, about["sha256"]]
             files[group.task, split, about["sha256"]] = row
         for version, digest in group.results[0]["test_versions"].items():
             files[group.task, version, digest] = [group.task, f"test {version}", "", "", "", digest]
@@ -205,7 +249,8 @@ def tables(groups: list[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
     return [
         ("dev scores, mean ± standard deviation over seeds (%)", COLUMNS, scores),
         (
-            "main score (%) beside published models; * means less than all of CLUE's data",
+            "main score (%) beside published models; * means less than all of CLUE's data, or that "
+            "the data is not recorded",
             *_beside_published(groups),
         ),
         ("data", columns, list(files.values())),
@@ -261,8 +306,13 @@ def as_html(groups: list[Group], details: bool = False) -> str:
 
 def _details(result: dict[str, Any]) -> str:
     recipe, best = result["recipe"], result["best"]
-    title = f"{result['task']}, seed {recipe['seed']}: {_model(result)}"
     settings = [[key, str(value)] for key, value in recipe.items()]
+    title = f"{result['task']}, seed {recipe['seed']}: {_model(result)}"
+    if "epochs" not in result:
+        return (
+            f"<h2>{html.escape(title)}</h2><p>From the model itself; the curves and the scores of "
+            f"every class are in its run.</p>{table(['setting', 'value'], settings)}"
+        )
     settings += [[key, value] for key, value in result["versions"].items()]
     return (
         f"<h2>{html.escape(title)}</h2><p>Best in epoch {best['epoch']} of "
