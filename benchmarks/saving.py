@@ -31,6 +31,7 @@ from rich.console import Console
 
 from clue_ds.benchmarks.description import write_results
 from clue_ds.benchmarks.synthetic import write_corpus
+from clue_ds.job import watchdog
 from clue_ds.pretrain import saving as saves
 from clue_ds.pretrain import train
 
@@ -94,7 +95,10 @@ def saving(
             "checkpoint.keep": 1,
         }
         arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-        run = train.build(train.parse(arguments))
+        config = train.parse(arguments)
+        # INT and TERM end it: there is no run to continue, so nothing to save.
+        watchdog.start(config.health, "clue-ds bench saving", can_stop=False)
+        run = train.build(config)
         with contextlib.redirect_stdout(io.StringIO()):
             turns = measure(run, steps, rounds)
         published = (folder / "run/background/checkpoints").glob("step-*/**/*")
