@@ -6,6 +6,7 @@ One child process does it all, because starting torch and DeepSpeed takes most o
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_several_runs_in_one_process(tmp_path: Path, sample_text: str) -> None:
         capture_output=True,
         text=True,
         cwd=HERE,
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert "RESULT" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.partition("RESULT")[2])
