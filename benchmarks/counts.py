@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from clue_ds.kernels.shared.launching import Launcher
+
 # These only change how a tensor is looked at, or make one without writing it.
 VIEWS = {
     "view", "reshape", "permute", "transpose", "slice", "select", "unbind", "expand", "squeeze",
@@ -115,6 +117,20 @@ def count_eager(loss: Callable[[], Tensor]) -> tuple[Recorder, Recorder]:
         with Recorder() as backward:
             value.backward()
     return forward, backward
+
+
+def count_operation(run: Callable[[], Any]) -> list[Launch]:
+    """The launches of an operation of ours on tensors without memory: its kernels and torch's."""
+    launches: list[Launch] = []
+
+    def launch(self: Any, grid: Any, tensors: tuple[Tensor | None, ...], *more: Any) -> None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in present)
+        launches.append(Launch(self.kernel.__name__, num_bytes, 0))
+
+    with mock.patch.object(Launcher, "__call__", launch), Recorder() as recorder:
+        run()
+    return launches + recorder.launches
 
 
 def totals(launches: list[Launch]) -> dict[str, float]:

@@ -9,36 +9,38 @@ Run it with torch's CUDA build in an environment of its own, on a machine withou
     env/bin/python -m clue_ds.benchmarks.step_counts --output benchmarks/results/step_counts.json
 
 fake_gpu.py makes torch believe in the device. Each part that `compile_blocks` compiles (embeddings,
-block, last block, head with loss) is lowered as in training, forward and backward; bytes are what
-the nodes of inductor's schedule read and write. A step is the sum of its parts. The peer is
-transformers' BertForMaskedLM, compiled as a whole, without a mask. Both have bf16 weights and flash
-attention. The optimizer is not counted.
+block, last block, head with loss) is lowered as in training, forward and backward; lowering.py says
+what counts as a launch, and which bytes. A step is the sum of its parts. "packed" is what trains on
+a GPU: the tokens of all rows in one buffer with `cu_seqlens` (here all rows are full), and our
+kernel for attention, which takes heads of 26 as they are and writes one packed gradient. The other
+forms are rows with FlashAttention, for which such heads are padded to 32. The peer is transformers'
+BertForMaskedLM, compiled as a whole, without a mask. Both have bf16 weights. The optimizer is not
+counted. Predicted times assume that our attention is as fast as FlashAttention.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clue_ds import files, presets
-from clue_ds.benchmarks import counts, fake_gpu
+from clue_ds.benchmarks import counts, fake_gpu, lowering
 from clue_ds.benchmarks.description import describe
+from clue_ds.benchmarks.lowering import META, Graph, Part, figures_of, lower
 from clue_ds.benchmarks.sides import peer_network
 from clue_ds.metrics import flops_per_token
 from clue_ds.model import BertForPreTraining, ops
 from clue_ds.model.bert import pad_vocab
+from clue_ds.model.packed_attention import Layout
 from clue_ds.presets import Kernels, ModelConfig
 from clue_ds.pretrain import optim
 
@@ -50,8 +52,9 @@ SHAPES = (
     ("bert_base_clue", 512, 128),
     ("roberta_tiny_clue", 256, 512),
     ("bert_base_clue", 128, 512),
+    ("roberta_large_clue", 64, 512),
 )
-BF16, META = torch.bfloat16, torch.device("meta")
+BF16 = torch.bfloat16
 
 
 class Shape(NamedTuple):
@@ -66,15 +69,6 @@ class Shape(NamedTuple):
     @property
     def num_predictions(self) -> int:
         return -(-15 * self.length // 100)
-
-
-class Part(NamedTuple):
-    """A module that is compiled as one graph, its inputs, and how often a step runs it."""
-
-    name: str
-    module: nn.Module
-    inputs: tuple[Tensor | None, ...]
-    times: int
 
 
 class HeadAndLoss(nn.Module):
@@ -96,13 +90,18 @@ class PeerLoss(nn.Module):
         return self.network(ids, labels=labels).loss
 
 
-def parts_of(shape: Shape) -> list[Part]:
-    """What `compile_blocks` compiles, at this shape."""
-    config, rows, length, p = shape.config, shape.num_rows, shape.length, shape.num_predictions
+def model_of(config: ModelConfig) -> BertForPreTraining:
     with META:
         model = BertForPreTraining(config, padded_vocab_size=pad_vocab(config).vocab_size)
     model.to(BF16).train()
     optim.freeze_unused(model)
+    return model
+
+
+def parts_of(shape: Shape) -> list[Part]:
+    """What `compile_blocks` compiles, at this shape."""
+    config, rows, length, p = shape.config, shape.num_rows, shape.length, shape.num_predictions
+    model = model_of(config)
 
     def hidden(positions: int) -> Tensor:
         size = (rows, positions, config.hidden_size)
@@ -120,124 +119,35 @@ def parts_of(shape: Shape) -> list[Part]:
     ]
 
 
+def packed_parts_of(shape: Shape) -> list[Part]:
+    """The same for rows that are laid end to end (data/flat.py), all of them full."""
+    config, rows, length, p = shape.config, shape.num_rows, shape.length, shape.num_predictions
+    model = model_of(config)
+
+    def hidden(num: int) -> Tensor:
+        return torch.empty(num, config.hidden_size, dtype=BF16, device=META).requires_grad_()
+
+    def ids(num: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(num, dtype=dtype, device=META)
+
+    tokens, queries, blocks = rows * length, rows * p, model.bert.encoder.layer
+    layout = Layout(ids(rows + 1), ids(rows + 1), length, p, model.bert.attention)
+    # `_flat_loss` gives the head one row of all queries.
+    loss_inputs = (hidden(queries)[None].detach().requires_grad_(), ids(queries, torch.long)[None])
+    return [
+        Part("embeddings", model.bert.embeddings, (ids(tokens), None, ids(tokens)), 1),
+        Part("block", blocks[0], (hidden(tokens), None, None, layout), len(blocks) - 1),
+        Part("last block", blocks[-1], (hidden(tokens), None, ids(queries), layout), 1),
+        Part("head and loss", HeadAndLoss(model), loss_inputs, 1),
+    ]
+
+
 def peer_of(shape: Shape) -> list[Part]:
     size = (shape.num_rows, shape.length)
     ids, labels = (torch.empty(size, dtype=torch.long, device=META) for _ in range(2))
     with META:
         module = PeerLoss(shape.config)
     return [Part("whole model", module, (ids, labels), 1)]
-
-
-class Graph(NamedTuple):
-    """One lowered graph: its code, and (name of a library call or "", bytes) of every node."""
-
-    code: str
-    nodes: list[tuple[str, int]]
-
-
-class _Captured(Exception):
-    """Raised in place of running what was compiled."""
-
-
-def _prepare_inductor(graphs: list[Graph]) -> None:
-    """Let inductor leave its graphs in `graphs`, and make no machine code."""
-    import torch._functorch.config as autograd_config
-    from torch._inductor import async_compile
-    from torch._inductor import config as inductor
-    from torch._inductor import graph as lowering
-
-    torch.autograd.set_multithreading_enabled(False)
-    settings: dict[str, Any] = {
-        "fx_graph_cache": False, "compile_threads": 1, "joint_graph_constant_folding": False,
-    }  # fmt: skip
-    for name, value in settings.items():
-        setattr(inductor, name, value)
-    for name in ("enable_autograd_cache", "force_non_lazy_backward_lowering"):
-        setattr(autograd_config, name, name.startswith("force"))
-
-    class Kernel:
-        def run(self, *arguments: Any, **options: Any) -> None: ...
-
-    original, codes = lowering.GraphLowering.codegen, []
-
-    def codegen(self: Any) -> Any:
-        out = original(self)
-        nodes = []
-        for node in self.scheduler.nodes:
-            name = getattr(getattr(node, "node", None), "python_kernel_name", "") or ""
-            try:
-                size = int(node.get_read_write_buffers_sizes())
-            except (AttributeError, NotImplementedError, TypeError):
-                size = 0
-            nodes.append((str(name), size))
-        graphs.append(Graph("", nodes))
-        return out
-
-    def save(code: str) -> None:
-        codes.append(code)
-        graphs[-1] = graphs[-1]._replace(code=code)
-
-    fake_gpu._replace(lowering.GraphLowering, codegen=codegen, save_output_code=staticmethod(save))
-    fake_gpu._replace(
-        async_compile.AsyncCompile,
-        triton=lambda self, name, source, device_str="cuda": Kernel(),
-        wait=lambda self, scope: None,
-    )
-
-
-def lower(part: Part, graphs: list[Graph], uses_kernels: bool) -> list[Graph]:
-    """The graphs, forward and backward, that inductor makes of a part."""
-    from torch._inductor import compile_fx
-    from torch._inductor import config as inductor
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def on_gpu(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        fake = torch.empty_strided(
-            tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device="cuda"
-        )
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        return fake.requires_grad_() if tensor.requires_grad else fake
-
-    def backend(module: Any, inputs: Any) -> Callable[..., Any]:
-        with mode:
-            fakes = [on_gpu(tensor) for tensor in inputs]
-        context = torch._guards.tracing(torch._guards.TracingContext(mode))
-        # As `compile_blocks` sets it.
-        padding = inductor.patch(comprehensive_padding=not uses_kernels)
-        with context, mode, padding:
-            compile_fx.compile_fx(module, fakes)
-        raise _Captured
-
-    graphs.clear()
-    torch._dynamo.reset()
-    run = torch.compile(part.module, backend=backend, dynamic=False, fullgraph=True)
-    try:
-        with mock.patch.object(F, "scaled_dot_product_attention", counts.flash_attention):
-            run(*part.inputs)
-    except Exception as error:
-        if _Captured.__name__ not in repr(error) + str(type(error)):
-            raise
-    assert len(graphs) == 2, f"{part.name}: {len(graphs)} graphs, not forward and backward"
-    return list(graphs)
-
-
-def figures_of(graphs: list[Graph]) -> dict[str, float]:
-    """Launches and GB by kind of the graphs of one part."""
-    launches, sizes = 0, {"gemm_gb": 0.0, "attention_gb": 0.0, "other_gb": 0.0}
-    for graph in graphs:
-        body = graph.code[graph.code.index("def call") :]
-        calls = re.findall(r"\.run\(|extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(", body)
-        launches += len(calls)
-        for name, size in graph.nodes:
-            is_gemm = "extern_kernels" in name and "mm" in name
-            kind = "gemm" if is_gemm else "attention" if "flash" in name else "other"
-            sizes[f"{kind}_gb"] += size / 1e9
-    return {"launches": launches, **sizes, "gb": sum(sizes.values())}
 
 
 def eager(parts: list[Part]) -> dict[str, dict[str, float]]:
@@ -259,17 +169,18 @@ def eager(parts: list[Part]) -> dict[str, dict[str, float]]:
     return found
 
 
-def compiled(parts: list[Part], graphs: list[Graph], kernels: Kernels) -> dict[str, dict[str, Any]]:
-    """The totals of each part; compiling does not change its FLOPs."""
-    ops.choose_kernels("torch")
-    flops = {
-        name: {kind: figures[kind] for kind in ("gemm_tflop", "attention_tflop")}
-        for name, figures in eager(parts).items()
-    }
+def compiled(
+    parts: list[Part], graphs: list[Graph], kernels: Kernels, executed: dict[str, dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """The totals of each part; compiling does not change the FLOPs of the eager parts `executed`.
+
+    Nor does laying rows end to end that are all full.
+    """
     ops.choose_kernels(kernels)
     try:
         return {
-            part.name: figures_of(lower(part, graphs, kernels == "triton")) | flops[part.name]
+            part.name: figures_of(lower(part, graphs, kernels == "triton"))
+            | {kind: executed[part.name][kind] for kind in ("gemm_tflop", "attention_tflop")}
             for part in parts
         }
     finally:
@@ -296,14 +207,20 @@ def step_of(shape: Shape, parts: list[Part], each: dict[str, dict[str, Any]]) ->
 
 def count(shape: Shape, graphs: list[Graph]) -> dict[str, Any]:
     """All figures of one shape."""
-    ours, peer = parts_of(shape), peer_of(shape)
+    ours, packed, peer = parts_of(shape), packed_parts_of(shape), peer_of(shape)
     found: dict[str, Any] = dict(preset=shape.preset, rows=shape.num_rows, length=shape.length)
-    found["eager"] = step_of(shape, ours, eager(ours))
-    found["compiled"] = step_of(shape, ours, compiled(ours, graphs, "torch"))
-    found["compiled, kernels"] = step_of(shape, ours, compiled(ours, graphs, "triton"))
-    found["peer, eager"] = step_of(shape, peer, eager(peer))
-    found["peer, compiled"] = step_of(shape, peer, compiled(peer, graphs, "torch"))
-    best, theirs = found["compiled, kernels"]["step"], found["peer, compiled"]["step"]
+    in_ours, in_peer = eager(ours), eager(peer)
+    forms: dict[str, tuple[list[Part], dict[str, Any]]] = {
+        "eager": (ours, in_ours),
+        "compiled": (ours, compiled(ours, graphs, "torch", in_ours)),
+        "compiled, kernels": (ours, compiled(ours, graphs, "triton", in_ours)),
+        "packed, kernels": (packed, compiled(packed, graphs, "triton", in_ours)),
+        "peer, eager": (peer, in_peer),
+        "peer, compiled": (peer, compiled(peer, graphs, "torch", in_peer)),
+    }
+    for name, (parts, figures) in forms.items():
+        found[name] = step_of(shape, parts, figures)
+    best, theirs = found["packed, kernels"]["step"], found["peer, compiled"]["step"]
     found["bytes_of_peer"] = round(best["gb"] / theirs["gb"], 3)
     found["predicted_ratio"] = round(theirs["predicted_ms"] / best["predicted_ms"], 2)
     return found
@@ -324,7 +241,7 @@ def main() -> None:
         sys.exit(status)
     fake_gpu.install(Path(os.environ[STUB]))
     graphs: list[Graph] = []
-    _prepare_inductor(graphs)
+    lowering.prepare(graphs)
     shapes = [Shape(*values) for values in SHAPES]
     results = []
     for shape in shapes:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, nop
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +151,27 @@ def test_compiled_without_a_graph_break_equals_eager(
         torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(eager, inputs, dy), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+def test_compiled_code_makes_no_gradient_of_a_result_that_nobody_uses(
+    kernel_device: torch.device,
+) -> None:
+    """It was a tensor of zeros as large as the activations, written and read again."""
+    backward: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        backward.append(graph)
+        return make_boxed_func(graph.forward)
+
+    case = CASES["bias_dropout_add_layer_norm"]
+    inputs = _inputs(case, torch.float32, kernel_device)
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=keep)
+    compiled = torch.compile(lambda *t: case.call(*t)[0], fullgraph=True, backend=backend)
+    compiled(*inputs).sum().backward()
+    targets = [str(node.target) for graph in backward for node in graph.graph.nodes]
+    assert "clue_ds.bias_dropout_add_layer_norm_backward.default" in targets
+    assert not [name for name in targets if "zeros" in name or "full" in name]
 
 
 def _leaves(*shapes: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:

@@ -131,7 +131,8 @@ class Attention(nn.Module):
             tokens = self._project_flat(hidden, here.query, here.key, here.value)
         else:
             residual = hidden.index_select(0, rows)
-            query = self._project_flat(residual, here.query)[:, 0]
+            # Not [:, 0], whose gradient would be copied into a buffer of zeros.
+            query = self._project_flat(residual, here.query).squeeze(1)
             tokens = self._project_flat(hidden, here.key, here.value)
         context = packed_attention(tokens, layout, self.p, self.training, query)
         return self.output(context.flatten(1), residual)

@@ -39,7 +39,14 @@ def define(
     op.register_fake(fake_forward)
     backward_op = torch.library.custom_op(f"clue_ds::{name}_backward", backward, mutates_args=())
     backward_op.register_fake(fake_backward)
-    op.register_autograd(formula(backward_op), setup_context=setup_context)
+
+    def setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # Without it, compiled code fills zeros as the gradient of each result that nobody uses,
+        # and `backward` reads them.
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    op.register_autograd(formula(backward_op), setup_context=setup_compiled)
 
     # The autograd function's `forward` takes ctx: if it had a `setup_context` of its own, torch
     # would bind arguments by name, which takes 16 us per call.
