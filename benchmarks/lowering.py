@@ -130,7 +130,7 @@ def _launches_of(intermediate: Any) -> list[counts.Launch]:
     operation = intermediate.op_overload
     implementation = OPDEFS[operation.name().removesuffix(".default")]._init_fn
     with V.fake_mode:
-        tensors = [ir_node_to_tensor(each, guard_shape=False) for each in intermediate.inputs]
+        tensors = [ir_node_to_tensor(each) for each in intermediate.inputs]
         arguments, options = intermediate.unflatten_args(tensors, intermediate.constant_args)
         return counts.count_operation(lambda: implementation(*arguments, **options))
 

@@ -10,12 +10,13 @@ Run it with torch's CUDA build in an environment of its own, on a machine withou
 
 fake_gpu.py makes torch believe in the device. Each part that `compile_blocks` compiles (embeddings,
 block, last block, head with loss) is lowered as in training, forward and backward; lowering.py says
-what counts as a launch, and which bytes. A step is the sum of its parts. "packed" is what trains on
-a GPU: the tokens of all rows in one buffer with `cu_seqlens` (here all rows are full), and our
-kernel for attention, which takes heads of 26 as they are and writes one packed gradient. The other
-forms are rows with FlashAttention, for which such heads are padded to 32. The peer is transformers'
-BertForMaskedLM, compiled as a whole, without a mask. Both have bf16 weights. The optimizer is not
-counted. Predicted times assume that our attention is as fast as FlashAttention.
+what counts as a launch, and which bytes. A step is the sum of its parts. "packed" is the step of
+`data.padding: remove`: the tokens of all rows in one buffer with `cu_seqlens` (here all rows are
+full), and our kernel for attention, which takes heads of 26 as they are and writes one packed
+gradient. The other forms are rows with FlashAttention, for which such heads are padded to 32. The
+peer is transformers' BertForMaskedLM, compiled as a whole, without a mask. Both have bf16 weights.
+The optimizer is not counted. Predicted times assume that our attention is as fast as
+FlashAttention, which nobody has measured yet.
 """
 
 from __future__ import annotations
