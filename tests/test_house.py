@@ -111,6 +111,7 @@ LAW: dict[str, set[str]] = {
     },
     "clue_ds.benchmarks": {
         "clue_ds.config",
+        "clue_ds.job",
         "clue_ds.data",
         "clue_ds.model",
         "clue_ds.metrics",
