@@ -281,6 +281,9 @@ def _start_worker(
     take_device(num_started)
     torch.set_num_threads(threads)
     ops.choose_kernels(kernels)
+    # Under a launcher (clue-ds launch, sbatch) the process has a watchdog, whose store must not
+    # take the port that was given to the parent's rank.
+    os.environ.pop("MASTER_PORT", None)
     _watching(health, told).__enter__()  # until the process ends
 
 
