@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_a_model_without_its_run_says_what_it_scored(output: Path, tmp_path: Pat
         score.collect((tmp_path / "nothing.zip",))
 
 
-def test_a_model_that_was_not_fine_tuned_has_no_score(model: Path) -> None:
+def test_a_model_without_a_score_or_settings_is_one_message(
+    model: Path, output: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="has no task with a score on dev"):
         score.collect((model,))
+    export_command.export(str(output / "tone" / "best"), output=tmp_path / "own")
+    config = tmp_path / "own" / "config.json"
+    values = json.loads(config.read_text("utf-8"))
+    for part in ("recipe", "dev"):
+        own = {key: value for key, value in values["clue_ds"].items() if key != part}
+        config.write_text(json.dumps(values | {"clue_ds": own}), "utf-8")
+        with pytest.raises(UserError, match="and the settings of its run"):
+            score.collect((tmp_path / "own",))

@@ -82,6 +82,7 @@ def myself() -> Peer:
 def meet(seconds: float = START_SECONDS) -> Meeting:
     """Connect to all other ranks, once per process; a UserError names hosts that are missing."""
     global _meeting
+    # Each time, because an earlier run in this process has taken its variables back.
     _complete_environment(seconds)
     if _meeting is None:
         _meeting = _meet(seconds)

@@ -50,10 +50,10 @@ def report(
     else:
         from clue_ds.tasks.finetune import score
 
-        target = score.run_of(places[0]) / FILE
-        if score.is_alone(places[0]):
+        if output is None and score.is_alone(places[0]):
             target = places[0].with_name(f"{places[0].name.removesuffix('.zip')}-{FILE}")
-        target = output or target
+        elif output is None:
+            target = score.run_of(places[0]) / FILE
         text = score.as_html(score.collect(places), details=True)
     if target.is_dir():
         raise UserError(f"{target} is a directory; give the path of a file")

@@ -47,6 +47,7 @@ COLUMNS = ["task", "model", "settings", "seeds", "score", "second score", "witho
 
 
 CONFIG = "config.json"  # of a model
+SETTINGS = {"lr", "epochs", "batch_size", "max_length"}  # of a recipe, in the table
 # What runs have in common that differ only in their seed; earlier versions recorded a part of it.
 SAME = ("task", "model", "task_content", "model_content", "from_scratch", "limit", "data")
 
@@ -153,12 +154,12 @@ def _of_model(place: Path) -> dict[str, Any]:
 
     with sources.opened(place) as opened:
         about = opened.finetuned
-    if about is None or about.task is None or not about.dev:
+    columns = tuple((key, title) for key, _, title, _ in card.scores(about))
+    if about is None or about.task is None or not columns or not about.recipe.keys() >= SETTINGS:
         raise UserError(
             f"{place} is not a model that clue-ds finetune made: its {CONFIG} has no task with a "
-            "score on dev"
+            "score on dev and the settings of its run"
         )
-    columns = tuple((key, title) for key, _, title, _ in card.scores(about))
     if about.task in registry.TASKS:
         columns = kinds.of(registry.get(about.task)).columns
     files: dict[str, dict[str, Any]] = {
