@@ -17,10 +17,13 @@ program beyond the end of its sequence stops after reading two offsets, so a spa
 its launches only: an estimated nanosecond for each program.
 
 Rejected: tiles that run on over the ends of sequences, which would need no programs for spare
-sequences. A mask drawn by position in the sequence then starts anywhere within the eight columns
-that one Philox counter serves. Padding the head size in memory: 26 made 32, with the copies that
-slice it off again, costs a sixth of a block's traffic; here it is padded in registers. Strides as
-run-time numbers: a token's 936 elements are not divisible by 16, so loads would be 2 bytes wide.
+sequences. A mask drawn by position in the sequence then starts anywhere within the 32 columns that
+four Philox counters serve. Scores of dk and dv as [keys, queries], which would leave them in
+registers for the products that follow: the mask would be transposed through shared memory instead,
+for 33 instructions per score instead of 24. Padding the head size in memory: 26 made 32, with the
+copies that slice it off again, costs a sixth of a block's traffic; here it is padded in registers.
+Strides as run-time numbers: a token's 936 elements are not divisible by 16, so loads would be 2
+bytes wide.
 """
 
 from __future__ import annotations
@@ -36,37 +39,55 @@ from . import reference
 from .backend import INTERPRETED
 from .shared import launching, packed_attention, registered, tiles
 
-STAGES = 2  # tiles of a loop: one is being loaded while another is in use
 MAX_HEAD_SIZE = 64  # of the kernels; a larger or odd one takes the reference
 
 
 class Blocks(NamedTuple):
-    """Shape of a program: a tile of `queries` x `keys` scores on `num_warps` warps."""
+    """Shape of a program: a tile of `queries` x `keys` scores on `num_warps` warps.
+
+    `stages` tiles of the side that it goes through are in memory at once: all but one of them are
+    being loaded. Dropout draws for 32 keys at a time, so `keys` is a multiple of 32.
+    """
 
     queries: int
     keys: int
     num_warps: int
+    stages: int
 
 
-# Not measured yet; these are the largest that spill nowhere. With 128 queries every kernel with
-# dropout spills on sm_90, and with 64 keys some do on sm_80 and gfx942.
-HOPPER_BLOCKS = Blocks(64, 64, 4)
-BLOCKS = Blocks(64, 32, 4)
+class Tiles(NamedTuple):
+    """The blocks of the three kernels."""
+
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
+
+
+# By the columns of a tile, see `padded_head_size`. The fastest on an H200 of those in
+# benchmarks/results/gpu_h200.json: small ones, of which many share a multiprocessor.
+HOPPER_TILES = {
+    32: Tiles(Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(64, 64, 4, 3)),
+    64: Tiles(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 3)),
+}
+# Not measured: the largest that spill nowhere on sm_80 and gfx942.
+TILES = Tiles(*[Blocks(64, 32, 4, 2)] * 3)
 # fp32 and fp64 have no tensor cores that keep their digits, and the multiplications of a product
 # are unrolled, four times as many in a tile of 64 x 64.
-WIDE_BLOCKS = Blocks(32, 32, 4)
+WIDE_TILES = Tiles(*[Blocks(32, 32, 4, 2)] * 3)
+# The interpreter takes as long for a small tile as for a large one.
+INTERPRETED_TILES = Tiles(*[Blocks(64, 64, 4, 2)] * 3)
 
 
 @cache
-def blocks_of(device: torch.device, dtype: torch.dtype) -> Blocks:
-    """The tile for activations of `dtype` on `device`; in the interpreter a large one for all."""
+def tiles_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Tiles:
+    """The tiles for activations of `dtype` on `device`; in the interpreter large ones for all."""
     if INTERPRETED:
-        return HOPPER_BLOCKS
+        return INTERPRETED_TILES
     if dtype.itemsize > 2:
-        return WIDE_BLOCKS
+        return WIDE_TILES
     # sm_90 and sm_100 multiply out of shared memory, which leaves registers.
     is_hopper = not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return HOPPER_BLOCKS if is_hopper else BLOCKS
+    return HOPPER_TILES[max(32, padded_head_size(head_size))] if is_hopper else TILES
 
 
 def padded_head_size(size: int) -> int:
@@ -97,6 +118,10 @@ class Packed(NamedTuple):
         """The tensors that all three kernels take, in their order."""
         return self[:6]
 
+    @property
+    def tiles(self) -> Tiles:
+        return tiles_of(self.q.device, self.q.dtype, self.q.shape[2])
+
     def grid(self, longest: int, block: int) -> tuple[tuple[int, ...], int]:
         """(grid, blocks of the longest sequence)"""
         num_blocks = tiles.cdiv(longest, block)
@@ -110,7 +135,8 @@ class Packed(NamedTuple):
         return (
             self.q.shape[1], size, *self.q.stride()[:2], *self.k.stride()[:2], *gradient_stride,
             size**-0.5, num_dropped, keep_scale, blocks.queries, blocks.keys,
-            padded_head_size(size), STAGES, acc, acc if INTERPRETED else TRITON_DTYPES[dtype],
+            padded_head_size(size), blocks.stages, acc,
+            acc if INTERPRETED else TRITON_DTYPES[dtype],
         )  # fmt: skip
 
 
@@ -140,7 +166,7 @@ def _attend(packed: Packed) -> tuple[Tensor, Tensor]:
     """(result [R, N, D], lse [N, R])."""
     out, lse = _results(packed.q)
     if out.numel():
-        blocks = blocks_of(out.device, out.dtype)
+        blocks = packed.tiles.forward
         grid, num_blocks = packed.grid(packed.max_queries, blocks.queries)
         _forward(
             grid,
@@ -167,8 +193,8 @@ def _differentiate(
 ) -> None:
     """Write the gradients into dq [R, N, D], dk and dv [T, N, D], whose heads are contiguous."""
     dout, delta = dout.contiguous(), torch.empty_like(lse)
-    blocks = blocks_of(out.device, out.dtype)
     if dq.numel():
+        blocks = packed.tiles.dq
         grid, num_blocks = packed.grid(packed.max_queries, blocks.queries)
         _dq(
             grid,
@@ -178,6 +204,7 @@ def _differentiate(
             blocks.num_warps,
         )
     if dk.numel():
+        blocks = packed.tiles.dkv
         grid, num_blocks = packed.grid(packed.max_keys, blocks.keys)
         _dkv(
             grid,

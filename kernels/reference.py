@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The kernels take these three numbers from here: their masks are those of `philox_keep`.
+# The kernels take these numbers from here: their masks are those of `philox_keep`, and in attention
+# those of `philox_keep_scores`.
 DROPOUT_LEVELS = 1 << 16  # a draw has 16 bits
-DRAWS = 8  # of one Philox counter, which has 128 bits
+DRAWS = 8  # of one Philox counter, which has 128 bits: two of each of its four words
 PHILOX_ROUNDS = 7
+QUAD = 4  # threads of a tensor core's result that hold one row of eight columns, two each
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
@@ -68,17 +70,40 @@ class _MaskedScale(torch.autograd.Function):
 def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tensor:
     """bool like `shape`: the mask that the kernels draw from `seed`, bit for bit.
 
-    This is Philox-4x32 (Salmon et al. 2011) with 7 rounds. The key is the seed's two halves, the
-    counter is (column / 8, low and high half of the row, 0), and the low half of a word comes
-    first. It is for parity only: it is slow, because int64 arithmetic stands in for uint32.
+    A counter serves eight columns, one after another; see `_philox_draws`.
+    """
+    width = shape[-1]
+    draws = _philox_draws(shape, -(-width // DRAWS), seed).flatten(1)[:, :width]
+    return (draws >= num_dropped).view(shape)
+
+
+def philox_keep_scores(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tensor:
+    """bool like `shape`, [..., keys]: the mask that attention's kernels draw from `seed`.
+
+    Four counters serve 32 columns as tensor cores hold them: of each eight columns, a counter has
+    two neighbouring ones. A thread then draws for its own scores, and none are exchanged.
+    """
+    width = shape[-1]
+    num_blocks = -(-width // (QUAD * DRAWS))
+    draws = _philox_draws(shape, QUAD * num_blocks, seed)
+    # [rows, blocks, counters, words, halves], where a word is for one of the four eights
+    draws = draws.unflatten(1, (num_blocks, QUAD)).transpose(2, 3).flatten(1)[:, :width]
+    return (draws >= num_dropped).view(shape)
+
+
+def _philox_draws(shape: torch.Size, num_counters: int, seed: Tensor | int) -> Tensor:
+    """int64 [rows of `shape`, counters, 4 words, low and high half]: draws of 16 bits.
+
+    This is Philox-4x32 (Salmon et al. 2011) with 7 rounds. The key is the seed's two halves, and
+    the counter is (number of the counter in its row, low and high half of the row, 0). It is for
+    parity only: it is slow, because int64 arithmetic stands in for uint32.
     """
     low = 0xFFFFFFFF
-    width = shape[-1]
     seed = torch.as_tensor(seed).reshape(())
-    rows = torch.arange(shape.numel() // max(width, 1), device=seed.device)[:, None]
-    groups = torch.arange(-(-width // DRAWS), device=seed.device)[None, :]
-    zero = torch.zeros_like(rows + groups)
-    c0, c1, c2, c3 = zero + groups, zero + (rows & low), zero + (rows >> 32), zero
+    rows = torch.arange(shape.numel() // max(shape[-1], 1), device=seed.device)[:, None]
+    counters = torch.arange(num_counters, device=seed.device)[None, :]
+    zero = torch.zeros_like(rows + counters)
+    c0, c1, c2, c3 = zero + counters, zero + (rows & low), zero + (rows >> 32), zero
     k0, k1 = seed & low, seed >> 32 & low
     for _ in range(PHILOX_ROUNDS):
         # Products of two 32-bit numbers wrap modulo 2^64 in int64, which leaves both halves right.
@@ -87,8 +112,7 @@ def philox_keep(shape: torch.Size, num_dropped: int, seed: Tensor | int) -> Tens
         c1, c3 = product2 & low, product0 & low
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
     words = torch.stack((c0, c1, c2, c3), dim=-1)
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :width]
-    return (draws >= num_dropped).view(shape)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
 
 
 def dropout(x: Tensor, p: float, training: bool, seed: Tensor | int | None = None) -> Tensor:
@@ -278,7 +302,7 @@ def attention_to(
     elif training and dropout_p > 0.0:
         num_dropped, scale = dropout_threshold(dropout_p)
         shape = torch.Size((num_queries, num_heads, max_seqlen))
-        keep = philox_keep(shape, num_dropped, seed).to(scores.device)[rows].transpose(1, 2)
+        keep = philox_keep_scores(shape, num_dropped, seed).to(scores.device)[rows].transpose(1, 2)
         probabilities = torch.where(keep, probabilities * scale, 0.0)
     padded = (probabilities @ v).transpose(1, 2)  # [S, Q, N, D]
     index = torch.arange(num_queries, device=query.device)

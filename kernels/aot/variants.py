@@ -30,13 +30,14 @@ FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 128
 # Lane-instructions an H100 issues while it copies one byte: 29.6e12 / 3.0e12. An MI300X: 9.7.
 ISSUED = 9.9
 EPS = 1e-12
-# Two programs of 128 threads share an NVIDIA multiprocessor, as their accumulators and a tile of
-# scores are in registers. Instructions are per score with dropout; without, half as many.
+# Two programs of 128 threads share an NVIDIA multiprocessor at least, as their accumulators and a
+# tile of scores are in registers. Instructions are per score with dropout; without, half as many
+# and four more. The order of the mask is that of NVIDIA's tensor cores; AMD's exchange it.
 ATTENTION_REGISTERS = 255
 ATTENTION_INSTRUCTIONS = {
-    "forward": {32: 33, 64: 50},  # lanes of a warp: limit
-    "dq": {32: 33, 64: 50},
-    "dkv": {32: 40, 64: 66},
+    "forward": {32: 25, 64: 52},  # lanes of a warp: limit
+    "dq": {32: 25, 64: 52},
+    "dkv": {32: 34, 64: 70},
 }
 
 
@@ -179,15 +180,16 @@ def embeddings(width: int, p: float, lanes: int) -> list[Variant]:
 def attentions(size: int, p: float, target: str) -> list[Variant]:
     """attention in bf16 with 12 heads; an element is a score of a tile in the loop."""
     is_hopper, lanes = target == "sm_90", 64 if target == "gfx942" else 32
-    blocks = fused_attention.HOPPER_BLOCKS if is_hopper else fused_attention.BLOCKS
+    columns = fused_attention.padded_head_size(size)
+    chosen = fused_attention.HOPPER_TILES[columns] if is_hopper else fused_attention.TILES
     num_heads, found = 12, []
     stride = 3 * num_heads * size
     num_dropped, scale = reference.dropout_threshold(p)
     constants = {
         "N": num_heads, "D": size, "Q_STRIDE": stride, "Q_HEAD": size, "K_STRIDE": stride,
         "K_HEAD": size, "DQ_STRIDE": stride, "DK_STRIDE": stride, "SCALE": size**-0.5,
-        "NUM_DROPPED": num_dropped, "KEEP_SCALE": scale, "STAGES": fused_attention.STAGES,
-        "BLOCK_D": fused_attention.padded_head_size(size), "ACC": tl.float32, "DOT": tl.bfloat16,
+        "NUM_DROPPED": num_dropped, "KEEP_SCALE": scale, "BLOCK_D": columns, "ACC": tl.float32,
+        "DOT": tl.bfloat16,
     }  # fmt: skip
     shared = (
         _pointers("*bf16", "q", "k", "v")
@@ -201,14 +203,16 @@ def attentions(size: int, p: float, target: str) -> list[Variant]:
         "dq": (packed_attention.dq_kernel, _pointers("*bf16", "dout", "out", "dq") | statistics),
         "dkv": (packed_attention.dkv_kernel, _pointers("*bf16", "dout", "dk", "dv") | statistics),
     }
-    tile = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     for part, (kernel, types) in kernels.items():
+        blocks: fused_attention.Blocks = getattr(chosen, part)
+        limit = ATTENTION_INSTRUCTIONS[part][lanes]
+        tile = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "STAGES": blocks.stages}
         taken = {name: kind for name, kind in (shared | types).items() if name in kernel.arg_names}
         found.append(
             Variant(
                 f"attention {part} {size} p={p:g}", kernel, taken, constants | tile,
                 blocks.num_warps, blocks.queries * blocks.keys, ATTENTION_REGISTERS,
-                ATTENTION_INSTRUCTIONS[part][lanes] * (1 if p else 0.5), True, targets=(target,),
+                limit if p else limit / 2 + 4, True, targets=(target,),
                 # The heads of a token lie 52 bytes apart at a head size of 26.
                 min_bits=64 if size % 8 == 0 else 32,
             )

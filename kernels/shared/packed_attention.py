@@ -124,15 +124,15 @@ def forward_kernel(
         at, rest = first_key + start, num_keys - start
         k = load_tile(k_ptr + head * K_HEAD, at, rest, K_STRIDE, D, BLOCK_N, BLOCK_D, DOT)
         v = load_tile(v_ptr + head * K_HEAD, at, rest, K_STRIDE, D, BLOCK_N, BLOCK_D, DOT)
-        scores = product(q, tl.trans(k), ACC) * (SCALE * LOG2_E)
+        scores = product(q, tl.trans(k), ACC)
         scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < rest, scores, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
+        # In units of exponents; multiplication and subtraction below are one instruction.
+        higher = tl.maximum(largest, tl.max(scores, axis=1) * (SCALE * LOG2_E))
+        weights = tl.exp2(scores * (SCALE * LOG2_E) - higher[:, None])
         shrink = tl.exp2(largest - higher)
         total = total * shrink + tl.sum(weights, axis=1)
         if NUM_DROPPED > 0:
-            group = start // tiles.COLUMNS_PER_COUNTER
-            keep = tiles.keep_rows(seed, tokens * N + head, group, NUM_DROPPED, BLOCK_M, BLOCK_N)
+            keep = tiles.keep_scores(seed, tokens * N + head, start, NUM_DROPPED, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         out = out * shrink[:, None] + product(weights.to(v_ptr.dtype.element_ty).to(DOT), v, ACC)
         largest = higher
@@ -218,10 +218,9 @@ def dq_kernel(
         weights = probabilities(q, k, lse, SCALE, ACC)
         dweights = product(dout, tl.trans(v), ACC)
         if NUM_DROPPED > 0:
-            group = start // tiles.COLUMNS_PER_COUNTER
-            keep = tiles.keep_rows(seed, tokens * N + head, group, NUM_DROPPED, BLOCK_M, BLOCK_N)
-            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
-        dscores = weights * (dweights - delta[:, None])
+            keep = tiles.keep_scores(seed, tokens * N + head, start, NUM_DROPPED, BLOCK_M, BLOCK_N)
+            dweights = tl.where(keep, dweights, 0.0)
+        dscores = weights * (dweights * KEEP_SCALE - delta[:, None])
         dscores = tl.where(tl.arange(0, BLOCK_N)[None, :] < rest, dscores, 0.0)
         dq += product(dscores.to(k_ptr.dtype.element_ty).to(DOT), k, ACC)
     store_tile(dq_ptr + head * D, dq * SCALE, first, count, DQ_STRIDE, D, BLOCK_M, BLOCK_D)
@@ -289,12 +288,11 @@ def dkv_kernel(
         dweights = product(dout, tl.trans(v), ACC)
         kept = weights
         if NUM_DROPPED > 0:
-            group = begin // tiles.COLUMNS_PER_COUNTER
-            keep = tiles.keep_rows(seed, tokens * N + head, group, NUM_DROPPED, BLOCK_M, BLOCK_N)
+            keep = tiles.keep_scores(seed, tokens * N + head, begin, NUM_DROPPED, BLOCK_M, BLOCK_N)
             kept = tl.where(keep, weights, 0.0)
-            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
+            dweights = tl.where(keep, dweights, 0.0)
         dv += product(tl.trans(kept.to(v_ptr.dtype.element_ty).to(DOT)), dout, ACC)
-        dscores = weights * (dweights - delta[:, None])
+        dscores = weights * (dweights * KEEP_SCALE - delta[:, None])
         dk += product(tl.trans(dscores.to(k_ptr.dtype.element_ty).to(DOT)), q, ACC)
     store_tile(dk_ptr + head * D, dk * SCALE, first, count, DK_STRIDE, D, BLOCK_N, BLOCK_D)
     store_tile(dv_ptr + head * D, dv * KEEP_SCALE, first, count, DK_STRIDE, D, BLOCK_N, BLOCK_D)

@@ -29,7 +29,9 @@ LANES = 64 if torch.version.hip else 32  # of a warp
 DRAWS = reference.DRAWS  # of one Philox counter, which makes it the narrowest tile
 # `tl.constexpr`, because Triton lets a kernel read no other global.
 PHILOX_ROUNDS = tl.constexpr(reference.PHILOX_ROUNDS)
-COLUMNS_PER_COUNTER = tl.constexpr(reference.DRAWS)
+DRAWS_PER_COUNTER = tl.constexpr(reference.DRAWS)
+WORDS = tl.constexpr(reference.DRAWS // 2)  # of one counter
+QUAD = tl.constexpr(reference.QUAD)
 DROPOUT_LEVELS = tl.constexpr(reference.DROPOUT_LEVELS)
 
 # The interpreter takes 20 to 90 ms per program whatever the tile, so there tiles are large and
@@ -154,38 +156,67 @@ def keep_tile(
     FIRST_COLUMN: tl.constexpr = 0,
 ) -> tl.tensor:
     """bool [ROWS, BLOCK], False where an element is dropped; FIRST_COLUMN is a multiple of 8."""
-    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
-    return keep_rows(seed, rows, FIRST_COLUMN // COLUMNS_PER_COUNTER, NUM_DROPPED, ROWS, BLOCK)
-
-
-@triton.jit
-def keep_rows(
-    seed: tl.tensor,
-    rows: tl.tensor,
-    first_group: tl.tensor,
-    NUM_DROPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """The same for any `rows`, int64 [ROWS], and the columns from 8 x `first_group`."""
     if NUM_DROPPED == DROPOUT_LEVELS:
         return tl.zeros((ROWS, BLOCK), tl.int1)
-    # One counter (column / 8, low and high half of the row, 0) for eight columns: the 128 bits that
-    # Philox makes of it are eight draws of 16 bits. That costs 14 instructions per element; a
-    # `tl.rand` for each element costs 61. Seven rounds are the fewest that pass BigCrush.
-    GROUPS: tl.constexpr = BLOCK // COLUMNS_PER_COUNTER
-    groups = (tl.arange(0, GROUPS) + first_group).to(tl.uint32)
-    zero = tl.zeros((ROWS, GROUPS), tl.uint32)
-    column = zero + groups[None, :]
-    row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    row_high = zero + (rows >> 32).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, column, row_low, row_high, zero, PHILOX_ROUNDS)
+    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
+    COUNTERS: tl.constexpr = BLOCK // DRAWS_PER_COUNTER
+    first = FIRST_COLUMN // DRAWS_PER_COUNTER
+    w0, w1, w2, w3 = draw(seed, rows, first, ROWS, COUNTERS)
     # `interleave` alternates its arguments, so that this nesting gives w0, w1, w2, w3 in the order
     # of columns, and the last line the low half of each word before its high half.
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     # Both halves are compared as the upper 16 bits of a word, which saves a shift for the high one.
     THRESHOLD: tl.constexpr = NUM_DROPPED * DROPOUT_LEVELS
     return tl.interleave((words << 16) >= THRESHOLD, words >= THRESHOLD)
+
+
+@triton.jit
+def keep_scores(
+    seed: tl.tensor,
+    rows: tl.tensor,
+    first_column: tl.tensor,
+    NUM_DROPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """bool [ROWS, BLOCK] for `rows`, int64 [ROWS], in the order of `reference.philox_keep_scores`.
+
+    BLOCK and `first_column` are multiples of 32. The order is that of a product's result in the
+    registers of tensor cores, so the compiler has each thread draw for the scores that it holds:
+    with the order of `keep_tile` they went through shared memory, for 4 to 6 instructions a score
+    and 50 registers a thread.
+    """
+    if NUM_DROPPED == DROPOUT_LEVELS:
+        return tl.zeros((ROWS, BLOCK), tl.int1)
+    COUNTERS: tl.constexpr = BLOCK // DRAWS_PER_COUNTER
+    w0, w1, w2, w3 = draw(seed, rows, first_column // DRAWS_PER_COUNTER, ROWS, COUNTERS)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [..., i, j] is word i + 2 * j ...
+    words = tl.permute(words, (0, 1, 3, 2))  # ... and [..., j, i] afterwards
+    THRESHOLD: tl.constexpr = NUM_DROPPED * DROPOUT_LEVELS
+    keep = tl.join((words << 16) >= THRESHOLD, words >= THRESHOLD)
+    keep = tl.reshape(keep, (ROWS, COUNTERS // QUAD, QUAD, WORDS, 2))
+    return tl.reshape(tl.permute(keep, (0, 1, 3, 2, 4)), (ROWS, BLOCK))
+
+
+@triton.jit
+def draw(
+    seed: tl.tensor,
+    rows: tl.tensor,
+    first_counter: tl.tensor,
+    ROWS: tl.constexpr,
+    COUNTERS: tl.constexpr,
+) -> tl.tuple:
+    """Four words of 32 random bits of each counter of each row, uint32 [ROWS, COUNTERS] each.
+
+    The counter is (its number in the row, low and high half of the row, 0). A word has two draws of
+    16 bits; that costs 7 instructions per draw, and a `tl.rand` for each element 61. Seven rounds
+    are the fewest that pass BigCrush.
+    """
+    numbers = (tl.arange(0, COUNTERS) + first_counter).to(tl.uint32)
+    zero = tl.zeros((ROWS, COUNTERS), tl.uint32)
+    row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    row_high = zero + (rows >> 32).to(tl.uint32)[:, None]
+    return tl.philox(seed, zero + numbers[None, :], row_low, row_high, zero, PHILOX_ROUNDS)
 
 
 @triton.jit

@@ -128,7 +128,8 @@ def _attention(shapes: Shapes, draw: Draw) -> Case:
     lengths = torch.linspace(1, length, number, device=draw.device).ceil()
     starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     shape = (int(starts[-1]), heads, length)
-    keep = reference.philox_keep(torch.Size(shape), reference.dropout_threshold(p)[0], SEED)
+    num_dropped, _ = reference.dropout_threshold(p)
+    keep = reference.philox_keep_scores(torch.Size(shape), num_dropped, SEED)
 
     def run(implementation: Any, qkv: Tensor) -> Tensor:
         return implementation.attention(qkv, starts, length, p, True, SEED)
