@@ -48,7 +48,8 @@ from clue_ds.presets import Kernels, ModelConfig
 from clue_ds.pretrain import ds_json, optim
 from clue_ds.pretrain import engine as engines
 
-TINY, BASE = "roberta_tiny_clue", "bert_base_clue"
+TINY, BASE, LARGE = "roberta_tiny_clue", "bert_base_clue", "roberta_large_clue"
+TOKENS = {TINY: 131_072, BASE: 65_536, LARGE: 32_768}  # of a step
 WARMUP_STEPS, REPEATS = 4, 15
 GRAPH_WARMUP_STEPS = 4
 INPUTS = ("input_ids", "masked_positions", "masked_labels")  # full rows of one segment
@@ -104,11 +105,11 @@ class Bench(NamedTuple):
     is_small: bool
 
     def shape(self, is_long: bool) -> tuple[int, int]:
-        """(rows, length): 131,072 tokens for tiny, 65,536 for base, of 128 or 512 each."""
+        """(rows, length): TOKENS of the preset, in rows of 128 or 512."""
         if self.is_small:
             return (2, 64) if is_long else (4, 32)
         length = 512 if is_long else 128
-        return (131_072 if self.preset == TINY else 65_536) // length, length
+        return TOKENS[self.preset] // length, length
 
     @property
     def dtype(self) -> torch.dtype:
@@ -346,7 +347,7 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True, choices=(TINY, BASE))
+    parser.add_argument("--preset", required=True, choices=TOKENS)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--seconds", type=float, required=True, help="no case starts after these")
     parser.add_argument("--began", type=float, default=None, help="of an earlier process")
