@@ -105,7 +105,8 @@ class DataSection(Section):
     padding: Literal["auto", "keep", "remove"] = Field(
         "auto",
         description="padding behind the last token of a row: remove (rows lie end to end in one "
-        "buffer), keep, or auto (remove where rows differ in length or hold several documents)",
+        "buffer), keep, or auto (remove where rows differ in length or hold several documents, and "
+        "on a GPU with kernels)",
     )
     pairs: list[PathText] = Field(
         [], description="for objective pair: files of JSON lines with sentence1, sentence2, label"
@@ -187,10 +188,10 @@ class TrainSection(Section):
     warmup_steps: int = Field(1_000, ge=0, description="steps from 0 to the peak learning rate")
     decay_steps: int = Field(0, ge=0, description="wsd only: number of steps of the final decay")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate divided by lr")
-    cuda_graph: Literal["off", "auto"] = Field(
-        "off",
-        description="auto: replay forward and backward passes as CUDA graphs on a GPU at ZeRO 0 to "
-        "2; off by default, because no GPU has run it yet",
+    cuda_graph: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="replay forward and backward passes as CUDA graphs, at ZeRO 0 to 2: auto (on "
+        "one GPU), on (on several, too, which has not been tried yet), or off",
     )
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="what follows a step whose gradient is inf or nan; it updates nothing"

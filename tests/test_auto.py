@@ -19,6 +19,7 @@ from clue_ds.checkpoint import manifest
 from clue_ds.config import RunConfig
 from clue_ds.errors import UserError
 from clue_ds.job import preflight
+from clue_ds.model.cuda_graph import takes_graphs
 from clue_ds.pretrain import auto, batches, resume, train
 from clue_ds.pretrain.auto import micro_batch
 from clue_ds.pretrain.auto.precision import precision_on
@@ -152,6 +153,18 @@ def test_a_trial_makes_the_passes_of_the_run(corpus: Path, tmp_path: Path) -> No
     assert micro_batch.state_bytes(own, identity.model) > 16 * sum(
         p.numel() for p in network.parameters()
     )
+
+
+def test_graphs_are_for_one_gpu_unless_they_are_asked_for() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert takes_graphs("auto", gpu, stage=1, world_size=1)
+    assert takes_graphs("on", gpu, stage=2, world_size=8)
+    without = [("auto", gpu, 1, 2), ("auto", gpu, 3, 1), ("auto", cpu, 1, 1), ("off", gpu, 1, 1)]
+    assert not any(takes_graphs(*case) for case in without)
+    with pytest.raises(
+        UserError, match="needs a CUDA device and ZeRO stage 0 to 2.*set it to auto"
+    ):
+        takes_graphs("on", gpu, stage=3, world_size=1)
 
 
 def test_on_a_cpu_auto_is_at_most_32_rows_and_each_phase_has_its_own(tmp_path: Path) -> None:

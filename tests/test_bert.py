@@ -320,10 +320,11 @@ def test_rows_of_any_length_equal_padded_rows(first_only: bool) -> None:
         assert not hidden[~real].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["masked", "end to end"])
 @pytest.mark.parametrize("first_only", [False, True])
-def test_rows_of_any_length_wait_for_no_device(first_only: bool) -> None:
+def test_rows_of_any_length_wait_for_no_device(first_only: bool, dtype: torch.dtype) -> None:
     """Off the CPU nothing looks at `lengths`; on the meta device looking is an error."""
-    bert = BertForPreTraining(SMALL).bert.to("meta")
+    bert = BertForPreTraining(SMALL).bert.to("meta", dtype)
     ids = torch.zeros(5, 12, dtype=torch.int64, device="meta")
     hidden = bert.of_lengths(ids, None, torch.ones_like(ids[:, 0]), first_only)
     assert hidden.shape == (5, 1 if first_only else 12, SMALL.hidden_size)

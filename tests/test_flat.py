@@ -21,7 +21,7 @@ from torch import Tensor
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.flat import SHAPES, FlatStream, split
 from clue_ds.data.sampling import IGNORED_LABEL
-from clue_ds.model import BertForPreTraining, packed_attention
+from clue_ds.model import BertForPreTraining, encoder, packed_attention
 from clue_ds.presets import ModelConfig
 
 KINDS = ("windows", "sentences", "documents", "packed", "nsp", "sop")
@@ -147,7 +147,7 @@ def test_flash_attention_is_registered_with_its_gradient(
     without padding reach gets a gradient. The numbers need a GPU (tests/gpu)."""
     config = ModelConfig(
         vocab_size=corpus.vocab_size,
-        hidden_size=16,
+        hidden_size=12,  # heads of 6, which are padded to 8
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=8,
@@ -157,12 +157,29 @@ def test_flash_attention_is_registered_with_its_gradient(
     assert packed_attention.choose(torch.empty(3, 2, 8), "sdpa") == "rows"
     half = torch.empty(3, 2, 8, device="meta", dtype=torch.bfloat16)
     assert packed_attention.choose(half, "sdpa") == "flash"
-    assert packed_attention.choose(half[..., :6], "sdpa") == "dense"
+    assert packed_attention.choose(half.float(), "sdpa") == "dense"
     batch = split(flat_stream(corpus, "documents").batch(0))[0]
     inputs = {n: t if n == "bounds" else t.to("meta") for n, t in batch.items()}
     model(**inputs).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert all("pooler" in n or "seq_relationship" in n for n in missing)
+
+
+def test_padding_is_a_sequence_of_its_own_on_a_gpu(
+    corpus: Corpus, model: BertForPreTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of any length without a mask, as a GPU computes them, and with one, as a CPU does."""
+    parts = padded_parts(corpus, "documents", 2)
+    assert any(bool((part["lengths"] < SEQ_LENGTH).any()) for part in parts)
+    expected = results(model, parts)
+    tagged = [model.bert(p["input_ids"], lengths=p["lengths"]).detach() for p in parts]
+    monkeypatch.setattr(encoder, "choose", lambda *_: "triton")
+    monkeypatch.setattr(encoder, "key_mask", lambda *_: pytest.fail("a mask was made"))
+    assert_same(results(model, parts), expected)
+    for part, states in zip(parts, tagged, strict=True):
+        real = torch.arange(SEQ_LENGTH) < part["lengths"][:, None]
+        found = model.bert(part["input_ids"], lengths=part["lengths"]).detach()
+        torch.testing.assert_close(found[real], states[real], atol=TOLERANCE, rtol=0.0)
 
 
 @pytest.mark.parametrize("has_queries", [False, True], ids=["all", "queries"])

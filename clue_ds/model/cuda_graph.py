@@ -3,8 +3,8 @@
 A step of a small model has a thousand launches, and a host needs about 10 us for each: on an H200
 the host, not the GPU, set the pace of BERT-base at 32,768 tokens (docs/performance.md).
 
-No GPU has run this module yet, so it is off by default; tests/gpu/test_pretrain_gpu.py compares
-losses with and without it, and `clue-ds bench gpu` measures both.
+tests/gpu/test_pretrain_gpu.py compares losses with and without graphs, and `clue-ds bench gpu`
+measures both. Several GPUs have not run them yet, so `train.cuda_graph: auto` is for one.
 
 Guarantees: the same kernels on the same numbers in the same order as without graphs, with the same
 dropout masks (a graph reads the generator's state when it is replayed); a shape of micro-batch that
@@ -29,13 +29,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from clue_ds.errors import UserError
 from clue_ds.model.bert import PreTrainingOutput
 
 LAST_STAGE = 2
 # Passes on a side stream before the capture, as CUDA wants them: libraries make their workspaces.
 WARM_UP_PASSES = 2
+# Beside the memory of the graphs, a shape that was not seen yet runs once without one.
+MEMORY_FACTOR = 2
 # Rows without padding have 16 shapes (data/flat.py), and each phase of a run has its own.
 MAX_GRAPHS = 64
+
+
+def takes_graphs(setting: str, device: torch.device, stage: int, world_size: int) -> bool:
+    """Whether a run with this `train.cuda_graph` replays graphs; UserError if it can't and must."""
+    can = device.type == "cuda" and stage <= LAST_STAGE
+    if setting == "on" and not can:
+        raise UserError(
+            f"train.cuda_graph on needs a CUDA device and ZeRO stage 0 to {LAST_STAGE}, and this "
+            f"run has {device.type} and stage {stage}; set it to auto"
+        )
+    return can and (setting == "on" or (setting == "auto" and world_size == 1))
 
 
 class GraphedForward:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clue_ds.errors import UserError
 from clue_ds.model import ops
 from clue_ds.model.blocks import BertLayer, Dense, Table
-from clue_ds.model.packed_attention import Layout
+from clue_ds.model.packed_attention import Layout, choose
 from clue_ds.presets import ModelConfig
 
 
@@ -129,8 +129,44 @@ class BertModel(nn.Module):
         if cu_seqlens is not None:
             position_ids, keep = split_rows(cu_seqlens, seq_length)
             return self.encoder(self.embeddings(input_ids, None, position_ids), keep, rows)
-        keep = key_mask(lengths, attention_mask, seq_length)
-        return self.encoder(self.embeddings(input_ids, token_type_ids), keep, rows)
+        embedded = self.embeddings(input_ids, token_type_ids)
+        if lengths is not None and self._attends_without_mask(embedded):
+            assert attention_mask is None, "give lengths or attention_mask, not both"
+            return self._padded_rows(embedded, lengths, rows)
+        return self.encoder(embedded, key_mask(lengths, attention_mask, seq_length), rows)
+
+    def _attends_without_mask(self, hidden: Tensor) -> bool:
+        """Whether rows of different lengths are computed as sequences laid end to end.
+
+        On a GPU: there, a mask would keep torch from its fast kernels, and be made anew for each
+        micro-batch.
+        """
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        heads = hidden.new_empty((0, head_size), dtype=dtype)
+        return choose(heads, self.attention) in ("triton", "flash")
+
+    def _padded_rows(self, embedded: Tensor, lengths: Tensor, rows: Tensor | None) -> Tensor:
+        """[B, S, H] -> [B, S, H], or [B, R, H] at `rows` [B, R], which lie before `lengths`.
+
+        The padding of a row is a sequence of its own, whose results nobody uses. Shapes depend on
+        B, S and R only, and nothing waits for the device.
+        """
+        num_rows, seq_length = embedded.shape[:2]
+        firsts = seq_length * torch.arange(num_rows, device=lengths.device)
+        begins = torch.stack((firsts, firsts + lengths), dim=1).flatten()
+        begins = F.pad(begins, (0, 1), value=num_rows * seq_length).int()
+        cu_queries, most, places = begins, seq_length, None
+        if rows is not None:
+            most, places = rows.shape[1], (rows + firsts[:, None]).flatten()
+            # A row's own sequence has all of its queries, and its padding has none.
+            ends = torch.arange(1, 2 * num_rows + 2, dtype=torch.int32, device=lengths.device)
+            cu_queries = most * (ends // 2)
+        layout = Layout(begins, cu_queries, seq_length, most, self.attention)
+        hidden = self.encoder(embedded.flatten(0, 1), None, places, layout)
+        return hidden.unflatten(0, (num_rows, most))
 
     def flat(
         self,

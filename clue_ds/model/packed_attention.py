@@ -2,15 +2,17 @@
 
     rows    a loop over the sequences, for a CPU: no padding, no mask, and scores that stay in cache
     triton  the kernel of clue_ds.kernels
-    flash   torch's FlashAttention, for half precision and head sizes that are multiples of 8
+    flash   torch's FlashAttention, for half precision on NVIDIA's and AMD's GPUs
     dense   the sequences as rows of a padded batch: everywhere, and slow
 
 Guarantees: all of them compute the same, up to rounding and which probabilities they drop. None but
 `rows`, which runs on the host, waits for the device. `triton`, `flash` and `dense` have static
 shapes; spare sequences, which are empty, may follow the last one.
 
-Rejected: FlashAttention on a head size that was padded to a multiple of 8 (the padding and the
-slices that undo it move more bytes than a third of a block); torch's `varlen_attn` (no dropout).
+FlashAttention takes head sizes that are multiples of 8. Others are padded with zeros, which moves
+more bytes than a third of a block does, and still less than a mask in fp32 would.
+
+Rejected: torch's `varlen_attn` (no dropout).
 
 T: tokens   R: queries   Z: sequences   S: the longest   N: heads   D: head size
 """
@@ -23,6 +25,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -123,9 +126,8 @@ def choose(tokens: Tensor, attention: Attention) -> Backend:
         return "rows"
     if ops.takes_attention(tokens):
         return "triton"
-    if tokens.dtype in (torch.float16, torch.bfloat16) and tokens.shape[-1] % FLASH_MULTIPLE == 0:
-        return "flash"
-    return "dense"
+    has_flash = tokens.device.type in ("cuda", "meta")  # "cuda" is AMD's device, too
+    return "flash" if has_flash and tokens.dtype in (torch.float16, torch.bfloat16) else "dense"
 
 
 def packed_attention(
@@ -157,7 +159,10 @@ def packed_attention(
         cu_queries, longest = layout.cu_seqlens, layout.max_seqlen
     ends = (cu_queries, layout.cu_seqlens, longest, layout.max_seqlen)
     if backend == "flash":
-        return flash(q, k, v, *ends, p)[0]
+        size = q.shape[-1]
+        if padding := -size % FLASH_MULTIPLE:
+            q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+        return flash(q, k, v, *ends, p, size**-0.5)[0][..., :size]
     return _dense(q, k, v, *ends, p, layout.attention)
 
 
@@ -278,10 +283,11 @@ def _flash(
     max_queries: int,
     max_seqlen: int,
     p: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q [R, N, D], k and v [T, N, D] -> [R, N, D], and what the backward pass needs beside it."""
     ends = (cu_queries, cu_seqlens, max_queries, max_seqlen)
-    found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, p, False, False)
+    found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, p, False, False, scale=scale)
     out, logsumexp, rng_state, unused = found[:4]
     return out, logsumexp, rng_state, unused
 
@@ -303,13 +309,16 @@ def flash_backward(
     max_queries: int,
     max_seqlen: int,
     p: float,
+    scale: float,
     rng_state: Tensor,
     unused: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     ends = (cu_queries, cu_seqlens, max_queries, max_seqlen)
     tensors = (grad, q, k, v, out, logsumexp)
-    return torch.ops.aten._flash_attention_backward(*tensors, *ends, p, False, rng_state, unused)
+    return torch.ops.aten._flash_attention_backward(
+        *tensors, *ends, p, False, rng_state, unused, scale=scale
+    )
 
 
 @flash_backward.register_fake
@@ -327,7 +336,7 @@ def _save_for_flash(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _flash_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, cu_queries, cu_seqlens, rng_state, unused = ctx.saved_tensors
     numbers = (cu_queries, cu_seqlens, *ctx.numbers, rng_state, unused)
-    return (*flash_backward(grad.contiguous(), *tensors, *numbers), *([None] * 5))
+    return (*flash_backward(grad.contiguous(), *tensors, *numbers), *([None] * 6))
 
 
 flash.register_autograd(_flash_gradients, setup_context=_save_for_flash)

@@ -86,13 +86,15 @@ def make_stream(
 def removes_padding(config: RunConfig) -> bool:
     """Whether rows are laid end to end without their padding (`data.padding`).
 
-    Windows have no padding to remove, but for the last one of a shard. masked_softmax is the
-    reference path of attention, and computes padded rows unless it is told otherwise.
+    Windows have no padding to remove, but for the last one of a shard. On a GPU they are laid end
+    to end for our attention kernel, which is the faster one and takes no other rows. masked_softmax
+    is the reference path of attention, and computes padded rows unless it is told otherwise.
     """
     if config.data.padding != "auto":
         return config.data.padding == "remove"
     has_padding = config.train.objective != "mlm" or config.data.samples != "windows"
-    return has_padding and config.model.attention != "masked_softmax"
+    has_kernel = dist.device().type == "cuda" and config.model.kernels != "torch"
+    return (has_padding or has_kernel) and config.model.attention != "masked_softmax"
 
 
 def make_evaluator(

@@ -41,7 +41,7 @@ from clue_ds.config import TrainSection
 from clue_ds.data import flat
 from clue_ds.errors import UserError
 from clue_ds.job import rendezvous
-from clue_ds.model.cuda_graph import LAST_STAGE, GraphedForward
+from clue_ds.model.cuda_graph import GraphedForward, takes_graphs
 from clue_ds.model.encoder import without_full_lengths
 from clue_ds.pretrain import ds_json, muon, optim
 from clue_ds.pretrain.update import DeviceUpdate, Skip, without_update
@@ -151,7 +151,7 @@ class Engine:
         self.group_names = optim.group_names(model, train.optimizer)
         model = model.to(device)
         self._graph: GraphedForward | None = None
-        if train.cuda_graph == "auto" and device.type == "cuda" and self.stage <= LAST_STAGE:
+        if takes_graphs(train.cuda_graph, device, self.stage, dist.world_size()):
             self._graph = GraphedForward(model)
             model.forward = self._graph  # type: ignore[assignment, method-assign]
         optimizer = optim.build(train, model, self.stage, device, self.offload)

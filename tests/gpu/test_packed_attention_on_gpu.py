@@ -22,7 +22,9 @@ def offsets(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
 
 
-@pytest.mark.parametrize(("backend", "head_size"), [("flash", 64), ("triton", 64), ("triton", 26)])
+@pytest.mark.parametrize(
+    ("backend", "head_size"), [("flash", 64), ("flash", 26), ("triton", 64), ("triton", 26)]
+)
 @pytest.mark.parametrize("has_queries", [False, True], ids=["all", "queries"])
 def test_results_and_gradients_equal_the_dense_back_ends(
     backend: Backend, head_size: int, has_queries: bool

@@ -239,8 +239,12 @@ class _Trials:
         import torch
 
         from clue_ds.data import SampleStream
+        from clue_ds.model.cuda_graph import MEMORY_FACTOR, takes_graphs
 
         room = self.free * (1 - MARGIN) - state_bytes(own, self._identity.model)
+        stage = ds_json.zero_stage(ds_json.read(own.deepspeed))
+        if takes_graphs(own.train.cuda_graph, self._device, stage, dist.world_size()):
+            room /= MEMORY_FACTOR
         with dist.fork_random_state(self._device):
             # Padded rows, which take no less memory than the same rows without their padding.
             batch = SampleStream.batch(stream, 0, dist.rank(), dist.world_size())
