@@ -219,29 +219,37 @@ def _batch_lines(
     corpus: Corpus | None,
     is_auto: bool,
 ) -> list[str]:
-    lines, steps, total = [], 0, 0
+    lines, steps, total, passes = [], 0, 0, 0.0
     note = " (train.micro_batch_size auto, estimated; a run measures it)" if is_auto else ""
     for number, run in enumerate(parts):
         train = run.train
         num_micro_batches = train.gradient_accumulation_steps(machine.num_gpus)
         tokens = train.global_batch_size * run.data.seq_length
         steps, total = steps + train.steps, total + train.steps * tokens
+        if corpus is not None:
+            passes += train.steps * train.global_batch_size / _num_samples(run)
         lines += [
             *_phase_line(parts, number),
             f"batch       {train.global_batch_size} sequences = {machine.num_gpus} ranks x "
             f"{num_micro_batches} micro-batches x {train.micro_batch()}{note}",
-            f"step        {train.global_batch_size:,} samples, {tokens:,} tokens",
+            f"step        {train.global_batch_size:,} samples, at most {tokens:,} tokens",
         ]
-    lines.append(f"run         {steps:,} steps, {total:,} tokens")
+    lines.append(f"run         {steps:,} steps, at most {total:,} tokens")
     if corpus is not None:
-        epochs = total / max(1, corpus.num_tokens)
-        lines.append(f"corpus      {corpus.num_tokens:,} tokens, read {epochs:.2f} times")
+        lines.append(f"corpus      {corpus.num_tokens:,} tokens, read {passes:.2f} times")
     else:
         lines.append(
             f"corpus      {parts[0].data.corpus} does not exist yet; assuming the "
             f"{model.vocab_size:,} words of {parts[0].model.preset}'s vocabulary"
         )
     return lines
+
+
+def _num_samples(run: RunConfig) -> int:
+    """Rows in one pass over the corpus, which are short where a row holds one document."""
+    from clue_ds.pretrain import batches
+
+    return batches.make_stream(run, batches.open_data(run)).num_samples
 
 
 def _memory_lines(run: RunConfig, machine: Machine, model: ModelConfig, stage: int) -> list[str]:

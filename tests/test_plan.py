@@ -9,6 +9,7 @@ from ranks import make_corpus, pretrain_runs, run_ranks, tiny_config
 
 from clue_ds import config as run_config
 from clue_ds import plan, presets
+from clue_ds.data import Corpus, SampleStream
 from clue_ds.errors import UserError
 from clue_ds.metrics import flops_per_token
 from clue_ds.model import BertForPreTraining
@@ -157,11 +158,17 @@ def test_what_is_printed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert "16 GPUs on 2 nodes" in text
     assert "512 sequences = 16 ranks x 4 micro-batches x 8" in text
-    assert "512 samples, 8,192 tokens" in text
+    assert "512 samples, at most 8,192 tokens" in text
     assert "recommended deepspeed: zero0; the model fits" in text
     assert "at 25 GB/s" in text
     assert "8 ranks build the model in fp32 first" in text
     assert "GiB per rank, libraries and copies of gradients included" in text
+    # Rows of one document are shorter than seq_length, so that there are more of them.
+    for kind in ("windows", "documents"):
+        stream = SampleStream(Corpus(corpus), 16, 512, 0, samples=kind)
+        plan.main(["--config", str(path), "--gpus=16", "--data.samples", kind])
+        read = f"read {512_000 / stream.num_samples:.2f} times"
+        assert read in capsys.readouterr().out
     plan.main(["--config", str(path), "--gpus=16", "--train.micro-batch-size", "4"])
     assert "512 sequences = 16 ranks x 8 micro-batches x 4" in capsys.readouterr().out
     with pytest.raises(UserError, match="not divisible"):
