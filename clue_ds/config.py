@@ -75,10 +75,10 @@ class ModelSection(Section):
         description="fused operations: torch, or triton, or auto (on a GPU triton for every "
         "operation whose kernel agrees with torch there, else torch)",
     )
-    compile: bool = Field(
-        False,
-        description="apply torch.compile to embeddings, blocks, and the MLM head with its loss "
-        "(needs a C++ compiler; not with ZeRO stage 3)",
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="apply torch.compile to embeddings, blocks, and the MLM head with its loss; "
+        "auto: on a CUDA device at ZeRO 0 to 2 (the first step then takes half a minute longer)",
     )
 
     def resolve(self, vocab_size: int) -> ModelConfig:

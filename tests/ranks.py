@@ -110,7 +110,8 @@ def tiny_config(corpus: Path | str, run_dir: Path | str, **sections: Any) -> Run
         "run_dir": str(run_dir),
         "deepspeed": "zero1",
         "data": {"corpus": str(corpus), "seq_length": 16},
-        "model": dict(TINY_MODEL),
+        # Compilation takes longer than a few steps, on a GPU that auto would compile for.
+        "model": {"compile": False, **TINY_MODEL},
         "train": {
             "steps": 6,
             "global_batch_size": 8,

@@ -21,7 +21,7 @@ from clue_ds.errors import UserError
 from clue_ds.job import preflight
 from clue_ds.model.cuda_graph import takes_graphs
 from clue_ds.pretrain import auto, batches, resume, train
-from clue_ds.pretrain.auto import micro_batch
+from clue_ds.pretrain.auto import compiled, micro_batch
 from clue_ds.pretrain.auto.precision import precision_on
 
 TEXT = "今天的天气很好。\n我们一起去公园。\n\n公园里有很多花。\n大家都很高兴。\n"
@@ -40,7 +40,8 @@ def config(corpus: Path | str, run_dir: Path, precision: str, **train: Any) -> R
 def test_auto_is_the_default() -> None:
     train = run_config.TrainSection()
     assert (train.precision, train.micro_batch_size) == ("auto", "auto")
-    assert run_config.ModelSection().kernels == "auto"
+    model = run_config.ModelSection()
+    assert (model.kernels, model.compile) == ("auto", "auto")
 
 
 def test_a_cpu_computes_in_bf16_if_it_has_the_instructions(tmp_path: Path) -> None:
@@ -153,6 +154,25 @@ def test_a_trial_makes_the_passes_of_the_run(corpus: Path, tmp_path: Path) -> No
     assert micro_batch.state_bytes(own, identity.model) > 16 * sum(
         p.numel() for p in network.parameters()
     )
+
+
+def test_code_is_compiled_on_a_gpu_at_stages_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    stage1 = tiny_config("corpus", tmp_path, deepspeed="zero1", model={"compile": "auto"})
+    stage3 = stage1.model_copy(update={"deepspeed": "zero3"})
+    monkeypatch.setenv("CC", "gcc")
+    found, notes = compiled.choose(stage1, gpu)
+    assert (found.model.compile, notes[0].split(":")[0]) == (True, "model.compile auto is true")
+    found, notes = compiled.choose(stage3, gpu)
+    assert (found.model.compile, "ZeRO stage 3" in notes[0]) == (False, True)
+    found, notes = compiled.choose(stage1, cpu)
+    assert (found.model.compile, notes) == (False, [])
+    assert compiled.choose(found, gpu) == (found, [])  # not auto any more
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "needs a C compiler" in compiled.choose(stage1, gpu)[1][0]
 
 
 def test_graphs_are_for_one_gpu_unless_they_are_asked_for() -> None:

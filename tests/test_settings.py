@@ -165,7 +165,8 @@ def test_paths_of_verbs_are_expanded_and_texts_are_not(monkeypatch: pytest.Monke
 def test_a_switch_of_the_config_is_written_as_in_yaml_or_as_in_python(given: str) -> None:
     words = ["--run_dir", "r", "--data.corpus", "c", "--data.whole_word", given, "--extend"]
     parsed = command_line.parse(words, "clue-ds pretrain")
-    assert (parsed.data.whole_word, parsed.extend, parsed.model.compile) == (False, True, False)
+    switches = (parsed.data.whole_word, parsed.extend, parsed.checkpoint.keep_best)
+    assert switches == (False, True, False)
 
 
 @pytest.mark.parametrize("given", ["--a 1 --a 2", "--a=1 --b 2 --a 3", "--no-a-b --no_a_b"])

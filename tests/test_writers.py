@@ -45,6 +45,15 @@ def test_log_has_each_step_once_after_a_resume(
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
 
 
+def test_a_first_step_that_compiles_says_nothing_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writers = Writers(tmp_path, total_steps=9, start_step=0, tensorboard=False, compiles=True)
+    writers.write(line_at(1))
+    writers.close()
+    assert "took 2 seconds, most of it to compile" in capsys.readouterr().out
+
+
 def test_log_of_a_new_run_in_an_old_directory_starts_empty(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 3}\n')

@@ -65,7 +65,7 @@ def make_stream(
     make: Callable[..., SampleStream] = SampleStream
     if removes_padding(config):
         # A GPU's allocator, and compiled code, are made for few shapes; a CPU saves every token.
-        is_static = dist.device().type != "cpu" or config.model.compile
+        is_static = dist.device().type != "cpu" or config.model.compile is True
         # What `auto` is isn't known yet; phases.with_settings replaces the 1.
         size = 1 if config.train.micro_batch_size == "auto" else config.train.micro_batch()
         make = partial(FlatStream, micro_batch_size=size, is_static=is_static)

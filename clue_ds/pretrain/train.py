@@ -279,7 +279,8 @@ def build(config: RunConfig) -> Run:
     notes += phases.describe(engine, phase)
     notes += [*notes_on_auto, *checked.notes, *notes_on_model]
     notes += prepare_run_dir(config, engine)
-    writers = Writers(config.run_dir, config.train.steps, start_step, config.log.tensorboard)
+    compiles, tensorboard = config.model.compile is True, config.log.tensorboard
+    writers = Writers(config.run_dir, config.train.steps, start_step, tensorboard, compiles)
     if choice is not None:
         notes += resume.describe(choice) + resume.extension(choice, config)
         notes += resume.environment(
@@ -338,7 +339,7 @@ def build_model(
                 model, section.init, identity.vocab_file, identity.lower_case
             )
     optim.freeze_unused(model, identity.config.train.objective)
-    if section.compile:
+    if section.compile is True:  # pretrain/auto has replaced "auto"
         model.compile_blocks()
     return model, notes
 

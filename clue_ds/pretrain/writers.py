@@ -43,9 +43,14 @@ class Writers:
     """
 
     def __init__(
-        self, run_dir: str | Path, total_steps: int, start_step: int, tensorboard: bool
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        start_step: int,
+        tensorboard: bool,
+        compiles: bool = False,
     ) -> None:
-        self.total_steps, self._tensorboard = total_steps, tensorboard
+        self.total_steps, self._tensorboard, self._compiles = total_steps, tensorboard, compiles
         self.on_line: Callable[[dict[str, Any]], None] | None = None
         self._run_dir, self._trackers = Path(run_dir), list[trackers.Tracker]()
         self._open = dist.rank() == 0
@@ -114,10 +119,14 @@ class Writers:
         left = self.total_steps - line["step"]
         if line["step"] == self._first_step and left:
             seconds = line["seconds_per_step"]
-            self.note(
-                f"the first step took {describe_seconds(seconds)}; the other {left:,} take about "
-                f"{describe_seconds(left * seconds)}, or less, because the first one warms up"
-            )
+            took = f"the first step took {describe_seconds(seconds)}"
+            if self._compiles:
+                self.note(f"{took}, most of it to compile; the next line shows the others' time")
+            else:
+                self.note(
+                    f"{took}; the other {left:,} take about {describe_seconds(left * seconds)}, or "
+                    "less, because the first one warms up"
+                )
         if self._events is not None:
             self._events.write(line)
         for tracker in self._trackers:

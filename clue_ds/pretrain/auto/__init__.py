@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from clue_ds import dist
 from clue_ds.config import RunConfig
-from clue_ds.pretrain.auto import kernels, micro_batch, precision
+from clue_ds.pretrain.auto import compiled, kernels, micro_batch, precision
 
 if TYPE_CHECKING:  # `clue-ds plan --help` imports this package, and torch takes a second
     import torch
@@ -28,9 +28,10 @@ if TYPE_CHECKING:  # `clue-ds plan --help` imports this package, and torch takes
 def on_this_machine(config: RunConfig) -> RunConfig:
     """The config as this machine alone would resolve it, before ranks and checkpoint are known.
 
-    On a GPU nothing is tried yet: the size of micro-batches is that of a CPU.
+    On a GPU nothing is tried yet: micro-batches have a CPU's size, and nothing is compiled.
     """
     config = precision.with_precision(config, precision.precision_on(dist.device())[0])
+    config = compiled.with_compile(config, False)
     return micro_batch.without_trial(config, dist.world_size())
 
 
@@ -47,6 +48,7 @@ def resolve(
     """
     config, notes = precision.choose(identity.config, choice, device)
     notes += kernels.choose(config, identity.model, device)
+    config, notes_on_code = compiled.choose(config, device)
     identity = dataclasses.replace(identity, config=config)
     config, notes_on_size = micro_batch.choose(identity, choice, device, streams)
-    return dataclasses.replace(identity, config=config), notes + notes_on_size
+    return dataclasses.replace(identity, config=config), notes + notes_on_code + notes_on_size
