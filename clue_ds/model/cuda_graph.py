@@ -16,7 +16,9 @@ Stages 0 to 2 only: ZeRO-3 gathers weights in the forward pass, at addresses tha
 Rejected: torch.cuda.make_graphed_callables. Its gradients share memory with the graph, so that
 those of a second micro-batch would overwrite the ones that they are to be added to; and it
 differentiates by the parameters themselves. DeepSpeed keeps the autograd node of each, which
-belongs to the default stream, and a stream that is being captured must not wait for that one.
+belongs to the default stream, and a stream that is being captured must not wait for that one. A
+second set of inputs, filled on a side stream while a step runs: the inputs of 131,072 tokens are
+1.3 MB, which a GPU copies from pinned memory in 0.05 of tiny's 18.7 ms.
 """
 
 from __future__ import annotations
