@@ -231,9 +231,9 @@ def ranks_train(cases: list[list[str]], folder: str, vocab_file: str) -> list[di
     device = start()
     orthogonalized, shapes = muon.orthogonalized, []
 
-    def counted(matrix: Tensor) -> Tensor:
-        shapes.append(tuple(matrix.shape))
-        return orthogonalized(matrix)
+    def counted(matrices: Tensor) -> Tensor:
+        shapes.extend(tuple(matrix.shape) for matrix in matrices)
+        return orthogonalized(matrices)
 
     muon.orthogonalized = counted
     results = []

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from clue_ds.errors import UserError
+from clue_ds.pretrain import muon
 from clue_ds.pretrain.muon import MuonAdamW
 
 CPU = torch.device("cpu")
@@ -118,3 +119,19 @@ def test_other_parameters_end_as_those_of_torch_adamw() -> None:
 def test_shards_end_as_those_of_torch_and_another_layout_is_refused(world_size: int) -> None:
     expected = {"1": True, "2": True, "3": True, "refused": True}
     assert run_ranks(world_size, ranks_step) == [expected] * world_size
+
+
+def test_matrices_of_one_shape_are_orthogonalized_at_once_where_that_is_faster() -> None:
+    """On a GPU in stacks of limited size; the meta device stands for it."""
+    counts = {(1024, 4096): 40, (7, 9): 3}
+    assert muon.MOST_AT_ONCE // (1024 * 4096) == 16
+    for device, expected in (("cpu", [1] * 43), ("meta", [16, 16, 8, 3])):
+        whole = torch.empty(0, device=device)
+        pieces = [
+            muon.Piece(whole, shape, 0, 1, whole) for shape, n in counts.items() for _ in range(n)
+        ]
+        assert [len(stack) for stack in muon.stacks(pieces)] == expected
+    for shape in SHAPES:
+        matrices = torch.stack([torch.randn(shape) for _ in range(3)])
+        alone = torch.cat([muon.orthogonalized(matrix[None]) for matrix in matrices])
+        torch.testing.assert_close(muon.orthogonalized(matrices), alone)

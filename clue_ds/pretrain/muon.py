@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,17 +33,47 @@ MOMENTUM = 0.95
 COEFFICIENTS, NUM_ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """A matrix with the singular vectors of `matrix` and singular values near 1, in bf16."""
+# Elements of the matrices that are orthogonalized at once, which bounds the memory for it.
+MOST_AT_ONCE = 1 << 26
+
+
+class Piece(NamedTuple):
+    """What this rank has of a matrix: `target`, 1-D, is elements `low` to `high` of the `whole`."""
+
+    whole: Tensor
+    shape: tuple[int, int]
+    low: int
+    high: int
+    target: Tensor
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """[B, M, N] in bf16: the singular vectors of each of `matrices`, and singular values near 1."""
     a, b, c = COEFFICIENTS
-    tall = matrix.size(0) > matrix.size(1)
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / x.norm().clamp(min=EPS)
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(NUM_ITERATIONS):
-        gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.addmm(x, polynomial, x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def stacks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of matrices of one shape, as many as are orthogonalized at once.
+
+    On a GPU many at once, because a matrix takes 20 launches and little computation; on a CPU one
+    matrix at a time is faster, and has the same bits.
+    """
+    by_shape: dict[tuple[int, int], list[Piece]] = {}
+    for piece in pieces:
+        by_shape.setdefault(piece.shape, []).append(piece)
+    for (rows, columns), members in by_shape.items():
+        on_cpu = members[0].whole.device.type == "cpu"
+        most = 1 if on_cpu else max(1, MOST_AT_ONCE // (rows * columns))
+        for first in range(0, len(members), most):
+            yield members[first : first + most]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -74,39 +104,63 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient; at stages 1 to 3 every rank must call it."""
+        """Update the parameters that have a gradient, and overwrite those of matrices.
+
+        At stages 1 to 3 every rank must call it.
+        """
         assert closure is None
         for group in self.param_groups:
             if "shapes" in group:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._step_muon(parameter, parameter.grad, group)
+                self._step_muon([p for p in group["params"] if p.grad is not None], group)
         # DeepSpeed replaces param_groups and state, so AdamW gets the present ones at every step.
         self._adamw.param_groups = [g for g in self.param_groups if "shapes" not in g]
         self._adamw.state = self.state
         self._adamw.step()
 
-    def _step_muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Update one matrix, or the shard that this rank has of all of them."""
-        state, lr = self.state[parameter], group["lr"]
+    def _step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the matrices, or the shard that this rank has of all of them."""
+        if not parameters:
+            return
+        momenta = [self._momentum(parameter, group["shapes"]) for parameter in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        # Nesterov's update, in place of the gradient: another tensor of that size is not needed.
+        torch._foreach_lerp_(gradients, momenta, MOMENTUM)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for stack in stacks(self._pieces(parameters, gradients, group["shapes"])):
+            shape = stack[0].shape
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            found = orthogonalized(torch.stack([piece.whole.view(shape) for piece in stack]))
+            for piece, matrix in zip(stack, found, strict=True):
+                own = matrix.reshape(-1)[piece.low : piece.high]
+                piece.target.add_(own.to(piece.target.device), alpha=-rate)
+
+    def _momentum(self, parameter: Tensor, shapes: list[list[int]]) -> Tensor:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             if self._stage:
-                self._check_layout(parameter, group["shapes"])
+                self._check_layout(parameter, shapes)
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        update = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
-        parameter.mul_(1 - lr * group["weight_decay"])
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
+
+    def _pieces(
+        self, parameters: list[Tensor], updates: list[Tensor], shapes: list[list[int]]
+    ) -> list[Piece]:
+        """What this rank has of each matrix, with the whole of its update."""
         if not self._stage:
-            rate = lr * 0.2 * math.sqrt(max(parameter.shape))
-            parameter.add_(orthogonalized(update), alpha=-rate)
-            return
-        shards = self._gather(update.bfloat16())
-        for shape, whole, (low, high), at in self._matrices(shards, group["shapes"]):
-            if low < high:
-                own = orthogonalized(whole.view(shape)).reshape(-1)[low:high]
-                target = parameter[at : at + high - low]
-                target.add_(own.to(parameter.device), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+            return [
+                Piece(update, (p.size(0), p.size(1)), 0, p.numel(), p.view(-1))
+                for p, update in zip(parameters, updates, strict=True)
+            ]
+        found = []
+        for parameter, update in zip(parameters, updates, strict=True):
+            shards = self._gather(update.bfloat16())
+            for (rows, columns), whole, (low, high), at in self._matrices(shards, shapes):
+                if low < high:
+                    target = parameter[at : at + high - low]
+                    found.append(Piece(whole, (rows, columns), low, high, target))
+        return found
 
     def _gather(self, shard: Tensor) -> Tensor:
         """Every rank's shard [W, N], on the device that computes."""
