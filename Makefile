@@ -28,7 +28,7 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_
 
 OTHER_PYTHONS := 3.10 3.12 3.13
 
-.PHONY: help demo sample test test-pythons test-cluster test-clients test-gpu soak bench lint docs clean
+.PHONY: help demo sample test test-heavy test-pythons test-cluster test-clients test-gpu soak bench lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -46,8 +46,14 @@ sample: $(VENV)/.demo  ## the smallest run: memorise four documents to an MLM ac
 		--run_dir runs/sample/run $(ARGS)
 	$(BIN)/clue-ds predict --model runs/sample/run --fill-mask "$(SAMPLE_WINDOW)"
 
-test: $(VENV)/.dev  ## everything that needs no GPU and no cluster; ends with the list of skips
-	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+# One thread each, because threads of several processes that share cores wait for each other, busily.
+PYTEST_ON_ALL_CORES = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/.dev  ## the tests that need no GPU and no cluster, without the heavy ones; ends with the list of skips
+	$(PYTEST_ON_ALL_CORES) -m "not heavy" $(ARGS)
+
+test-heavy: $(VENV)/.dev  ## the tests that `make test` leaves out because each takes a processor a long time
+	$(PYTEST_ON_ALL_CORES) -m heavy $(ARGS)
 
 # All tests there: `make test VENV=.venv-3.12 PYTHON=python3.12`, which is 5 GB where torch has no CPU build.
 test-pythons:  ## Python 3.10, 3.12 and 3.13, as far as they are here, compile all code and run the launcher

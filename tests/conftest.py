@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zygote import Zygote
+from zygote import Zygote, close_shared, shared
 
 from clue_ds.job.rendezvous import VARIABLES
 
@@ -62,12 +62,22 @@ def sample_text() -> str:
     return SAMPLE.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
+@pytest.fixture
+def zygote() -> Zygote:
     """Starts ranks without importing everything again for each."""
-    process = Zygote()
-    yield process
-    process.close()
+    return shared()
+
+
+def pytest_sessionfinish() -> None:
+    close_shared()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.option.markexpr == "not heavy":
+        line = "The heavy tests were left out: `make test-heavy` runs them, and so does .ci/run."
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

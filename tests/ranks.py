@@ -1,34 +1,32 @@
 """Real ranks for tests: processes that this helper starts, waits for and, if need be, ends.
 
 A test names a function of a test module; every rank imports the module and calls it with the same
-JSON arguments; what it returns comes back as JSON. Starting a rank costs seconds, so one call
-should do the work of many tests.
+JSON arguments; what it returns comes back as JSON. Ranks are forked from a process that has
+imported everything (zygote.py); one call should still do the work of many tests.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zygote import Zygote, shared
+
 from clue_ds import config as run_config
 from clue_ds.config import RunConfig
-
-HERE = Path(__file__).resolve().parent
-TIMEOUT_S = 300
 
 CHILD = """
 import atexit, importlib, json, os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-module, name, arguments, output = sys.argv[2:6]
+os.dup2(2, 1)
+module, name, arguments, output = sys.argv[1:5]
+output += os.environ["RANK"]
 result = getattr(importlib.import_module(module), name)(*json.loads(arguments))
 Path(output).write_text(json.dumps(result))
 # One exit in thousands, threads of gloo abort an interpreter that takes itself apart ("terminate
@@ -48,41 +46,26 @@ TINY_MODEL: dict[str, Any] = {
 }
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a module-level function of a test module on `num_ranks` ranks; results by rank."""
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, zygote: Zygote | None = None
+) -> list[Any]:
+    """Call a module-level function of a test module on `num_ranks` ranks; results by rank.
+
+    They are forked from `zygote`; None is the one that all tests share.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
     module = Path(sys.modules[function.__module__].__file__ or "").stem
+    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(num_ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(num_ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONSAFEPATH": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-            }
-            command = [sys.executable, "-c", CHILD, str(HERE), module, function.__name__]
-            command += [json.dumps(arguments), f"{folder}/{rank}"]
-            log = open(f"{folder}/{rank}.log", "w")
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-        try:
-            statuses = [process.wait(timeout=TIMEOUT_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        logs = "\n".join(Path(f"{folder}/{rank}.log").read_text() for rank in range(num_ranks))
-        assert statuses == [0] * num_ranks, logs
-        return [json.loads(Path(f"{folder}/{rank}").read_text()) for rank in range(num_ranks)]
+        outputs = [Path(folder, str(rank)) for rank in range(num_ranks)]
+        logs = [output.with_suffix(".log") for output in outputs]
+        words = [module, function.__name__, json.dumps(arguments), f"{folder}/"]
+        statuses = (zygote or shared()).run(CHILD, words, variables, logs)
+        assert statuses == [0] * num_ranks, "\n".join(log.read_text() for log in logs)
+        return [json.loads(output.read_text()) for output in outputs]
 
 
 def make_corpus(directory: Path, text: str, num_documents: int = 120) -> Path:

@@ -1,8 +1,11 @@
 """A process that has imported everything once, and forks ranks: each starts in no time.
 
-Importing torch and DeepSpeed takes a rank six seconds of a processor; a test of what happens to
+Importing torch and DeepSpeed takes a rank five seconds of a processor; a test of what happens to
 ranks takes two. Requests are lines of JSON on standard input, answers lines of JSON on standard
-output. No thread runs here when it forks.
+output. No thread runs here when it forks. A rank has the environment of its request, but what is
+read during the imports was read when the process started: a test of such a variable starts a
+process of its own (`with Zygote() as own`). Ranks of one process also share the seed of Python's
+hashes; those of tests/test_launcher.py and tests/cluster are started by the launcher and do not.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -25,34 +29,75 @@ class Zygote:
     """The caller's side."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(HERE)}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env=environment,
+            env=_environment({"PYTHONPATH": str(HERE)}),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
 
     def run(
         self, code: str, arguments: list[str], variables: list[dict[str, str]], logs: list[Path]
     ) -> list[int]:
         """Run `code` as the main program of as many ranks as there are `variables`; statuses.
 
-        Standard error goes to `logs`. Ranks that are stopped when rank 0 has ended are killed.
+        The environment of a rank is the caller's with its `variables`. Standard error goes to
+        `logs`. Ranks that are stopped when rank 0 has ended are killed.
         """
-        request = {"code": code, "argv": ["-c", *arguments], "variables": variables}
+        environments = [_environment(of_rank) for of_rank in variables]
+        request = {"code": code, "argv": ["-c", *arguments], "environments": environments}
         line = json.dumps({**request, "logs": list(map(str, logs))})
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except BaseException:
+            # A test that is interrupted here would leave its answer to the next one.
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+_shared: list[Zygote] = []
+
+
+def shared() -> Zygote:
+    """The one of this process of pytest, which starts with the first test that needs it."""
+    if not _shared or not _shared[0].lives:
+        _shared[:] = [Zygote()]
+    return _shared[0]
+
+
+def close_shared() -> None:
+    while _shared:
+        _shared.pop().close()
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    return {**os.environ, **ours, **more}
 
 
 def _fork(request: dict[str, Any], rank: int) -> int:
@@ -64,7 +109,8 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
-        os.environ.update(request["variables"][rank])
+        os.environ.clear()
+        os.environ.update(request["environments"][rank])
         sys.argv = request["argv"]
     return pid
 
@@ -98,7 +144,9 @@ def main() -> None:
     from clue_ds.tasks.predict import predictor  # noqa: F401
 
     import_deepspeed()
-    # What the first optimizer and the first engine of a process import, for two seconds more.
+    # What test modules, the first optimizer and the first engine of a process import, for two
+    # seconds more.
+    import pytest  # noqa: F401
     import torch._dynamo  # noqa: F401
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
@@ -106,7 +154,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
-        for rank in range(len(request["variables"])):
+        for rank in range(len(request["environments"])):
             pid = _fork(request, rank)
             if pid == 0:
                 exec(request["code"], {"__name__": "__main__"})
