@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ranks import HERE, make_corpus, tiny_config
+from ranks import make_corpus, tiny_config
+from zygote import HERE
 
 from clue_ds import config as run_config
 from clue_ds.config import RunConfig

@@ -19,6 +19,7 @@ from clue_ds.kernels import backend, bench
 GOLDEN = Path(__file__).with_name("aot_kernels.txt")
 
 
+@pytest.mark.heavy
 def test_compiled_kernels_keep_their_limits_and_are_the_golden_ones() -> None:
     """In a process of its own, as TRITON_INTERPRET may have turned kernels into functions here."""
     triton = pytest.importorskip("triton")

@@ -34,6 +34,7 @@ def test_a_sparse_corpus_of_100_gb_gives_batches(tmp_path: Path, order: str) -> 
     assert SampleStream(corpus, 128, 64, seed=0).uses_lanes  # by its size
 
 
+@pytest.mark.heavy
 def test_a_process_that_opens_100_gb_stays_under_300_mb(tmp_path: Path) -> None:
     output = tmp_path / "scale.json"
     scale(output, tmp_path, gigatokens=50, shards=200, rounds=1)

@@ -77,6 +77,7 @@ def test_bench_continues_with_the_demos_that_have_ended(tmp_path: Path) -> None:
     assert [run["seed"] for run in written["runs"]] == [42, 43]
 
 
+@pytest.mark.heavy
 def test_demo_from_start_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

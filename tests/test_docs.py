@@ -127,6 +127,7 @@ def test_readme_says_the_path_of_every_file_it_points_at() -> None:
         assert text.rstrip("/") == target, f"README calls {target} {text!r}"
 
 
+@pytest.mark.heavy
 def test_readme_commands_run_as_written(tmp_path: Path, sample_text: str) -> None:
     section = _section(README, "On your own corpus")
     (tmp_path / "texts").mkdir()

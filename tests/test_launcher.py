@@ -94,7 +94,10 @@ def test_two_ranks_train_and_the_console_is_readable(corpus: Path, tmp_path: Pat
     assert not errors
 
 
-@pytest.mark.parametrize("mistake", ["--train.global_batch_size=9", "--train.lrr=1"])
+@pytest.mark.parametrize(
+    "mistake",
+    ["--train.global_batch_size=9", pytest.param("--train.lrr=1", marks=pytest.mark.heavy)],
+)
 def test_a_users_mistake_is_said_once_and_ends_with_2(
     corpus: Path, tmp_path: Path, mistake: str
 ) -> None:
@@ -142,6 +145,7 @@ def test_term_to_the_launcher_lets_the_ranks_save_and_a_second_signal_ends_them(
     assert not list(tmp_path.glob("clue-ds-launch-*"))
 
 
+@pytest.mark.heavy
 def test_killing_the_launcher_leaves_no_rank_and_no_folder(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +185,7 @@ def test_a_killed_rank_fails_the_job_and_the_next_start_resumes_and_outlives_its
     assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 401))
 
 
+@pytest.mark.heavy
 def test_two_jobs_of_one_user_run_beside_each_other(corpus: Path, tmp_path: Path) -> None:
     jobs = []
     for name in ("one", "other"):

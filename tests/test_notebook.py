@@ -32,6 +32,7 @@ def texts(cell: Any) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.heavy
 def test_it_runs_with_fewer_steps(program: ModuleType, tmp_path: Path) -> None:
     notebook = program.read(program.NOTEBOOK)
     program.run(notebook, tmp_path, NUM_STEPS=24, NUM_EPOCHS=1)

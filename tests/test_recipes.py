@@ -141,6 +141,7 @@ def write_pairs(directory: Path, sample_text: str) -> list[str]:
     return list(map(str, paths))
 
 
+@pytest.mark.heavy
 def test_every_recipe_trains_two_steps_at_reduced_width(tmp_path: Path, sample_text: str) -> None:
     """All in one process, because starting DeepSpeed is what takes long."""
     corpus = make_corpus(tmp_path, sample_text)

@@ -47,10 +47,13 @@ QUICK = ["--health.beat-seconds", "20", "--health.step-seconds", "30"]
 @pytest.mark.parametrize(
     ("accident", "place", "status", "text"),
     [
-        ("is stopped", "setup", 72, "is stopped (SIGSTOP) and has been silent for"),
+        pytest.param(
+            *("is stopped", "setup", 72, "is stopped (SIGSTOP) and has been silent for"),
+            marks=pytest.mark.heavy,
+        ),
         ("is stopped", "step", 72, "is stopped (SIGSTOP) and has been silent for"),
         ("raises", "step", 70, "raised ValueError: the third shard is unreadable"),
-        ("spins", "save", 72, "in save after step"),
+        pytest.param("spins", "save", 72, "in save after step", marks=pytest.mark.heavy),
     ],
 )
 def test_finetuning(

@@ -79,6 +79,7 @@ def pair(request: pytest.FixtureRequest, vocab_file: Path) -> tuple[Tokenizer, R
 CODE_POINTS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and c != 10]
 
 
+@pytest.mark.heavy
 def test_every_code_point_between_letters(pair: tuple[Tokenizer, Reference]) -> None:
     """All of Unicode, 1,112,063 of them."""
     for begin in range(0, len(CODE_POINTS), 100_000):
@@ -269,8 +270,8 @@ def test_processes_that_start_together(vocab_file: Path, tmp_path: Path, writabl
 
 
 CORPORA = [
-    "laws_zh.txt.gz",
-    "poetry_traditional.txt.gz",
+    pytest.param("laws_zh.txt.gz", marks=pytest.mark.heavy),
+    pytest.param("poetry_traditional.txt.gz", marks=pytest.mark.heavy),
     "paddle_docs_zh.txt.gz",
     "d2l_zh.txt.gz",
     "uer_CLUECorpusSmall_bert_sampled.txt.gz",

@@ -171,7 +171,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(
     assert "read_from_a_dead_disk" in said_1  # its own dump
 
 
-@pytest.mark.parametrize("place", ["setup", "save"])
+@pytest.mark.parametrize("place", [pytest.param("setup", marks=pytest.mark.heavy), "save"])
 def test_a_stopped_rank_is_noticed_in_every_phase(
     zygote: Zygote, corpus: Path, tmp_path: Path, place: str
 ) -> None:
@@ -183,8 +183,8 @@ def test_a_stopped_rank_is_noticed_in_every_phase(
 @pytest.mark.parametrize(
     ("accident", "place", "where"),
     [
-        ("hangs", "save", "read_from_a_dead_disk"),
-        ("spins", "setup", "spin_for_ever"),
+        pytest.param("hangs", "save", "read_from_a_dead_disk", marks=pytest.mark.heavy),
+        pytest.param("spins", "setup", "spin_for_ever", marks=pytest.mark.heavy),
         ("spins", "save", "spin_for_ever"),
         ("hangs", "background", "read_from_a_dead_disk"),
     ],

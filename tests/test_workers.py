@@ -118,6 +118,7 @@ def wait_for_shards(output: Path, num: int, process: subprocess.Popen[bytes]) ->
         time.sleep(0.002)
 
 
+@pytest.mark.heavy
 def test_memory_of_all_processes_is_bounded(inputs: Path, tmp_path: Path, sample_text: str) -> None:
     """256 MiB as one line, unpacked from 50 KiB: some five times what the processes may hold.
 
