@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ WIDTHS = (1, 2, 7, 8, 64, 312, 384, 512, 640, 768, 769, 1000, 1024, 1536, 2048, 
 # 0: no launch; 127 to 129: one row below, at and above whole tiles.
 ROWS = (0, 1, 3, 127, 128, 129)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where every shape takes the interpreter 10 seconds or more.
+LONG_DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.heavy), torch.bfloat16)
 
 # An RMS over three rows is a matter of chance too, since a row's statistics affect all of the row.
 # Shapes with fewer rows or columns than this are drawn again until there were so many in total. A

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded, has_gradients
+from kernel_checks import LONG_DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded, has_gradients
 from torch import Tensor
 
 from clue_ds import kernels
@@ -27,7 +27,7 @@ def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> lis
     return [x, bias.to(dtype), residual, weight, ln_bias]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_DTYPES, ids=str)
 def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     for i, (rows, width) in enumerate(SHAPES):
         p = (0.0, 0.1, 0.5)[i % 3]

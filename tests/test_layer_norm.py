@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded, has_gradients
+from kernel_checks import LONG_DTYPES, ROWS, WIDTHS, compare, guard_bands, guarded, has_gradients
 from torch import Tensor
 
 from clue_ds import kernels
@@ -25,7 +25,7 @@ def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> lis
     return [x, *torch.randn(2, width, device=device)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_DTYPES, ids=str)
 def test_all_shapes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     for rows, width in SHAPES:
         inputs = partial(make, rows, width, dtype, kernel_device)

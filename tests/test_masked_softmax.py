@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, WIDTHS, compare, guard_bands, guarded
+from kernel_checks import LONG_DTYPES, WIDTHS, compare, guard_bands, guarded
 from torch import Tensor
 
 from clue_ds import kernels
@@ -26,7 +26,7 @@ def eager_chain(
     return reference.dropout(masked.softmax(-1), dropout_p, True, seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_DTYPES, ids=str)
 def test_all_lengths_with_and_without_dropout(
     dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
