@@ -66,6 +66,11 @@ def undisturbed(classifier: str, file: str, asked: list[str], directory: str) ->
     """On every rank: embed a file, and train without being killed."""
     path, out = Path(file), Path(directory, "2.npy")
     predict_command.predict(Path(classifier), file=path, output=out, embed=True, batch_size=8)
+    finetune_to(asked, directory)
+
+
+def finetune_to(asked: list[str], directory: str) -> None:
+    """On every rank: what `clue-ds finetune` does."""
     finetune_command.main([*asked, "--output", directory])
 
 
@@ -92,7 +97,7 @@ def test_embeddings_agree_and_killed_training_continues_bit_for_bit(
     time.sleep(3)
     assert not (cut / RESULT).exists()
     step = saved_steps(cut)[0]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=PATIENCE_S)
+    run_ranks(2, finetune_to, words, str(tmp_path / "cut"))
     results = [json.loads((run / RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["num_ranks"] == 2 and 0 < step < len(results[0]["losses"])
     assert results[1]["losses"] == results[0]["losses"]

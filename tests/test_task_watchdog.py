@@ -7,17 +7,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from test_finetune import examples
 from test_finetune import model as model  # the fixture
 from test_finetune_runs import data as data  # the fixture
 from test_finetune_runs import same_weights, saved_steps
-from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S
+from test_task_ranks import CLUE_DS, ENVIRONMENT, PATIENCE_S, finetune_to
 from test_watchdog import two_ranks
 from zygote import Zygote
 
@@ -119,8 +119,9 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     """USR1 to the launcher of one rank, as a batch system sends it before its time limit."""
-    words = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "120"]
-    command = [CLUE_DS, "launch", "--", "finetune", *map(str, words), "--output"]
+    asked = ["--task", data / "tone.yaml", "--model", model, "--data", data, "--epochs", "120"]
+    words = list(map(str, asked))
+    command = [CLUE_DS, "launch", "--", "finetune", *words, "--output"]
     cut, whole = (tmp_path / name / "tone" / "seed=42" for name in ("cut", "whole"))
     job = subprocess.Popen(
         [*command, str(tmp_path / "cut")], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
@@ -134,14 +135,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     assert job.returncode == 75, output
     assert "the same command continues" in output
     for directory in (tmp_path / "cut", tmp_path / "whole"):
-        alone = [
-            sys.executable,
-            "-m",
-            "clue_ds.tasks.finetune.command",
-            *command[4:],
-            str(directory),
-        ]
-        subprocess.run(alone, env=ENVIRONMENT, check=True)
+        run_ranks(1, finetune_to, words, str(directory))
     results = [json.loads((run / RESULT).read_text()) for run in (whole, cut)]
     assert results[0]["losses"] == results[1]["losses"]
     assert same_weights(whole, cut)
