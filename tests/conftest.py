@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 # busy and leave the others without work.
 LONG_FILES = (
     "test_task_watchdog", "test_watchdog", "test_launcher", "test_task_ranks", "test_engine",
-    "test_resume", "test_demo", "test_bench_scale", "test_docs", "test_kills", "test_spikes",
+    "test_resume", "test_demo", "test_bench_scale", "test_docs_run", "test_kills", "test_spikes",
     "test_regroup", "test_phase_ranks", "test_objectives", "test_train", "test_sample",
     "test_workers", "test_notebook", "test_tokenizer",
 )  # fmt: skip
