@@ -64,7 +64,7 @@ def sample_text() -> str:
     return SAMPLE.read_text(encoding="utf-8")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def zygote() -> Zygote:
     """Starts ranks without importing everything again for each."""
     return shared()
