@@ -52,7 +52,7 @@ PYTEST_ON_ALL_CORES = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(PROCESSES
 test: $(VENV)/.dev  ## the tests that need no GPU and no cluster, without the heavy ones; ends with the list of skips
 	$(PYTEST_ON_ALL_CORES) -m "not heavy" $(ARGS)
 
-test-heavy: $(VENV)/.dev  ## the tests that `make test` leaves out because each takes a processor a long time
+test-heavy: $(VENV)/.dev  ## the tests that `make test` leaves out because each takes 15 seconds or more
 	$(PYTEST_ON_ALL_CORES) -m heavy $(ARGS)
 
 # All tests there: `make test VENV=.venv-3.12 PYTHON=python3.12`, which is 5 GB where torch has no CPU build.

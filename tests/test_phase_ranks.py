@@ -93,6 +93,7 @@ def runs(corpora: Path, zygote: Zygote) -> Path:
     return corpora
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stop", [BOUNDARY, INSIDE])
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_resumes_equals_an_undisturbed_one(runs: Path, name: str, stop: int) -> None:
@@ -107,6 +108,7 @@ def test_a_run_that_resumes_equals_an_undisturbed_one(runs: Path, name: str, sto
         assert torch.equal(tensor, weights[key]), key
 
 
+@pytest.mark.heavy
 def test_stages_and_precisions_train_the_same_in_every_phase(runs: Path) -> None:
     """bf16 has 8 bits; what else would differ is a wrong mean over micro-batches or ranks."""
     expected = [line["loss"] for line in read_log(runs / "zero3")]
@@ -115,6 +117,7 @@ def test_stages_and_precisions_train_the_same_in_every_phase(runs: Path) -> None
         assert got == pytest.approx(expected, abs=2e-4 if precision == "fp32" else 5e-2), name
 
 
+@pytest.mark.heavy
 def test_the_log_counts_the_samples_of_each_corpus(runs: Path) -> None:
     lines = read_log(runs / "zero1-bf16")
     assert [line["samples"] for line in lines] == [8, 16, 24, 32, 38, 44, 50, 54]

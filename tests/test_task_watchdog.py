@@ -115,6 +115,7 @@ def test_finetuning_without_a_launcher_saves_and_stops_on_a_signal(
         assert not (place / RESULT).exists()
 
 
+@pytest.mark.heavy
 def test_a_job_that_is_asked_to_stop_saves_and_continues_bit_for_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
