@@ -89,12 +89,13 @@ def _starts(
     # Resident memory is left out: pages of files that were just written are mapped 2 MB at a time.
     keys = ("open_seconds", "first_batch_milliseconds", "megabytes_anonymous")
     medians = {key: round(statistics.median(row[key] for row in later), 4) for key in keys}
-    folder = place.with_name(place.name + ".index")
-    index = max(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
+    # A small corpus has none: its samples are found again in each process.
+    files = [path.stat() for path in place.with_name(place.name + ".index").glob("*.bin")]
+    newest = max(files, key=lambda file: file.st_mtime_ns, default=None)
     return {
         "first_open_seconds": round(first["open_seconds"], 4),
         **medians,
-        "index_megabytes": round(index.stat().st_size / 1e6, 3),
+        "index_megabytes": 0.0 if newest is None else round(newest.st_size / 1e6, 3),
     }
 
 

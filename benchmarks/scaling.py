@@ -25,8 +25,8 @@ from typing import Any
 from clue_ds.benchmarks.description import write_results
 from clue_ds.errors import UserError
 
-WARMUP_LINES = 2  # lines of the log that don't count
 STEPS_PER_LINE = 5
+WARMUP_LINES = 3  # lines of the log that don't count: those of steps 1, 5 and 10
 
 
 def scaling(
@@ -49,8 +49,9 @@ def scaling(
         hidden_size: hidden size of a network of 2 layers
         micro_batch_size: sequences of 64 tokens on one rank
     """
-    if steps < STEPS_PER_LINE * (WARMUP_LINES + 2):
-        raise UserError(f"steps must be at least {STEPS_PER_LINE * (WARMUP_LINES + 2)}")
+    fewest = STEPS_PER_LINE * (WARMUP_LINES + 1)
+    if steps < fewest:
+        raise UserError(f"--steps {steps} must be at least {fewest}: the first 10 don't count")
     num_cores = len(os.sched_getaffinity(0))
     if max(ranks) > num_cores:
         print(
@@ -164,7 +165,12 @@ def _start(config: Path, num_ranks: int) -> list[subprocess.Popen[bytes]]:
 
 def _seconds_per_step(run_dir: Path) -> tuple[float, float]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < lines[0]["loss"], lines
+    first, last = (line["loss"] for line in (lines[0], lines[-1]))
+    if not last < first:
+        raise UserError(
+            f"the loss did not fall in {lines[-1]['step']} steps (from {first:.2f} to {last:.2f}), "
+            "so this is not training; give more --steps, or a corpus of more text"
+        )
     counted = lines[WARMUP_LINES:]
     names = ("seconds_per_step", "cpu_seconds_per_step")
     wall, cpu = (statistics.median(line[name] for line in counted) for name in names)

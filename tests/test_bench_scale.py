@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clue_ds.benchmarks import scaling
 from clue_ds.benchmarks.cold import cold
 from clue_ds.benchmarks.scale import scale
 from clue_ds.benchmarks.synthetic import write_corpus
@@ -65,3 +66,21 @@ def test_cold_benchmark(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", 1000, 2, holes="nothing")
     tokens = np.concatenate([one.tokens for one in Corpus(tmp_path / "corpus").shards])
     assert tokens.min() >= 5 and (tokens & 0x7FFF).max() < 21_128
+
+
+def test_scaling_says_that_a_loss_did_not_fall_and_leaves_out_ten_steps(tmp_path: Path) -> None:
+    """It was an AssertionError, called a bug of clue-ds; and the log's line of step 1 counted."""
+    losses = {1: 5.0, 5: 4.5, 10: 4.0, 15: 3.9, 20: 3.8}
+    times = {"seconds_per_step": 9.0, "cpu_seconds_per_step": 8.0}
+    lines = [{"step": step, "loss": loss, **times} for step, loss in losses.items()]
+    for line in lines[3:]:
+        line |= {"seconds_per_step": 0.5, "cpu_seconds_per_step": 0.25}
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert scaling._seconds_per_step(tmp_path) == (0.5, 0.25)
+    lines[-1]["loss"] = 5.5
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"did not fall in 20 steps \(from 5.00 to 5.50\)"):
+        scaling._seconds_per_step(tmp_path)
+    with pytest.raises(UserError, match="--steps 15 must be at least 20"):
+        scaling.scaling(tmp_path, steps=15)

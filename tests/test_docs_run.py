@@ -56,6 +56,10 @@ SMALLER = {
     r"pretrain (?!.*--extend)": RUN,
     r"finetune .*--grid": {**FINE_TUNING, "--workers": "2"},
     r"finetune (?!.*--grid)": {**FINE_TUNING, "--epochs": "1"},
+    r"bench cold": {"--directory": ".", "--gigabytes": "0.01", "--seconds": "0.1", "--rounds": "1"},
+    r"bench scale\b": {"--gigatokens": "0.01", "--shards": "2", "--rounds": "1"},
+    r"bench loader": {"--batches": "2", "--batch-size": "8", "--seq-length": "32"},
+    r"bench scaling": {"--ranks": "1", "--stages": "0"},
 }
 REAL = "clue-ds launch --local 2 -- pretrain --config run.yaml"
 # Commands that a page shows as another way of doing the one before: its output makes room.
@@ -74,7 +78,7 @@ SLURM = "needs Slurm; tests/cluster/ hands in the files of slurm/"
 CLUSTER = "needs a cluster of Kubernetes or a cloud; tests/test_containers.py reads the manifests"
 CONTAINERS = "builds or runs a container; tests/test_containers.py reads the definitions"
 RANKS = "starts 8 ranks or more without our launcher; tests/cluster/ and test_workers.py start 2"
-HOURS = "takes gigabytes of disk, or minutes to hours"
+STUDY = "trains some 25 variants; tests/test_bench_recipe_study.py trains two small ones"
 NOT_RUN: dict[str, tuple[str, ...]] = {
     INSTALLS: (
         "source .venv/bin/activate",
@@ -132,11 +136,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "mpirun -n 8 python -m clue_ds.pretrain.train --config run.yaml",
         "mpirun -n 17 clue-ds shard 'text/*.txt.gz' --vocab vocab.txt --output corpus",
     ),
-    HOURS: (
-        "clue-ds bench cold --directory /the/disk",
-        "clue-ds bench scale",
-        "clue-ds bench loader --text FILE",
-        "clue-ds bench scaling --corpus corpus --output benchmarks/results/scaling.json",
+    STUDY: (
         "clue-ds bench recipe_study --data CLUE --vocab vocab_clue.txt "
         "--config recipes/evidence.yaml --corpora more_text.txt --output recipe_study.json",
         'clue-ds bench recipe_study ... --variants "muon 3e-3" "mask 30%, then 15%" --seeds 3',
@@ -173,12 +173,14 @@ GIVEN: dict[str, dict[str, str]] = {
         "clue_pretrain_0.txt": "texts/0.txt",
         "CLUE": "CLUE",
     },
+    "docs/loader.md": {"FILE": "texts/0.txt"},
     "docs/recipe-study.md": {"corpus": "corpus"},
     "docs/runs.md": {
         **{f"runs/{name}": "run" for name in ("my-bert", "a", "b", "c")},
         "corpus": "corpus",
         "run.yaml": "run.yaml",
     },
+    "docs/scaling.md": {"corpus": "corpus"},
     "docs/serving.md": {
         "runs/my-bert": "run",
         "runs/tnews": "tasks/tnews/best",
@@ -303,7 +305,8 @@ def test_programs_that_are_not_ours_are_in_the_table() -> None:
 
 # Pages whose commands take a processor more than 10 s.
 HEAVY = (
-    "README.md", "docs/conversion.md", "docs/finetuning.md", "docs/serving.md", "recipes/README.md",
+    "README.md", "docs/conversion.md", "docs/finetuning.md", "docs/from-cluepretrainedmodels.md",
+    "docs/loader.md", "docs/scaling.md", "docs/serving.md", "recipes/README.md",
 )  # fmt: skip
 RUN_PAGES = [
     pytest.param(page, marks=[pytest.mark.heavy] if page in HEAVY else [])
