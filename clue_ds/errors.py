@@ -168,8 +168,14 @@ def _write_report(text: str) -> Path | None:
 def existing_file(path: str | Path, what: str) -> Path:
     """Return `path` as a Path, or raise a UserError that names `what` is missing."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} {path} {_why_no_file(path)}; give the path of an existing file")
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long, or a directory that may not be entered
+        reason = f"can't be opened: {error.strerror}"
+    else:
+        reason = "" if is_file else _why_no_file(path)
+    if reason:
+        raise UserError(f"{what} {path} {reason}; give the path of an existing file")
     return path
 
 

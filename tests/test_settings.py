@@ -209,3 +209,8 @@ def test_the_settings_of_a_run_take_dashes_and_underscores(tmp_path: Path) -> No
     read = command_line.parse(words, "clue-ds pretrain")
     assert (read.run_dir, read.data.seq_length, read.train.warmup_steps) == ("r", 64, 7)
     assert type(read) is config.RunConfig
+
+
+def test_a_name_that_is_too_long_for_a_file_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="can't be opened: File name too long; give the path"):
+        yaml_file.read("x" * 300)

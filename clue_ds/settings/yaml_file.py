@@ -10,6 +10,7 @@ The events are checked first, one by one, because libraries compose nested value
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,8 @@ MERGE, TEXT, MAPPING, SEQUENCE = (TAG + name for name in ("merge", "str", "map",
 def read(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """The mapping in a YAML file; `what` is the file's name in messages."""
     path = Path(path)
-    if not path.is_fifo():
+    # exists() is False where the name is too long, and is_fifo() raises OSError.
+    if not os.path.exists(path) or not path.is_fifo():
         path = existing_file(path, what)
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
