@@ -15,9 +15,9 @@ CHID_FIRST = {"train": 0, "dev": 100, "test": registry.CHID_FIRST_OF_TEST_11}
 
 
 def write_clue(directory: Path) -> Path:
-    """Every task of `--task all`, and DRCD; each label of a small set occurs in each split."""
+    """Tasks of `--task all`, DRCD, MSRA-NER; each label of a small set occurs in each split."""
     draws = random.Random(0)
-    for name in (*registry.ALL, "drcd"):
+    for name in (*registry.ALL, "drcd", "msraner"):
         folder = directory / registry.get(name).folder
         folder.mkdir(parents=True)
         for split, count in COUNTS.items():
@@ -48,9 +48,9 @@ def _words(draws: random.Random, length: int = 12) -> str:
 def _record(name: str, number: int, draws: random.Random) -> dict[str, Any]:
     """A line of a task that has one example a line."""
     task = registry.get(name)
-    if name == "cluener":
-        text = f"叶老桂在{_words(draws)}"
-        return {"id": number, "text": text, "label": {"name": {"叶老桂": [[0, 2]]}}}
+    if name in ("cluener", "msraner"):
+        text, kind = f"叶老桂在{_words(draws)}", "name" if name == "cluener" else "NR"
+        return {"id": number, "text": text, "label": {kind: {"叶老桂": [[0, 2]]}}}
     label = task.labels[number % len(task.labels)] if task.labels else None
     row: dict[str, Any] = {"id": number, "label": label}
     if name == "csl":

@@ -305,8 +305,9 @@ def test_programs_that_are_not_ours_are_in_the_table() -> None:
 
 # Pages whose commands take a processor more than 10 s.
 HEAVY = (
-    "README.md", "docs/conversion.md", "docs/finetuning.md", "docs/from-cluepretrainedmodels.md",
-    "docs/loader.md", "docs/scaling.md", "docs/serving.md", "recipes/README.md",
+    "README.md", "docs/clue.md", "docs/conversion.md", "docs/finetuning.md",
+    "docs/from-cluepretrainedmodels.md", "docs/loader.md",
+    "docs/scaling.md", "docs/serving.md", "recipes/README.md",
 )  # fmt: skip
 RUN_PAGES = [
     pytest.param(page, marks=[pytest.mark.heavy] if page in HEAVY else [])
