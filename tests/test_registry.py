@@ -90,3 +90,10 @@ def test_mistakes_in_a_yaml_file(text: str, message: str, tmp_path: Path) -> Non
 def test_unknown_task() -> None:
     with pytest.raises(UserError, match="no task 'tnew'; tasks: afqmc"):
         registry.get("tnew")
+
+
+def test_a_learning_rate_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("name: mine\ntext: [a]\nlabels: [x, y]\nlr: 1e400\n", encoding="utf-8")
+    with pytest.raises(UserError, match="lr: Input should be a finite number"):
+        registry.get(path)

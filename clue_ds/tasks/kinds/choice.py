@@ -56,7 +56,7 @@ class CustomChoice(BaseModel):
     label: str = "answer"
     max_length: int = Field(512, ge=16)
     batch_size: int = Field(24, ge=1)
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     epochs: int = Field(8, ge=1)
 
 

@@ -39,7 +39,7 @@ class CustomTask(BaseModel):
     label_name: str | None = None
     max_length: int = Field(Settings.max_length, ge=8)
     batch_size: int = Field(Settings.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     epochs: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")

@@ -110,7 +110,7 @@ class CustomCloze(BaseModel):
     once: bool = True
     max_length: int = Field(64, ge=16)
     batch_size: int = Field(24, ge=1)
-    lr: float = Field(2e-5, gt=0)
+    lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
     epochs: int = Field(3, ge=1)
 
 

@@ -64,7 +64,7 @@ class CustomTask(Options):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     max_length: int = Field(SETTINGS.max_length, ge=16)
     batch_size: int = Field(SETTINGS.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     epochs: int | None = Field(None, ge=1)
 
 
