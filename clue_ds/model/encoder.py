@@ -126,12 +126,12 @@ class BertModel(nn.Module):
         """
         keep: Tensor | None
         seq_length = self._check_length(input_ids)
+        assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
         if cu_seqlens is not None:
             position_ids, keep = split_rows(cu_seqlens, seq_length)
             return self.encoder(self.embeddings(input_ids, None, position_ids), keep, rows)
         embedded = self.embeddings(input_ids, token_type_ids)
         if lengths is not None and self._attends_without_mask(embedded):
-            assert attention_mask is None, "give lengths or attention_mask, not both"
             return self._padded_rows(embedded, lengths, rows)
         return self.encoder(embedded, key_mask(lengths, attention_mask, seq_length), rows)
 
@@ -239,7 +239,6 @@ def key_mask(
     On a GPU it is None only when neither argument is given, because finding out whether all keys
     count would synchronize with the GPU.
     """
-    assert lengths is None or attention_mask is None, "give lengths or attention_mask, not both"
     if lengths is not None:
         keep = torch.arange(seq_length, device=lengths.device) < lengths[:, None]
     elif attention_mask is not None:

@@ -31,8 +31,6 @@ from clue_ds.errors import UserError
 MOMENTUM = 0.95
 # The quintic polynomial of K. Jordan's Muon (2024), which pulls singular values towards 1.
 COEFFICIENTS, NUM_ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
-
-
 # Elements of the matrices that are orthogonalized at once, which bounds the memory for it.
 MOST_AT_ONCE = 1 << 26
 
@@ -104,7 +102,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient, and overwrite those of matrices.
+        """Update the parameters that have a gradient, and overwrite the gradients of matrices.
 
         At stages 1 to 3 every rank must call it.
         """
