@@ -164,3 +164,10 @@ def test_every_key_has_a_description() -> None:
                 assert field.description, prefix + name
 
     check(RunConfig, "")
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e400"])
+def test_a_number_without_end_is_refused(value: str) -> None:
+    values = {"run_dir": "r", "data": {"corpus": "c"}, "train": {"lr": float(value)}}
+    with pytest.raises(UserError, match="train.lr: Input should be a finite number"):
+        config.validate(values, "run.yaml")
