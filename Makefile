@@ -27,6 +27,12 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_
 	masked_softmax bias_gelu embedding_layer_norm registered tiles kernel_modules))
 
 OTHER_PYTHONS := 3.10 3.12 3.13
+LIGHT_TESTS := $(addprefix tests/test_,$(addsuffix .py,diagnosis ds_configs formats fuzz_inputs heartbeat \
+	manifest masking order program restarts run_lock sample_index schedule stop stream_version tag_files))
+# What setup.cfg requires, without torch and what is built on it.
+LIGHT_REQUIREMENTS = import configparser; config = configparser.ConfigParser(); config.read("setup.cfg"); \
+	heavy = ("torch", "deepspeed", "transformers", "datasets", "tensorboard"); \
+	print(*(line.replace(" ", "") for line in config["options"]["install_requires"].split("\n") if line and not line.startswith(heavy)))
 
 .PHONY: help demo sample test test-heavy test-pythons test-cluster test-clients test-gpu soak bench lint docs clean
 
@@ -56,18 +62,22 @@ test-heavy: $(VENV)/.dev  ## the tests that `make test` leaves out because each 
 	$(PYTEST_ON_ALL_CORES) -m heavy $(ARGS)
 
 # All tests there: `make test VENV=.venv-3.12 PYTHON=python3.12`, which is 5 GB where torch has no CPU build.
-test-pythons:  ## Python 3.10, 3.12 and 3.13, as far as they are here, compile all code and run the launcher
+# LIGHT_TESTS need no torch and no fixtures of conftest.py, which does.
+test-pythons:  ## Python 3.10, 3.12 and 3.13, as far as they are here: the tests that need no torch
 	@for version in $(OTHER_PYTHONS); do \
 		python=; \
 		for one in python$$version $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python 2>/dev/null); do \
 			if $$one --version > /dev/null 2>&1; then python=$$one; break; fi; \
 		done; \
 		if [ -z "$$python" ]; then echo "there is no Python $$version on this machine: not tested"; continue; fi; \
-		PYTHONPYCACHEPREFIX=build/pycache $$python -W error -m compileall -q -f \
-			clue_ds kernels launcher benchmarks tests docs || exit 1; \
-		PYTHONPYCACHEPREFIX=build/pycache DS_ACCELERATOR=cpu $$python -c "from launcher.launch import main; main( \
-			'--local 2 --dry-run -- pretrain --config run.yaml'.split())" > /dev/null || exit 1; \
-		echo "$$($$python --version) compiles all code and runs the launcher"; \
+		PYTHONPYCACHEPREFIX=build/pycache $$python -W error -m compileall -q -f clue_ds kernels launcher benchmarks tests docs || exit 1; \
+		$$python -m venv build/python-$$version && own=build/python-$$version/bin/python || exit 1; \
+		$$own -m pip --disable-pip-version-check install --quiet $$($$own -c '$(LIGHT_REQUIREMENTS)') \
+			pytest pytest-timeout pytest-xdist hypothesis || exit 1; \
+		$$own -m pip --disable-pip-version-check install --quiet --no-deps --editable . || exit 1; \
+		$$own -m pytest --noconftest --numprocesses $(PROCESSES) --dist loadfile $(LIGHT_TESTS) $(ARGS) || exit 1; \
+		DS_ACCELERATOR=cpu $$own -m clue_ds.launcher.launch --local 2 --dry-run -- pretrain --config run.yaml > /dev/null || exit 1; \
+		echo "$$($$python --version) passes"; \
 	done
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.done  ## TensorFlow, bert4keras and keras-bert read our exports
