@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import Field
 
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
+from clue_ds.settings.sections import Section
 from clue_ds.tasks import records
 from clue_ds.tasks.features import Unit
 from clue_ds.tasks.task import Record, Task
@@ -49,13 +50,19 @@ class Answer(NamedTuple):
     details: dict[str, Any]  # all that `clue-ds predict` writes about it
 
 
+class TaskFile(Section):
+    """The keys of a YAML file that describes a user's own task: those of every kind."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+
+
 class Kind(ABC):
     """What all tasks of a kind have in common; the object is one task's."""
 
     architecture: str  # the class of transformers that loads the fine-tuned model
     # (key in the scores, title in tables); the first is the main one.
     columns: tuple[tuple[str, str], ...]
-    keys: ClassVar[type[BaseModel]]  # of a YAML file that describes a task of this kind
+    keys: ClassVar[type[TaskFile]]  # of a YAML file that describes a task of this kind
     # How the names of files that it reads end, which tells their format.
     suffixes: ClassVar[tuple[str, ...]] = records.SUFFIXES
     usual_fields: ClassVar[tuple[str, ...]]  # of a record, if no task names others

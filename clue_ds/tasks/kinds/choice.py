@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
@@ -27,7 +27,7 @@ from clue_ds.presets import ModelConfig
 from clue_ds.tasks import features, lines, records
 from clue_ds.tasks.heads import BertForMultipleChoice
 from clue_ds.tasks.kinds import answer_lines, rating
-from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
+from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile
 from clue_ds.tasks.kinds.rating import Rivals
 from clue_ds.tasks.task import Record, Settings, Task
 
@@ -44,19 +44,16 @@ class Question(NamedTuple):
     choices: tuple[str, ...]
 
 
-class CustomChoice(BaseModel):
+class CustomChoice(TaskFile):
     """The keys of a YAML file that describes a user's own task of multiple choice."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     text: str = "text"
     question: str | None = None
     choices: str = "choices"
     label: str = "answer"
     max_length: int = Field(512, ge=16)
     batch_size: int = Field(24, ge=1)
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr: float | None = Field(None, gt=0)
     epochs: int = Field(8, ge=1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
@@ -21,17 +21,16 @@ from clue_ds.tasks import features, records
 from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.kinds import answer_lines, measures
-from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
+from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile
 from clue_ds.tasks.kinds.measures import MAJORITY
 from clue_ds.tasks.task import SMALL_MODEL_EPOCHS, SMALL_MODEL_LR, Record, Settings, Task
 
 
-class CustomTask(BaseModel):
+class CustomTask(TaskFile):
     """The keys of a YAML file that describes a user's own task."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # labels may be numbers
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     text: list[str] = Field(min_length=1, max_length=2)
     labels: list[str] = Field(min_length=2)
     label: str = "label"
@@ -39,7 +38,7 @@ class CustomTask(BaseModel):
     label_name: str | None = None
     max_length: int = Field(Settings.max_length, ge=8)
     batch_size: int = Field(Settings.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr: float | None = Field(None, gt=0)
     epochs: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
@@ -31,7 +31,7 @@ from clue_ds.tasks import lines, records
 from clue_ds.tasks.features import Features
 from clue_ds.tasks.heads import BertForMultipleChoice
 from clue_ds.tasks.kinds import answer_lines, answer_object, rating
-from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
+from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile
 from clue_ds.tasks.task import Record, Settings, Task
 
 IDIOM = r"#idiom\d+#"
@@ -97,12 +97,9 @@ class BlankUnit(NamedTuple):
         return self.rows.cut
 
 
-class CustomCloze(BaseModel):
+class CustomCloze(TaskFile):
     """The keys of a YAML file that describes a user's own cloze task."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     content: str = "content"
     candidates: str = "candidates"
     label: str = "answers"
@@ -110,7 +107,7 @@ class CustomCloze(BaseModel):
     once: bool = True
     max_length: int = Field(64, ge=16)
     batch_size: int = Field(24, ge=1)
-    lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
+    lr: float = Field(2e-5, gt=0)
     epochs: int = Field(3, ge=1)
 
 

@@ -16,16 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from clue_ds.data import Tokenizer
 from clue_ds.errors import UserError
 from clue_ds.presets import ModelConfig
+from clue_ds.settings.sections import Section
 from clue_ds.tasks import lines, records
 from clue_ds.tasks.heads import BertForQuestionAnswering
 from clue_ds.tasks.kinds import answer_object
-from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores
+from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile
 from clue_ds.tasks.kinds.span import (
     EVALUATIONS_PER_EPOCH,
     SETTINGS,
@@ -45,10 +46,8 @@ BASELINE_CHARACTERS = 30
 BASELINE = f"the first {BASELINE_CHARACTERS} characters of the context"
 
 
-class Options(BaseModel):
+class Options(Section):
     """What only tasks of span reading have; a row of the registry gives those that differ."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_question_length: int = Field(64, ge=1)  # tokens; the rest of a question is not read
     doc_stride: int = Field(128, ge=1)  # tokens from the start of a window to that of the next
@@ -58,13 +57,12 @@ class Options(BaseModel):
     absent_answers: Literal["refuse", "skip"] = "refuse"  # questions whose answer is not there
 
 
-class CustomTask(Options):
+class CustomTask(TaskFile, Options):
     """The keys of a YAML file that describes a user's own task of span reading."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     max_length: int = Field(SETTINGS.max_length, ge=16)
     batch_size: int = Field(SETTINGS.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr: float | None = Field(None, gt=0)
     epochs: int | None = Field(None, ge=1)
 
 

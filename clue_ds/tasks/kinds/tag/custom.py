@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from clue_ds.tasks.kinds.base import TaskFile
 from clue_ds.tasks.kinds.tag import schemes
 from clue_ds.tasks.kinds.tag.schemes import Scheme
 from clue_ds.tasks.task import SMALL_MODEL_EPOCHS, SMALL_MODEL_LR, Settings, Task
@@ -14,12 +15,11 @@ Head = Literal["softmax", "pointer"]
 Overlapping = Literal["refuse", "skip", "keep"]
 
 
-class CustomTagTask(BaseModel):
+class CustomTagTask(TaskFile):
     """The keys of the file. `labels` are the types of entities, without B- and I-."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # labels may be numbers
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     text: str = "text"
     labels: list[str] = Field(min_length=1)
     label: str = "label"
@@ -29,7 +29,7 @@ class CustomTagTask(BaseModel):
     metric: Literal["span_f1", "text_set_f1"] = "span_f1"
     max_length: int = Field(Settings.max_length, ge=8)
     batch_size: int = Field(Settings.batch_size, ge=1)
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr: float | None = Field(None, gt=0)
     epochs: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
