@@ -6,7 +6,8 @@ in two ways: by its loss on held-out text, for all with the base's masks, so tha
 compared; and by the dev accuracy of tasks after fine-tuning, with the same settings and seeds.
 
 Dev and test texts of the tasks are never trained on. The same command continues after a kill, and
-adds variants or seeds to a study that is there; the JSON and the plot are written after every run.
+others add variants, seeds or tasks to a study that is there, also while it runs: the JSON and the
+plot have all that is found in --work, and are written after every run.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from typing import Any
 
 import torch
 
+from clue_ds import config as run_config
 from clue_ds import export, pretrain
 from clue_ds.benchmarks import evidence
 from clue_ds.benchmarks.description import write_results
-from clue_ds.data import Corpus, SampleStream
+from clue_ds.data import Corpus
 from clue_ds.data.build.command import shard
 from clue_ds.data.corpus import HELD_OUT
 from clue_ds.errors import UserError, existing_file
 from clue_ds.model.bert import BertForPreTraining
 from clue_ds.model.weights import load_into
-from clue_ds.pretrain import train
+from clue_ds.pretrain import batches, train
 from clue_ds.tasks.finetune.command import finetune
 
 BASE = "base"
@@ -38,6 +40,8 @@ FIRST_SEED = 42
 TASKS = ("tnews", "iflytek", "cmnli")
 HELD_OUT_SHARE = 0.02
 HELD_OUT_BATCHES = 40
+LOSS = "held-out loss"
+ROW = "study.json"  # in a run directory: what the study keeps of it
 
 
 @dataclass(frozen=True)
@@ -54,35 +58,32 @@ class Variant:
     lower_mask: float | None = None
 
 
-def _muon(lr: float) -> Variant:
-    return Variant("optimizer", {"train.optimizer": "muon", "train.lr": lr})
-
-
-def _lamb(lr: float) -> Variant:
-    return Variant("optimizer", {"train.optimizer": "lamb", "train.lr": lr, "deepspeed": "zero0"})
+def _optimizer(name: str, lr: float, **further: Any) -> Variant:
+    return Variant("optimizer", {"train.optimizer": name, "train.lr": lr, **further})
 
 
 VARIANTS: dict[str, Variant] = {
     BASE: Variant("base", {}),
-    "lr 5e-4": Variant("rate", {"train.lr": 5e-4}),
-    "lr 2e-3": Variant("rate", {"train.lr": 2e-3}),
-    "muon 1.5e-3": _muon(1.5e-3),
-    "muon 3e-3": _muon(3e-3),
-    "muon 6e-3": _muon(6e-3),
-    "lamb 2e-3": _lamb(2e-3),
-    "lamb 6e-3": _lamb(6e-3),
+    "muon 1.5e-3": _optimizer("muon", 1.5e-3),
+    "muon 6e-3": _optimizer("muon", 6e-3),
+    "adamw 5e-4": _optimizer("adamw", 5e-4),
+    "adamw 1e-3": _optimizer("adamw", 1e-3),
+    "adamw 2e-3": _optimizer("adamw", 2e-3),
+    "lamb 2e-3": _optimizer("lamb", 2e-3, deepspeed="zero0"),
+    "lamb 6e-3": _optimizer("lamb", 6e-3, deepspeed="zero0"),
     "batch x 1/2": Variant("batch", {}, batch=0.5),
     "batch x 2": Variant("batch", {}, batch=2),
     "batch x 4": Variant("batch", {}, batch=4),
     "mask 20%": Variant("mask rate", {"data.mask_prob": 0.2}),
     "mask 30%": Variant("mask rate", {"data.mask_prob": 0.3}),
     "mask 30%, then 15%": Variant("mask rate", {"data.mask_prob": 0.3}, lower_mask=0.15),
-    "tokens": Variant("masked unit", {"data.whole_word": False}),
-    "n-grams": Variant("masked unit", {"data.max_ngram": 3}),
-    "initializer 0.02": Variant("initializer", {"model.initializer_range": 0.02}),
+    "whole words": Variant("masked unit", {"data.whole_word": True}),
+    "n-grams": Variant("masked unit", {"data.whole_word": True, "data.max_ngram": 3}),
+    "initializer 0.05": Variant("initializer", {"model.initializer_range": 0.05}),
     "cosine": Variant("schedule", {"train.schedule": "cosine"}),
     "wsd": Variant("schedule", {"train.schedule": "wsd"}),
-    "sop": Variant("objective", {"train.objective": "sop"}),
+    "windows": Variant("rows", {"data.samples": "windows"}),
+    "sop": Variant("objective", {"train.objective": "sop", "data.samples": "windows"}),
 }
 WSD_DECAY = 0.2  # of the steps
 
@@ -109,12 +110,12 @@ def recipe_study(
     Args:
         data: the directory that holds the tasks' files.
         vocab: vocab.txt.
-        config: config of the base (recipes/evidence.yaml).
+        config: config of the base (recipes/recipe_study.yaml).
         corpora: further text files, one sentence per line, a blank line between documents.
-        tokens: tokens on which each variant is trained; default those of the config.
-        variants: names of the variants; default all. The base is always among them.
+        tokens: tokens of text on which each variant is trained; default those of the config.
+        variants: names of the variants to train now; default all.
         seeds: number of pretraining runs of each variant, from seed 42 on.
-        tasks: tasks to fine-tune on; none for held-out losses alone.
+        tasks: tasks to fine-tune on now; none for held-out losses alone.
         finetune_seeds: fine-tuning runs of each task and pretrained model.
         limit: most examples to fine-tune on; the dev split is always used whole.
         epochs: epochs of fine-tuning.
@@ -132,15 +133,17 @@ def recipe_study(
     places = ["--run_dir", str(work), "--data.corpus", str(corpus)]
     base = train.parse(["--config", str(config), *places]).model_dump()
     settings = {"limit": limit, "epochs": epochs, "lr": lr, "max_length": max_length}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name in dict.fromkeys((BASE, *variants)):
+    for name in variants:
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            run_dir = work / re.sub(r"[^\w.-]+", "-", name) / f"seed={seed}"
-            row = _trained(run_of(base, VARIANTS[name], tokens, seed, run_dir), base)
-            row["tasks"] = _finetuned(run_dir, data, tasks, finetune_seeds, settings)
-            rows.setdefault(name, []).append(row)
-            figures = {"num_finetune_seeds": finetune_seeds, **settings, "variants": rows}
-            _report(figures, output)
+            run_dir = directory_of(work, name, seed)
+            _train(run_of(base, VARIANTS[name], tokens, seed, run_dir), base)
+            _finetune(run_dir, data, tasks, finetune_seeds, settings)
+            _report({**settings, "variants": found(work, settings)}, output)
+
+
+def directory_of(work: Path, variant: str, seed: int) -> Path:
+    """The run directory of a variant's run with this seed."""
+    return work / re.sub(r"[^\w.-]+", "-", variant) / f"seed={seed}"
 
 
 def _make_corpus(work: Path, data: Path, vocab: Path, corpora: tuple[Path, ...]) -> Path:
@@ -154,7 +157,7 @@ def _make_corpus(work: Path, data: Path, vocab: Path, corpora: tuple[Path, ...])
 def run_of(
     base: dict[str, Any], variant: Variant, tokens: int | None, seed: int, run_dir: Path
 ) -> dict[str, Any]:
-    """The config of a variant: steps, warm-up and phases follow from its batch and the tokens.
+    """The config of a variant: steps, warm-up and phases follow from its rows and the tokens.
 
     `base`: a whole config, with all defaults.
     """
@@ -163,11 +166,10 @@ def run_of(
     for key, value in variant.changes.items():
         *section, name = key.split(".")
         (values[section[0]] if section else values)[name] = value
+    if values["train"]["optimizer"] != "muon":
+        values["train"]["adamw_lr"] = None
     size = round(usual["global_batch_size"] * variant.batch)
-    length = base["data"]["seq_length"]
-    if tokens is None:
-        tokens = usual["steps"] * usual["global_batch_size"] * length
-    steps = tokens // (size * length)
+    steps = round(budget(base, tokens) / (size * tokens_per_row(values)))
     values["train"] |= {
         "global_batch_size": size,
         "micro_batch_size": min(usual["micro_batch_size"], size),
@@ -183,32 +185,45 @@ def run_of(
     return values
 
 
-def _trained(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Pretrain, or read what an earlier call has found."""
-    found = Path(run["run_dir"]) / "study.json"
-    tokens = run["train"]["steps"] * run["train"]["global_batch_size"] * run["data"]["seq_length"]
-    if not found.is_file():
-        result = pretrain.run(run)
-        if result.stopped:
-            raise UserError("stopped on request; the same command goes on with this study")
-        data = {key: run["data"][key] for key in run["data"].keys() - {"corpus", "held_out"}}
-        row = {
-            "settings": {"data": data, **{key: run[key] for key in ("train", "model", "phases")}},
-            "tokens": tokens,
-            "held_out": held_out(result.run_dir, base),
-            "log": [
-                {key: line[key] for key in ("step", "loss", "mlm_accuracy")}
-                for line in result.lines
-            ],
-        }
-        found.write_text(json.dumps(row), encoding="utf-8")
-    read: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-    if read["tokens"] != tokens:
-        raise UserError(
-            f"{found} is of a run on {read['tokens']:,} tokens, and now it would have {tokens:,}; "
-            "give the same --tokens and --config, or another --work"
-        )
-    return read
+def tokens_per_row(values: dict[str, Any]) -> float:
+    """Mean tokens of text in a row: each token of the corpus is in one row of an epoch."""
+    config = run_config.validate(values, "the study's config")
+    corpus = batches.open_data(config)
+    return corpus.num_tokens / batches.make_stream(config, corpus).num_samples
+
+
+def budget(base: dict[str, Any], tokens: int | None) -> float:
+    """Tokens of text for each variant: those asked for, or those of the base's own steps."""
+    train = base["train"]
+    return tokens or train["steps"] * train["global_batch_size"] * tokens_per_row(base)
+
+
+def _train(run: dict[str, Any], base: dict[str, Any]) -> None:
+    """Pretrain and write the run's row for the study, unless an earlier call has."""
+    path = Path(run["run_dir"]) / ROW
+    tokens = round(run["train"]["steps"] * run["train"]["global_batch_size"] * tokens_per_row(run))
+    if path.is_file():
+        trained = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+        if trained != tokens:
+            raise UserError(
+                f"{path} is of a run on {trained:,} tokens, and now it would have {tokens:,}; "
+                "give the same --tokens and --config, or another --work"
+            )
+        return
+    result = pretrain.run(run)
+    if result.stopped:
+        raise UserError("stopped on request; the same command goes on with this study")
+    data = {key: run["data"][key] for key in run["data"].keys() - {"corpus", "held_out"}}
+    row = {
+        "seed": run["seed"],
+        "settings": {"data": data, **{key: run[key] for key in ("train", "model", "phases")}},
+        "tokens": tokens,
+        "held_out": held_out(result.run_dir, base),
+        "log": [
+            {key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in result.lines
+        ],
+    }
+    path.write_text(json.dumps(row), encoding="utf-8")
 
 
 def held_out(run_dir: Path, base: dict[str, Any]) -> dict[str, float]:
@@ -218,17 +233,9 @@ def held_out(run_dir: Path, base: dict[str, Any]) -> dict[str, float]:
     load_into(model, config, state, run_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    data = base["data"]
-    stream = SampleStream(
-        Corpus(Path(data["corpus"]) / HELD_OUT),
-        data["seq_length"],
-        base["train"]["global_batch_size"],
-        base["seed"],
-        data["whole_word"],
-        data["mask_prob"],
-        data["predictions_per_sequence"],
-        max_ngram=data["max_ngram"],
-    )
+    values = {**base, "data": {**base["data"], "padding": "keep"}}
+    corpus = Corpus(Path(base["data"]["corpus"]) / HELD_OUT)
+    stream = batches.make_stream(run_config.validate(values, "the study's base"), corpus)
     loss = correct = predicted = 0.0
     with torch.inference_mode():
         for step in range(min(HELD_OUT_BATCHES, stream.steps_per_epoch)):
@@ -240,40 +247,66 @@ def held_out(run_dir: Path, base: dict[str, Any]) -> dict[str, float]:
     return {"loss": loss / predicted, "accuracy": correct / predicted}
 
 
-def _finetuned(
+def _finetune(
     run_dir: Path, data: Path, tasks: tuple[str, ...], seeds: int, settings: dict[str, Any]
-) -> dict[str, list[float]]:
-    """Dev accuracies of each task, one for each seed of fine-tuning."""
-    output = run_dir / "finetune"
+) -> None:
     if tasks:
+        output = _finetuned_in(run_dir, settings)
         finetune(tasks, str(run_dir), str(data), output, seeds=seeds, precision="bf16", **settings)
-    scores: dict[str, list[float]] = {}
-    for task in tasks:
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            path = output / task / f"seed={seed}" / "result.json"
-            result = json.loads(path.read_text(encoding="utf-8"))
-            scores.setdefault(task, []).append(result["best"]["accuracy"])
-    return scores
+
+
+def _finetuned_in(run_dir: Path, settings: dict[str, Any]) -> Path:
+    values = "-".join(f"{key}={value}" for key, value in settings.items())
+    return run_dir / f"finetune-{values}"
+
+
+def found(work: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """A row for each pretraining run in `work`, by variant, with the dev accuracies of its tasks.
+
+    Of fine-tuning, only what has these settings counts.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in VARIANTS:
+        for path in sorted(directory_of(work, name, FIRST_SEED).parent.glob(f"seed=*/{ROW}")):
+            row = json.loads(path.read_text(encoding="utf-8"))
+            row["tasks"] = {}
+            results = _finetuned_in(path.parent, settings).glob("*/seed=*/result.json")
+            for result in sorted(results):
+                best = json.loads(result.read_text(encoding="utf-8"))["best"]
+                scores = row["tasks"].setdefault(result.parent.parent.name, [])
+                scores.append(best["accuracy"])
+            rows.setdefault(name, []).append(row)
+    return rows
 
 
 def summary(figures: dict[str, Any]) -> list[list[str]]:
     """A row for each variant: its means over the runs, beside the difference to the base."""
-    base = _means(figures["variants"][BASE])
-    table = [["factor", "variant", "runs", *base]]
-    for name, rows in figures["variants"].items():
-        cells = [
-            f"{value:.3f} ({value - base[key]:+.3f})" if name != BASE else f"{value:.3f}"
-            for key, value in _means(rows).items()
-        ]
+    variants = figures["variants"]
+    base = _means(variants[BASE]) if BASE in variants else {}
+    columns = _columns(variants)
+    table = [["factor", "variant", "runs", *columns]]
+    for name, rows in variants.items():
+        means = _means(rows)
+        cells = [f"{means[key]:.3f}" if key in means else "" for key in columns]
+        if name != BASE:
+            both = [key in means and key in base for key in columns]
+            cells = [
+                f"{cell} ({means[key] - base[key]:+.3f})" if comparable else cell
+                for key, cell, comparable in zip(columns, cells, both, strict=True)
+            ]
         table.append([VARIANTS[name].factor, name, str(len(rows)), *cells])
     return table
 
 
+def _columns(variants: dict[str, list[dict[str, Any]]]) -> list[str]:
+    tasks = {task: None for rows in variants.values() for row in rows for task in row["tasks"]}
+    return [LOSS, *tasks]
+
+
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    means = {"held-out loss": statistics.mean(row["held_out"]["loss"] for row in rows)}
-    for task in rows[0]["tasks"]:
-        scores = [score for row in rows for score in row["tasks"][task]]
-        means[task] = statistics.mean(scores)
+    means = {LOSS: statistics.mean(row["held_out"]["loss"] for row in rows)}
+    for task in _columns({"these": rows})[1:]:
+        means[task] = statistics.mean(score for row in rows for score in row["tasks"].get(task, []))
     return means
 
 
@@ -295,7 +328,8 @@ def draw(figures: dict[str, Any], picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = list(figures["variants"])
-    columns = list(_means(figures["variants"][BASE]))
+    base = _means(figures["variants"][BASE]) if BASE in figures["variants"] else {}
+    columns = _columns(figures["variants"])
     figure, axes = plt.subplots(
         1,
         len(columns),
@@ -307,9 +341,10 @@ def draw(figures: dict[str, Any], picture: Path) -> None:
     for axis, column in zip(axes[0], columns, strict=True):
         for place, name in enumerate(names):
             rows = figures["variants"][name]
-            values = [_means([row])[column] for row in rows]
+            values = [means[column] for row in rows if column in (means := _means([row]))]
             axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.7)
-        axis.axvline(_means(figures["variants"][BASE])[column], color="grey", linestyle=":")
+        if column in base:
+            axis.axvline(base[column], color="grey", linestyle=":")
         axis.set_title(column)
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(names)), names)

@@ -62,7 +62,7 @@ class ModelSection(Section):
     initializer_range: float | None = Field(
         None,
         gt=0,
-        description="standard deviation of initial weights, replaces 0.02; more for small networks",
+        description="standard deviation of initial weights, replaces 0.02",
     )
     init: PathText | None = Field(
         None, description="start from the weights of this run, model directory (or zip) or hub name"

@@ -138,8 +138,8 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     ),
     STUDY: (
         "clue-ds bench recipe_study --data CLUE --vocab vocab_clue.txt "
-        "--config recipes/evidence.yaml --corpora more_text.txt --output recipe_study.json",
-        'clue-ds bench recipe_study ... --variants "muon 3e-3" "mask 30%, then 15%" --seeds 3',
+        "--config recipes/recipe_study.yaml --corpora more_text.txt --output recipe_study.json",
+        'clue-ds bench recipe_study ... --variants base "mask 30%" "initializer 0.05" --seeds 3',
     ),
     "needs ModelScope; tests/test_modelscope.py has its requests on loopback": (
         "clue-ds push ft/tnews/best ORG/NAME --to modelscope",
