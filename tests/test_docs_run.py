@@ -78,7 +78,7 @@ SLURM = "needs Slurm; tests/cluster/ hands in the files of slurm/"
 CLUSTER = "needs a cluster of Kubernetes or a cloud; tests/test_containers.py reads the manifests"
 CONTAINERS = "builds or runs a container; tests/test_containers.py reads the definitions"
 RANKS = "starts 8 ranks or more without our launcher; tests/cluster/ and test_workers.py start 2"
-STUDY = "trains some 25 variants; tests/test_bench_recipe_study.py trains two small ones"
+STUDY = "takes an hour or more; tests/test_bench_recipe_study.py runs a small study"
 NOT_RUN: dict[str, tuple[str, ...]] = {
     INSTALLS: (
         "source .venv/bin/activate",
@@ -140,6 +140,12 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "clue-ds bench recipe_study --data CLUE --vocab vocab_clue.txt "
         "--config recipes/recipe_study.yaml --corpora more_text.txt --output recipe_study.json",
         'clue-ds bench recipe_study ... --variants base "mask 30%" "initializer 0.05" --seeds 3',
+        "clue-ds finetune --data CLUE --model run --task tnews --limit 6000 "
+        "--max-length 64 --epochs 3 --lr 3e-4 --seeds 3 --precision bf16",
+        "clue-ds finetune --data CLUE --model run --task iflytek "
+        "--max-length 128 --epochs 8 --lr 3e-4 --precision bf16",
+        "clue-ds finetune --data CLUE --model run --task cmnli --limit 3000 "
+        "--max-length 64 --epochs 8 --lr 3e-4 --precision bf16",
     ),
     "needs ModelScope; tests/test_modelscope.py has its requests on loopback": (
         "clue-ds push ft/tnews/best ORG/NAME --to modelscope",
