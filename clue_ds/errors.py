@@ -135,8 +135,13 @@ def _report(command: str, error: Exception) -> str:
     text = "".join(traceback.format_exception(error))
     if _shows_traceback():
         print(text, end="", file=sys.stderr)
-    ours = [f for f in traceback.extract_tb(error.__traceback__) if "clue_ds" in f.filename]
-    place = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
+    # By names of modules: a clone called clue_ds may hold the environment, torch included.
+    ours = [
+        f"{Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("clue_ds.")
+    ]
+    place = f" in {ours[-1]}" if ours else ""
     what = f"{type(error).__name__}: {shorten(first_line(error), quoted=False, limit=200)}"
     header = f"command: {shlex.join(sys.argv)}\n{_versions()}\n\n"
     path = _write_report(header + text)

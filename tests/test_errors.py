@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,17 @@ def test_a_bug_is_one_line_that_names_the_file_with_the_traceback(
     text = report.read_text(encoding="utf-8")
     assert text.startswith("command: clue-ds shard 'a b.txt'\nversions: python ")
     assert "Traceback (most recent call last)" in text and "torch " in text
+
+
+def test_a_library_inside_a_clone_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "/home/me/clue_ds/.venv/lib/python3.11/site-packages/torch/nn.py"
+    library: dict[str, Any] = {"__name__": "torch.nn"}
+    exec(compile("def forward():\n    raise KeyError(1)", path, "exec"), library)
+    assert run_command("clue-ds shard", library["forward"]) == 70
+    assert "unexpected error in errors.py, line " in capsys.readouterr().err
 
 
 def test_a_variable_prints_the_traceback_of_any_error(

@@ -40,7 +40,7 @@ class HostWaits(TorchDispatchMode):
         if function.overloadpacket.__name__ in WAITS:
             frame, names = sys._getframe(1), []
             while frame is not None:
-                if "clue_ds" in frame.f_code.co_filename:
+                if frame.f_globals.get("__name__", "").startswith("clue_ds."):
                     names.append(frame.f_code.co_qualname)
                 frame = frame.f_back
             if not names or not names[0].startswith(ON_HOST):
