@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from clue_ds import config as run_config
-from clue_ds import export, pretrain
+from clue_ds import export, files, pretrain
 from clue_ds.benchmarks import evidence
 from clue_ds.benchmarks.description import write_results
 from clue_ds.data import Corpus
@@ -223,7 +223,7 @@ def _train(run: dict[str, Any], base: dict[str, Any]) -> None:
             {key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in result.lines
         ],
     }
-    path.write_text(json.dumps(row), encoding="utf-8")
+    files.write_json(path, row)  # another command may read it at this moment
 
 
 def held_out(run_dir: Path, base: dict[str, Any]) -> dict[str, float]:
@@ -286,14 +286,12 @@ def summary(figures: dict[str, Any]) -> list[list[str]]:
     columns = _columns(variants)
     table = [["factor", "variant", "runs", *columns]]
     for name, rows in variants.items():
-        means = _means(rows)
-        cells = [f"{means[key]:.3f}" if key in means else "" for key in columns]
-        if name != BASE:
-            both = [key in means and key in base for key in columns]
-            cells = [
-                f"{cell} ({means[key] - base[key]:+.3f})" if comparable else cell
-                for key, cell, comparable in zip(columns, cells, both, strict=True)
-            ]
+        cells, means = [], _means(rows)
+        for key in columns:
+            cell = f"{means[key]:.3f}" if key in means else ""
+            if name != BASE and key in means and key in base:
+                cell += f" ({means[key] - base[key]:+.3f})"
+            cells.append(cell)
         table.append([VARIANTS[name].factor, name, str(len(rows)), *cells])
     return table
 
