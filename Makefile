@@ -29,7 +29,7 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm bias_dropout_
 OTHER_PYTHONS := 3.10 3.12 3.13
 LIGHT_TESTS := $(addprefix tests/test_,$(addsuffix .py,diagnosis ds_configs formats fuzz_inputs heartbeat \
 	manifest masking order program restarts run_lock sample_index schedule stop stream_version tag_files))
-# What setup.cfg requires, without torch and what is built on it.
+# What setup.cfg requires, without torch, what is built on it, and TensorBoard.
 LIGHT_REQUIREMENTS = import configparser; config = configparser.ConfigParser(); config.read("setup.cfg"); \
 	heavy = ("torch", "deepspeed", "transformers", "datasets", "tensorboard"); \
 	print(*(line.replace(" ", "") for line in config["options"]["install_requires"].split("\n") if line and not line.startswith(heavy)))

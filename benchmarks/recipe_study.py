@@ -132,11 +132,12 @@ def recipe_study(
     corpus = _make_corpus(work, data, vocab, corpora)
     places = ["--run_dir", str(work), "--data.corpus", str(corpus)]
     base = train.parse(["--config", str(config), *places]).model_dump()
+    budget = tokens or tokens_of(base)
     settings = {"limit": limit, "epochs": epochs, "lr": lr, "max_length": max_length}
     for name in variants:
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             run_dir = directory_of(work, name, seed)
-            _train(run_of(base, VARIANTS[name], tokens, seed, run_dir), base)
+            _train(run_of(base, VARIANTS[name], budget, seed, run_dir), base)
             _finetune(run_dir, data, tasks, finetune_seeds, settings)
             _report({**settings, "variants": found(work, settings)}, output)
 
@@ -155,7 +156,7 @@ def _make_corpus(work: Path, data: Path, vocab: Path, corpora: tuple[Path, ...])
 
 
 def run_of(
-    base: dict[str, Any], variant: Variant, tokens: int | None, seed: int, run_dir: Path
+    base: dict[str, Any], variant: Variant, tokens: float, seed: int, run_dir: Path
 ) -> dict[str, Any]:
     """The config of a variant: steps, warm-up and phases follow from its rows and the tokens.
 
@@ -169,7 +170,7 @@ def run_of(
     if values["train"]["optimizer"] != "muon":
         values["train"]["adamw_lr"] = None
     size = round(usual["global_batch_size"] * variant.batch)
-    steps = round(budget(base, tokens) / (size * tokens_per_row(values)))
+    steps = round(tokens / (size * tokens_per_row(values)))
     values["train"] |= {
         "global_batch_size": size,
         "micro_batch_size": min(usual["micro_batch_size"], size),
@@ -192,16 +193,16 @@ def tokens_per_row(values: dict[str, Any]) -> float:
     return corpus.num_tokens / batches.make_stream(config, corpus).num_samples
 
 
-def budget(base: dict[str, Any], tokens: int | None) -> float:
-    """Tokens of text for each variant: those asked for, or those of the base's own steps."""
-    train = base["train"]
-    return tokens or train["steps"] * train["global_batch_size"] * tokens_per_row(base)
+def tokens_of(values: dict[str, Any]) -> float:
+    """Tokens of text on which a run with these settings trains."""
+    train = values["train"]
+    return float(train["steps"] * train["global_batch_size"] * tokens_per_row(values))
 
 
 def _train(run: dict[str, Any], base: dict[str, Any]) -> None:
     """Pretrain and write the run's row for the study, unless an earlier call has."""
     path = Path(run["run_dir"]) / ROW
-    tokens = round(run["train"]["steps"] * run["train"]["global_batch_size"] * tokens_per_row(run))
+    tokens = round(tokens_of(run))
     if path.is_file():
         trained = json.loads(path.read_text(encoding="utf-8"))["tokens"]
         if trained != tokens:

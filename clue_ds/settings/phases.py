@@ -11,18 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from clue_ds.data.sampling import RowKind, num_lanes
 from clue_ds.settings import paths
 from clue_ds.settings.batch_sizes import MicroBatch
+from clue_ds.settings.sections import Section
 
 
-class _Changes(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PhaseData(_Changes):
+class PhaseData(Section):
     """What a phase may change of `data`; null keeps what the top level says."""
 
     seq_length: int | None = Field(None, description="replaces data.seq_length")
@@ -37,14 +34,14 @@ class PhaseData(_Changes):
     )
 
 
-class PhaseTrain(_Changes):
+class PhaseTrain(Section):
     """What a phase may change of `train`; null keeps what the top level says."""
 
     global_batch_size: int | None = Field(None, description="replaces train.global_batch_size")
     micro_batch_size: MicroBatch | None = Field(None, description="replaces train.micro_batch_size")
 
 
-class Phase(_Changes):
+class Phase(Section):
     """A part of a run with settings of its own; all others are those of the top level."""
 
     until: int | None = Field(

@@ -56,6 +56,13 @@ class TaskFile(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
 
 
+def refuse_repeated(labels: Sequence[str]) -> None:
+    """ValueError if a task file lists a label twice."""
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"labels {', '.join(repeated)} are listed twice")
+
+
 class Kind(ABC):
     """What all tasks of a kind have in common; the object is one task's."""
 

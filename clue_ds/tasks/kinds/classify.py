@@ -21,7 +21,7 @@ from clue_ds.tasks import features, records
 from clue_ds.tasks.features import Features, Text
 from clue_ds.tasks.heads import BertForSequenceClassification
 from clue_ds.tasks.kinds import answer_lines, measures
-from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile
+from clue_ds.tasks.kinds.base import Answer, Example, Kind, Scores, TaskFile, refuse_repeated
 from clue_ds.tasks.kinds.measures import MAJORITY
 from clue_ds.tasks.task import SMALL_MODEL_EPOCHS, SMALL_MODEL_LR, Record, Settings, Task
 
@@ -43,9 +43,7 @@ class CustomTask(TaskFile):
 
     @model_validator(mode="after")
     def _check_labels(self) -> CustomTask:
-        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"labels {', '.join(repeated)} are listed twice")
+        refuse_repeated(self.labels)
         return self
 
 

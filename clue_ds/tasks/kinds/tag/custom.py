@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from clue_ds.tasks.kinds.base import TaskFile
+from clue_ds.tasks.kinds.base import TaskFile, refuse_repeated
 from clue_ds.tasks.kinds.tag import schemes
 from clue_ds.tasks.kinds.tag.schemes import Scheme
 from clue_ds.tasks.task import SMALL_MODEL_EPOCHS, SMALL_MODEL_LR, Settings, Task
@@ -34,9 +34,7 @@ class CustomTagTask(TaskFile):
 
     @model_validator(mode="after")
     def _check(self) -> CustomTagTask:
-        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"labels {', '.join(repeated)} are listed twice")
+        refuse_repeated(self.labels)
         prefixed = [label for label in self.labels if label == "O" or label[:2] in PREFIXED]
         if prefixed:
             raise ValueError(
