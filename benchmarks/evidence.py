@@ -41,7 +41,9 @@ def evidence(
     limit: int = 10_000,
     epochs: int = 3,
     lr: float = 3e-4,
+    batch_size: int | None = None,
     max_length: int = 64,
+    dropout: float | None = None,
 ) -> None:
     """Pretrain on the tasks' unlabelled texts, fine-tune, and compare with random weights.
 
@@ -61,7 +63,9 @@ def evidence(
         limit: most examples to fine-tune on; the dev split is always used whole.
         epochs: epochs of fine-tuning.
         lr: peak learning rate of fine-tuning.
+        batch_size: examples per step of fine-tuning; default the task's.
         max_length: most tokens of a text in fine-tuning.
+        dropout: dropout in fine-tuning; default the model's.
     """
     existing_file(vocab, "vocabulary")
     existing_file(config, "config file")
@@ -77,12 +81,25 @@ def evidence(
         starts["pair"] = (pair_tasks, _train_on_pairs(work, data, pair_config, pair_tasks, model))
     settings = ["--seeds", seeds, "--limit", limit, "--epochs", epochs, "--lr", lr]
     settings += ["--max-length", max_length, "--precision", "bf16"]
+    settings += ["--batch-size", batch_size] if batch_size is not None else []
+    settings += ["--dropout", dropout] if dropout is not None else []
     for start, (names, weights) in starts.items():
         own = ["--model", weights, "--data", data, "--output", work / start, "--task", *names]
         own += ["--from-scratch"] if start == "from_scratch" else []
         _verb("finetune", *own, *settings)
     rows = {name: _row(work, name, starts, seeds) for name in tasks}
-    figures = {"num_seeds": seeds, "tasks": rows, "log": _log(checkpoint)}
+    figures = {
+        "num_seeds": seeds,
+        "settings": {
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "dropout": dropout,
+        },
+        "tasks": rows,
+        "log": _log(checkpoint),
+    }
     _print(figures)
     if output is not None:
         write_results(output, {"benchmark": "evidence", **figures})

@@ -218,7 +218,7 @@ class TrainSection(Section):
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed "
-                f"steps {self.steps}"
+                f"steps {self.steps}; lower them, or raise steps"
             )
         if self.schedule != "wsd" and self.decay_steps:
             raise ValueError(

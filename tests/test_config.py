@@ -97,6 +97,27 @@ def test_unknown_option_suggests_the_right_one(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.steps 5", "Error parsing train: warmup_steps 9 + decay_steps 0 exceed steps 5"),
+        (
+            "--train.steps 9 --data.mask_prob 2",
+            "Error parsing data: mask_prob: Input should be less than 1",
+        ),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_sentence(
+    option: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--run_dir r --data.corpus c --train.warmup_steps 9 {option}".split()
+    with pytest.raises(SystemExit) as stop:
+        command_line.parse(words, "clue-ds pretrain")
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "pydantic" not in said
+    assert message in " ".join(said.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "not valid YAML"), ("- 1\n", "`key: value`"), ("", "`key: value`")],
 )

@@ -5,6 +5,7 @@ tyro, like argparse, would let the last of two equal options win without a word.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
@@ -12,10 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from pydantic import BaseModel, ValidationError
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 from clue_ds.errors import UserError
-from clue_ds.settings import paths
+from clue_ds.settings import mistakes, paths
 
 # Launchers append it to whatever the user wrote.
 OF_LAUNCHERS = ("--local-rank",)
@@ -65,6 +73,33 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: [str(value).lower()],
     )
+
+
+@REGISTRY.struct_rule
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Sections of settings, as tyro makes them, with our words for what pydantic finds wrong."""
+    section = info.type
+    if not (isinstance(section, type) and issubclass(section, BaseModel)) or section in _asked:
+        return None
+    _asked.append(section)  # so that the answer is that of tyro's own rule
+    try:
+        spec = ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _asked.remove(section)
+
+    def instantiate(**values: Any) -> BaseModel:
+        try:
+            made: BaseModel = section(**values)
+        except ValidationError as error:
+            raise ValueError(mistakes.explain(error, section)) from None
+        return made
+
+    if not isinstance(spec, StructConstructorSpec):
+        return None
+    return dataclasses.replace(spec, instantiate=instantiate)
+
+
+_asked: list[type] = []
 
 
 def call(

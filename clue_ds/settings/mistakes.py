@@ -29,7 +29,7 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
     return list(model.model_fields)
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+def explain(error: ValidationError, model: type[BaseModel], where: str | None = None) -> str:
     """The mistakes in one message, each with its key; a misspelled key gets a suggestion."""
     errors = error.errors()
     lines = []
@@ -49,7 +49,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             lines.append(f"{key}: {message}{given}" if key else message)
     if len(errors) > MAX_MISTAKES:
         lines.append(f"and {len(errors) - MAX_MISTAKES} more mistakes")
-    return f"{where}: " + "; ".join(lines)
+    return (f"{where}: " if where else "") + "; ".join(lines)
 
 
 def _shown(location: tuple[int | str, ...]) -> str:
