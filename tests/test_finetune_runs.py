@@ -118,6 +118,45 @@ def test_best_epoch_is_kept_and_patience_ends_the_run(
     assert (counts[0][0] + counts[1][1]) / 45 == result["best"]["accuracy"]
 
 
+def test_dropout_of_fine_tuning_replaces_that_of_the_model(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for dropout in (None, 0.0, 0.5):
+        spec = run_spec(model, data, tmp_path / str(dropout), epochs=1, dropout=dropout)
+        found[dropout] = run.run(spec, show=False)["losses"]
+        written = json.loads((spec.directory / "model" / "config.json").read_text("utf-8"))
+        of_model = json.loads((model / "config.json").read_text("utf-8"))
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            assert written[name] == (of_model[name] if dropout is None else dropout)
+    # The same head and the same order of the examples; only what is dropped differs.
+    assert len({losses[0] for losses in found.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs 0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"max_length": 2}, "max_length 2 must be at least 3"),
+        ({"lr": -1.0}, "lr -1.0 must be at least 0"),
+        ({"lr": float("nan")}, "lr nan must be at least 0"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio 2.0 must be at least 0 and less than 1"),
+        ({"dropout": 1.0}, "dropout 1.0 must be at least 0 and less than 1"),
+        ({"grid": ("dropout=0.1,1.5",)}, "dropout 1.5 must be at least 0 and less than 1"),
+        ({"seeds": 0}, "seeds 0 must be at least 1"),
+        ({"workers": 0}, "workers 0 must be at least 1"),
+        ({"limit": 0}, "limit 0 must be at least 1"),
+    ],
+)
+def test_numbers_that_can_not_be_meant(
+    options: dict[str, Any], message: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        command.finetune(("afqmc",), str(model), str(data), tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_patience_counts_from_the_first_best_epoch() -> None:
     lines = [{"epoch": n + 1, "accuracy": a} for n, a in enumerate([0.5, 0.7, 0.7, 0.6])]
     kind = kinds.of(registry.TASKS["afqmc"])

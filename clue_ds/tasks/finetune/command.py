@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from clue_ds.tasks.finetune.run import RunSpec
 
 BEST = "best"
-GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay")
+GRID_KEYS = ("lr", "epochs", "batch_size", "max_length", "warmup_ratio", "weight_decay", "dropout")
 
 
 def finetune(
@@ -55,6 +55,7 @@ def finetune(
     max_length: int | None = None,
     warmup_ratio: float | None = None,
     weight_decay: float | None = None,
+    dropout: float | None = None,
     patience: int | None = None,
     precision: Precision = "fp32",
     kernels: Kernels = "torch",
@@ -90,6 +91,8 @@ def finetune(
         max_length: most tokens of a text, or of both texts of a pair; longer ones are truncated.
         warmup_ratio: fraction of the steps in which the learning rate rises; default 0.1.
         weight_decay: weight decay, except on LayerNorm and biases; default 0.01.
+        dropout: dropout of hidden states and of attention probabilities; default the model's, which
+            is 0 if it was pretrained without.
         patience: stop after this many epochs without a better dev score; default never.
         precision: precision of the forward pass; bf16 is faster on hardware that supports it.
         kernels: implementation of the fused operations: triton, torch, or auto (triton on a GPU).
@@ -105,8 +108,11 @@ def finetune(
         health: deadlines for the ranks of a job.
     """
     # Here and below, what needs torch is imported in the functions, because `--help` needs none.
+    from clue_ds.tasks.finetune.loop import Recipe, check_least
     from clue_ds.tasks.finetune.run import RunSpec
 
+    for name, number in (("seeds", seeds), ("workers", workers), ("limit", limit)):
+        check_least(name, number, 1)
     given: dict[str, Any] = dict(
         lr=lr,
         epochs=epochs,
@@ -114,6 +120,7 @@ def finetune(
         max_length=max_length,
         warmup_ratio=warmup_ratio,
         weight_decay=weight_decay,
+        dropout=dropout,
         patience=patience,
     )
     fixed = {key: value for key, value in given.items() if value is not None}
@@ -123,6 +130,8 @@ def finetune(
         for point in parse_grid(grid, fixed)
         for number in range(seeds)
     ]
+    for point in points:
+        Recipe(**point)  # a UserError now, and not after reading the data
     names = [n for name in task for n in (registry.ALL if name == "all" else (name,))]
     tasks = {name: _trainable(name) for name in names}
     varied = {word.partition("=")[0] for word in grid}
@@ -177,7 +186,8 @@ def parse_grid(grid: tuple[str, ...], fixed: dict[str, Any]) -> list[dict[str, A
                 f"--grid {key}= and --{key.replace('_', '-')} are both given; give only one"
             )
         try:
-            choices.append([(key, hints[key](value)) for value in values.split(",")])
+            convert = float if key == "dropout" else hints[key]
+            choices.append([(key, convert(value)) for value in values.split(",")])
         except ValueError as error:
             raise UserError(f"--grid {word!r}: {error}") from None
     return [dict(combination) for combination in itertools.product(*choices)]

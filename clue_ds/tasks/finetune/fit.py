@@ -112,6 +112,9 @@ def fit_source(
     -> SHA-256 of its file, for the record. `states` and `on_epoch`: see `loop.train`.
     """
     config = source.config
+    if recipe.dropout is not None:
+        both = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        config = config.replace(**dict.fromkeys(both, recipe.dropout))
     huggingface.read_tokens(source.vocab_file, config.vocab_size)
     tokenizer = Tokenizer(source.vocab_file, source.lower_case)
     network = kind.network(config, recipe.seed)

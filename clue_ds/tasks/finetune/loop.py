@@ -57,12 +57,32 @@ class Recipe:
     lr: float = 5e-5  # peak of a linear warm-up and decay
     warmup_ratio: float = 0.1  # fraction of the steps
     weight_decay: float = 0.01
+    dropout: float | None = None  # of hidden states and attention probabilities; None: the model's
     gradient_clipping: float = 1.0
     max_length: int = 128  # tokens; never more than the model's positions
     seed: int = 42  # of the head's weights, the order of examples and dropout
     patience: int = 0  # epochs without a better dev score before training stops; 0: never
     precision: Precision = "fp32"  # of the forward pass; weights are fp32
     save_every: int = 500  # steps between saved states; each epoch's end is saved as well
+
+    def __post_init__(self) -> None:
+        """UserError if a number can't be meant."""
+        for name in ("epochs", "batch_size", "save_every"):
+            check_least(name, getattr(self, name), 1)
+        # [CLS], a token and [SEP]
+        check_least("max_length", self.max_length, 3)
+        for name in ("lr", "weight_decay", "gradient_clipping", "patience"):
+            check_least(name, getattr(self, name), 0)
+        for name in ("warmup_ratio", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise UserError(f"{name} {value} must be at least 0 and less than 1")
+
+
+def check_least(name: str, value: float | None, least: int) -> None:
+    """UserError if a setting is not a number of at least `least`; None is a default."""
+    if value is not None and not least <= value < math.inf:
+        raise UserError(f"{name} {value} must be at least {least}")
 
 
 class Stopped(Exception):
@@ -283,7 +303,7 @@ def _epoch(units: Sequence[Unit], batch_size: int, seed: int, epoch: int) -> lis
 
 def _optimizer(network: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
     groups = optim.parameter_groups(network, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
 # ------------------------------------------------------------------------------------ resuming
