@@ -24,6 +24,7 @@ from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.flat import ON_HOST, FlatStream, split
 from clue_ds.data.sampling import RowKind
 from clue_ds.model.encoder import without_full_lengths
+from clue_ds.pretrain.batches import needs_few_shapes
 
 WARMUP_STEPS = 2
 
@@ -54,12 +55,17 @@ class Trainer:
 
 
 def make_batches(
-    corpus: Corpus, samples: RowKind, seq_length: int, size: int, number: int, seed: int
+    corpus: Corpus,
+    samples: RowKind,
+    seq_length: int,
+    size: int,
+    number: int,
+    seed: int,
+    is_static: bool,
 ) -> tuple[list[Batch], list[Batch]]:
-    """`number` micro-batches of the same rows, padded and flat."""
-    on_gpu = torch.cuda.is_available()
+    """`number` micro-batches of the same rows, padded and flat. `is_static`: see FlatStream."""
     sizes = (seq_length, size, seed)
-    flat = FlatStream(corpus, *sizes, samples=samples, micro_batch_size=size, is_static=on_gpu)
+    flat = FlatStream(corpus, *sizes, samples=samples, micro_batch_size=size, is_static=is_static)
     padded = SampleStream(corpus, *sizes, samples=samples)
     steps = range(number)
     return (
@@ -101,7 +107,8 @@ def padding(
     config = presets.get(preset).replace(vocab_size=opened.vocab_size)
     type_name = precision or ("bf16" if device.type == "cuda" else "fp32")
     setting = Setting(config, device, type_name, compile=False)
-    batches = make_batches(opened, samples, seq_length, micro_batch_size, steps, seed)
+    is_static = needs_few_shapes(device.type, type_name)
+    batches = make_batches(opened, samples, seq_length, micro_batch_size, steps, seed, is_static)
     padded, flat = (Trainer(make_ours(setting, seed).network, part, setting) for part in batches)
     losses = padded.loss_without_dropout(), flat.loss_without_dropout()
     if abs(losses[0] - losses[1]) > LOSS_TOLERANCE[type_name] * losses[0]:

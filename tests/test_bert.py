@@ -297,8 +297,12 @@ def test_sequences_beyond_the_positions_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("first_only", [False, True])
-def test_rows_of_any_length_equal_padded_rows(first_only: bool) -> None:
-    """On a CPU `of_lengths` lays the rows end to end; states and gradients stay those of rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_length_equal_padded_rows(first_only: bool, dtype: torch.dtype) -> None:
+    """On a CPU `of_lengths` lays the rows end to end; states and gradients stay those of rows.
+
+    In bf16 there is one sequence more, which makes the 35 tokens a multiple of 64.
+    """
     torch.manual_seed(0)
     bert = BertForPreTraining(SMALL).bert.train()
     ids = torch.randint(5, SMALL.vocab_size, (5, 12))
@@ -308,14 +312,19 @@ def test_rows_of_any_length_equal_padded_rows(first_only: bool) -> None:
     found = []
     for keeps_padding in (True, False):
         bert.zero_grad()
-        if keeps_padding:
-            hidden = bert(ids, types, lengths)[:, :1] if first_only else bert(ids, types, lengths)
-        else:
-            hidden = bert.of_lengths(ids, types, lengths, first_only)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if not keeps_padding:
+                hidden = bert.of_lengths(ids, types, lengths, first_only)
+            elif first_only:
+                hidden = bert(ids, types, lengths)[:, :1]
+            else:
+                hidden = bert(ids, types, lengths)
         states = hidden[:, 0] if first_only else hidden[real]
         (states * torch.linspace(-1, 1, SMALL.hidden_size)).sum().backward()
-        found.append((states.detach(), gradients(bert)))
-    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+        found.append({"states": states.detach(), **gradients(bert)})
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for name, padded in found[0].items():
+        assert (found[1][name] - padded).norm() <= tolerance * (1 + padded.norm()), name
     if not first_only:
         assert not hidden[~real].any()
 

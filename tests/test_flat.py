@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from ranks import make_corpus, pretrain_runs, read_log, run_ranks, tiny_config
 from torch import Tensor
 
+from clue_ds import dist
 from clue_ds.data import Corpus, SampleStream
 from clue_ds.data.flat import SHAPES, FlatStream, split
 from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.model import BertForPreTraining, encoder, packed_attention
 from clue_ds.presets import ModelConfig
+from clue_ds.pretrain import batches
 
 KINDS = ("windows", "sentences", "documents", "packed", "nsp", "sop")
 SEQ_LENGTH, NUM_ROWS = 48, 8
@@ -313,6 +315,19 @@ def test_runs_on_two_ranks_learn_and_evaluate_as_with_padding(
         for key in ("loss", "grad_norm", "held_out_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=2e-5), (key, one["step"])
+
+
+def test_in_bf16_micro_batches_have_few_shapes_on_a_cpu_too(corpus: Corpus, tmp_path: Path) -> None:
+    shapes = {}
+    for precision in ("fp32", "bf16"):
+        data = {"samples": "documents", "seq_length": SEQ_LENGTH}
+        train = {"precision": precision, "global_batch_size": 4, "micro_batch_size": 4}
+        config = tiny_config(corpus.directory, tmp_path, data=data, train=train)
+        stream = batches.make_stream(config, corpus)
+        shapes[precision] = {tuple(stream.batch(step)["sizes"][0].tolist()) for step in range(40)}
+    assert len({tokens for tokens, _, _ in shapes["bf16"]}) <= SHAPES
+    if dist.device().type == "cpu":
+        assert len(shapes["bf16"]) < len(shapes["fp32"])
 
 
 def test_a_run_without_padding_resumes_bit_for_bit(runs: Path) -> None:

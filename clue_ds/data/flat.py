@@ -5,12 +5,13 @@ only operation that needs to know where they begin. The rows, their masks and th
 micro-batches are those of `SampleStream`, and so is the divisor of the loss, so an update is that
 of the padded rows up to the order of its sums.
 
-By default T is the exact number of tokens. Code that is compiled for a shape, and a GPU's
-allocator, need few different shapes: with `is_static` T is rounded up to a multiple of 1/16 of the
-padded micro-batch, and the numbers of sequences and queries follow from T and the micro-batch size
-(of packed rows the number of sequences is a multiple of it). A full micro-batch always fits, so
-memory is bounded by that of padded rows and there is no overflow. Every slot lies in a sequence:
-padding behind the last one forms sequences of its own, whose results nobody uses.
+By default T is the exact number of tokens. A GPU's allocator, and code that is made for a shape, as
+oneDNN's for bf16 is on a CPU, need few different shapes: with `is_static` T is rounded up to a
+multiple of 1/16 of the padded micro-batch, and the numbers of sequences and queries follow from T
+and the micro-batch size (of packed rows the number of sequences is a multiple of it). A full
+micro-batch always fits, so memory is bounded by that of padded rows and there is no overflow. Every
+slot lies in a sequence: padding behind the last one forms sequences of its own, whose results
+nobody uses.
 
 Rejected: one capacity that most micro-batches fit into, with a second pass for the rest (DeepSpeed
 wants the same number of micro-batches on every rank); moving rows between ranks or micro-batches to

@@ -19,6 +19,8 @@ from clue_ds.model.blocks import BertLayer, Dense, Table
 from clue_ds.model.packed_attention import Layout, choose
 from clue_ds.presets import ModelConfig
 
+BF16_TOKEN_MULTIPLE = 64  # few shapes, and little to compute in vain
+
 
 class Embeddings(nn.Module):
     """Word + position + token type, LayerNorm, dropout."""
@@ -142,10 +144,7 @@ class BertModel(nn.Module):
         micro-batch.
         """
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        device, dtype = hidden.device.type, hidden.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        heads = hidden.new_empty((0, head_size), dtype=dtype)
+        heads = hidden.new_empty((0, head_size), dtype=_computed_in(hidden))
         return choose(heads, self.attention) in ("triton", "flash")
 
     def _padded_rows(self, embedded: Tensor, lengths: Tensor, rows: Tensor | None) -> Tensor:
@@ -204,13 +203,21 @@ class BertModel(nn.Module):
             lengths = torch.full((num_rows,), seq_length)
         places = torch.arange(seq_length).expand(num_rows, -1)
         keep = places < lengths[:, None]
+        # One more sequence, whose results nobody uses, makes the number of tokens a round one.
+        num_spare = int(-lengths.sum() % _token_multiple(self.embeddings.word_embeddings.weight))
         begins = F.pad(lengths.cumsum(0), (1, 0)).int()
-        cu_queries = torch.arange(num_rows + 1, dtype=torch.int32) if first_only else begins
-        most = 1 if first_only else seq_length
-        layout = Layout(begins, cu_queries, seq_length, most, self.attention)
-        types = None if token_type_ids is None else token_type_ids[keep]
         firsts = begins[:-1].long() if first_only else None
-        hidden = self.flat(input_ids[keep], types, places[keep], firsts, layout)
+        begins = F.pad(begins, (0, 1), value=int(begins[-1]) + num_spare)
+        cu_queries = begins
+        if first_only:
+            cu_queries = torch.arange(num_rows + 2, dtype=torch.int32).clamp(max=num_rows)
+        most = 1 if first_only else seq_length
+        layout = Layout(begins, cu_queries, max(seq_length, num_spare), most, self.attention)
+        ids, types, positions = (
+            None if x is None else F.pad(x[keep], (0, num_spare))
+            for x in (input_ids, token_type_ids, places)
+        )
+        hidden = self.flat(ids, types, positions, firsts, layout)
         if first_only:
             return hidden[:, None]
         padded = hidden.new_zeros(num_rows, seq_length, hidden.shape[-1])
@@ -226,6 +233,26 @@ class BertModel(nn.Module):
                 "with a larger max_position_embeddings"
             )
         return seq_length
+
+
+# -------------------------------------------------------------------------------- which data type
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied with `x`: its own, or that of autocast."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _token_multiple(weight: Tensor) -> int:
+    """What the number of tokens of a batch should be a multiple of, on a CPU.
+
+    In bf16 oneDNN generates code for every new shape of matrix, which takes longer than a small
+    batch does.
+    """
+    return BF16_TOKEN_MULTIPLE if _computed_in(weight) == torch.bfloat16 else 1
 
 
 # ------------------------------------------------------------------------------- which keys count

@@ -51,18 +51,22 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    multiply_add = torch.baddbmm
+    if len(x) == 1:
+        # The product of two matrices, unlike that of two batches, copies no transposed operand.
+        x, multiply_add = x[0], torch.addmm
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).view(matrices.shape)
 
 
 def stacks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """The pieces of matrices of one shape, as many as are orthogonalized at once.
 
     On a GPU many at once, because a matrix takes 20 launches and little computation; on a CPU one
-    matrix at a time is faster, and has the same bits.
+    matrix at a time is faster.
     """
     by_shape: dict[tuple[int, int], list[Piece]] = {}
     for piece in pieces:

@@ -84,11 +84,9 @@ def build(
 ) -> torch.optim.Optimizer:
     """The optimizer with its parameter groups, at learning rate 0; `set_rate` sets the rate.
 
-    On an accelerator without `offload`, AdamW is one kernel per update, and wherever the update is
-    made on the device. `device` is that of the model.
+    Without `offload` AdamW is one kernel per update. `device` is that of the model.
     """
-    on_device = device.type != "cpu" and not offload
-    fused = True if on_device or updates_on_device(train, stage, offload) else None
+    fused = None if offload else True
     groups = parameter_groups(model, train.weight_decay, train.optimizer)
     # A rate of 0 makes the step that DeepSpeed 0.19.8 takes at start (bf16, stage 0) harmless.
     settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": train.eps}
