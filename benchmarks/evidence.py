@@ -162,12 +162,12 @@ def write_texts(directory: Path, data: Path) -> list[Path]:
 
 
 def _log(run_dir: Path) -> list[dict[str, float]]:
-    """Loss and accuracy of pretraining by step."""
+    """Accuracy of pretraining by step."""
     path = run_dir / "log.jsonl"
     if not path.is_file():  # a checkpoint that was copied out of its run directory
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in lines]
+    return [{key: line[key] for key in ("step", "mlm_accuracy")} for line in lines]
 
 
 def _row(

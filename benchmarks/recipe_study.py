@@ -220,9 +220,7 @@ def _train(run: dict[str, Any], base: dict[str, Any]) -> None:
         "settings": {"data": data, **{key: run[key] for key in ("train", "model", "phases")}},
         "tokens": tokens,
         "held_out": held_out(result.run_dir, base),
-        "log": [
-            {key: line[key] for key in ("step", "loss", "mlm_accuracy")} for line in result.lines
-        ],
+        "log": [{key: line[key] for key in ("step", "mlm_accuracy")} for line in result.lines],
     }
     files.write_json(path, row)  # another command may read it at this moment
 

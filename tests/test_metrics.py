@@ -74,7 +74,8 @@ def test_meter_counts_real_tokens_and_means_over_parts_and_steps() -> None:
             meter.add_micro_batch(torch.tensor(loss), torch.tensor(hits), share=0.5)
     line = meter.flush(10, grad_norm=torch.tensor(2.5))
     assert line["step"] == 10
-    assert line["loss"] == pytest.approx((3.0 + 1.0) / 2)
+    # The means were over 8 slots, of which 6 are used.
+    assert line["loss"] == pytest.approx((3.0 + 1.0) / 2 * 8 / 6)
     assert line["mlm_accuracy"] == pytest.approx(6 / 12)
     assert line["grad_norm"] == 2.5
     assert line["mfu"] is None
@@ -91,10 +92,39 @@ def test_a_line_in_between_leaves_the_next_regular_line_as_it_was() -> None:
             meter.add_micro_batch(torch.tensor(loss), torch.tensor(1), share=1.0)
             if looks and step < 3:
                 line = meter.flush(step, 1.0, is_regular=False)
-                assert line["loss"] == (4.0, 3.0)[step - 1]
+                assert line["loss"] == (8.0, 6.0)[step - 1]
         line = meter.flush(3, 1.0)
         lines.append({key: line[key] for key in ("step", "loss", "mlm_accuracy")})
-    assert lines[0] == lines[1] == {"step": 3, "loss": 2.0, "mlm_accuracy": 0.5}
+    assert lines[0] == lines[1] == {"step": 3, "loss": 4.0, "mlm_accuracy": 0.5}
+
+
+def test_the_loss_is_a_mean_over_predictions_and_pairs_of_updates_that_were_made() -> None:
+    """A third step, whose gradient was not finite, is left out."""
+    meter = Meter(presets.get("roberta_tiny_clue"), torch.device("cpu"))
+    for mlm_sum, num_predicted, pair_sum in ((9.0, 3, 1.0), (5.0, 4, 2.0), (float("inf"), 1, 7.0)):
+        batch = a_batch([8, 4], num_predicted)
+        meter.add_batch({**batch, "next_sentence_label": torch.tensor([1, -100])})
+        # As the model divides: by 8 slots, and by 2 rows, of which one is a pair.
+        loss = torch.tensor(mlm_sum / 8 + pair_sum / 2)
+        meter.add_micro_batch(loss, torch.tensor(1), 1.0, torch.tensor([pair_sum, 1.0, 1.0]))
+    meter.leave_out_step()
+    line = meter.flush(3, 1.0)
+    assert line["loss"] == pytest.approx((9.0 + 5.0) / 7 + (1.0 + 2.0) / 2)
+    assert line["pair_loss"] == pytest.approx(1.5)
+    assert meter.step_losses == [(1, 9 / 8 + 0.5), (2, 5 / 8 + 1.0)]
+
+
+def test_the_loss_is_the_same_without_padding() -> None:
+    losses = []
+    for further in ({}, {"bounds": torch.tensor([8, 4, 4]), "sizes": torch.zeros(2, 3)}):
+        meter = Meter(presets.get("roberta_tiny_clue"), torch.device("cpu"))
+        batch = a_batch([8, 4], 6)
+        if further:  # two micro-batches of 4 slots, with the labels that are used
+            batch["masked_labels"] = batch["masked_labels"][batch["masked_labels"] >= 0]
+        meter.add_batch({**batch, **further})
+        meter.add_micro_batch(torch.tensor(3.0), torch.tensor(1), share=1.0)
+        losses.append(meter.flush(1, 1.0)["loss"])
+    assert losses[0] == losses[1] == 4.0
 
 
 def test_lines_are_due_after_the_first_step_and_after_some_seconds() -> None:

@@ -89,7 +89,7 @@ def peak_memory_gib(device: torch.device) -> float:
 class Meter:
     """Sums over the steps since the last log line, kept on the device until a line is written.
 
-    `step_losses`: step and loss of each step of the last line whose update was made.
+    `step_losses`: step and minimised loss of each step of the last line whose update was made.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
@@ -109,7 +109,9 @@ class Meter:
         self._num_steps = 0
         self._left_out: set[int] = set()
         self._pair_sums: list[Tensor] = []
-        self._num_tokens = self._sum_squares = self._num_predicted = 0.0
+        self._num_tokens = self._sum_squares = 0.0
+        # Of each step: slots for predictions, those that are used, and rows that are pairs.
+        self._sizes: list[list[float]] = []
         self._wait = self._excluded = self._excluded_cpu = 0.0
         self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
@@ -138,14 +140,19 @@ class Meter:
         is_packed = "cu_seqlens" in batch and "bounds" not in batch
         sequences = batch["cu_seqlens"].diff().double() if is_packed else lengths
         self._sum_squares += float(sequences.square().sum())
-        self._num_predicted += float((batch["masked_labels"] >= 0).sum())
+        labels, pairs = batch["masked_labels"], batch.get("next_sentence_label", ())
+        num_slots = float(labels.numel())
+        if "bounds" in batch:
+            num_slots = float(batch["bounds"][2]) * len(batch["sizes"])
+        self._sizes.append([num_slots, float((labels >= 0).sum()), float(len(pairs))])
 
     def add_micro_batch(
         self, loss: Tensor, num_correct: Tensor, share: float, pair_sums: Tensor | None = None
     ) -> None:
-        """Add a micro-batch's mean loss, `share` of this rank's step; nothing waits for the device.
+        """Add a micro-batch's loss, `share` of this rank's step; nothing waits for the device.
 
-        pair_sums [3]: loss, hits and number of its sentence pairs.
+        `loss` is what is minimised, see BertForPreTraining.forward. pair_sums [3]: loss, hits and
+        number of its sentence pairs.
         """
         if pair_sums is not None:
             self._pair_sums.append(pair_sums.double())
@@ -172,6 +179,9 @@ class Meter:
     ) -> dict[str, Any]:
         """The log line after `step` updates, over the steps since the last regular line.
 
+        Its loss is the mean over the predicted tokens, plus that over the pairs. What is minimised
+        has fixed divisors instead, slots and rows, and is smaller where rows are short.
+
         A line that is not regular leaves the next one as it would have been without it. Every rank
         must call it. UserError naming the step at which the loss stopped being finite.
         """
@@ -182,7 +192,8 @@ class Meter:
         losses = [total / dist.world_size() for total in dist.all_reduce(losses)]
         correct = float(torch.stack(self._counts).sum())
         cpu = time.process_time() - self._began_cpu - self._excluded_cpu
-        sums = [correct, self._num_predicted, self._num_tokens, self._sum_squares, self._wait, cpu]
+        predicted = sum(used for _, used, _ in self._sizes)
+        sums = [correct, predicted, self._num_tokens, self._sum_squares, self._wait, cpu]
         correct, predicted, tokens, squares, wait, cpu = dist.all_reduce(sums)
         pair = self._pair_figures()
         for offset, loss in enumerate(losses):
@@ -198,7 +209,7 @@ class Meter:
         first, left_out = step - num_steps + 1, self._left_out
         self.step_losses = [(first + i, x) for i, x in enumerate(losses) if i not in left_out]
         if self.step_losses:
-            self._loss = sum(losses) / len(self.step_losses)
+            self._loss = self._loss_of_predictions(sum(losses) / len(self.step_losses))
         if is_regular:
             self._start_window()
         return {
@@ -216,13 +227,27 @@ class Meter:
             "memory_gib": peak_memory_gib(self.device),
         }
 
+    def _loss_of_predictions(self, minimised: float) -> float:
+        """The mean over predicted tokens and pairs, from that over slots and rows of pairs."""
+        made = [sizes for i, sizes in enumerate(self._sizes) if i not in self._left_out]
+        slots, predicted, rows = dist.all_reduce([sum(each) for each in zip(*made, strict=True)])
+        pair, _, num_pairs = self._all_pair_sums()
+        mlm = (minimised - pair / max(1.0, rows)) * slots / max(1.0, predicted)
+        return mlm + pair / max(1.0, num_pairs)
+
     def _pair_figures(self) -> dict[str, float]:
         if not self._pair_sums:
             return {}
+        loss, correct, num = self._all_pair_sums()
+        return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
+
+    def _all_pair_sums(self) -> list[float]:
+        """Loss, hits and number of the pairs of all ranks."""
+        if not self._pair_sums:
+            return [0.0, 0.0, 0.0]
         import torch
 
-        loss, correct, num = dist.all_reduce(torch.stack(self._pair_sums).sum(0).tolist())
-        return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
+        return dist.all_reduce(torch.stack(self._pair_sums).sum(0).tolist())
 
 
 class Pulse:
