@@ -408,7 +408,7 @@ def test_losses_are_those_of_an_undisturbed_run(chain: Chain) -> None:
     want = read_log(chain.folder)
     got = read_log(chain.folder / "long-fp32-adamw")
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
-    assert want[-1]["loss"] < want[0]["loss"] - 0.5, "it must have learned, or moments count little"
+    assert want[-1]["loss"] < want[0]["loss"] - 0.4, "it must have learned, or moments count little"
     for line, undisturbed in zip(got, want, strict=True):
         assert line["samples"] == undisturbed["samples"]
         assert line["loss"] == pytest.approx(undisturbed["loss"], abs=1e-4)

@@ -213,10 +213,8 @@ class BertModel(nn.Module):
             cu_queries = torch.arange(num_rows + 2, dtype=torch.int32).clamp(max=num_rows)
         most = 1 if first_only else seq_length
         layout = Layout(begins, cu_queries, max(seq_length, num_spare), most, self.attention)
-        ids, types, positions = (
-            None if x is None else F.pad(x[keep], (0, num_spare))
-            for x in (input_ids, token_type_ids, places)
-        )
+        ids, positions = (F.pad(x[keep], (0, num_spare)) for x in (input_ids, places))
+        types = None if token_type_ids is None else F.pad(token_type_ids[keep], (0, num_spare))
         hidden = self.flat(ids, types, positions, firsts, layout)
         if first_only:
             return hidden[:, None]

@@ -51,7 +51,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    multiply_add = torch.baddbmm
+    multiply_add: Callable[..., Tensor] = torch.baddbmm
     if len(x) == 1:
         # The product of two matrices, unlike that of two batches, copies no transposed operand.
         x, multiply_add = x[0], torch.addmm
