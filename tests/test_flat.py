@@ -24,7 +24,7 @@ from clue_ds.data.flat import SHAPES, FlatStream, split
 from clue_ds.data.sampling import IGNORED_LABEL
 from clue_ds.model import BertForPreTraining, encoder, packed_attention
 from clue_ds.presets import ModelConfig
-from clue_ds.pretrain import batches
+from clue_ds.pretrain import batches, phases
 
 KINDS = ("windows", "sentences", "documents", "packed", "nsp", "sop")
 SEQ_LENGTH, NUM_ROWS = 48, 8
@@ -328,6 +328,22 @@ def test_in_bf16_micro_batches_have_few_shapes_on_a_cpu_too(corpus: Corpus, tmp_
     assert len({tokens for tokens, _, _ in shapes["bf16"]}) <= SHAPES
     if dist.device().type == "cpu":
         assert len(shapes["bf16"]) < len(shapes["fp32"])
+
+
+def test_shapes_follow_the_precision_that_auto_turns_out_to_be(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    data = {"samples": "documents", "seq_length": SEQ_LENGTH}
+    given = tiny_config(corpus.directory, tmp_path, data=data, train={"precision": "auto"})
+    stream = batches.make_stream(given, corpus)
+    assert isinstance(stream, FlatStream)
+    for precision in ("bf16", "fp32"):
+        train = given.train.model_copy(update={"precision": precision})
+        known = given.model_copy(update={"train": train})
+        (part,) = phases.parts(known.model_dump())
+        phases.with_settings([phases.RunPhase(part, 1, given, stream, None)], known)
+        assert stream.is_static == batches.is_static(known)
+        assert stream.is_static == (precision == "bf16" or dist.device().type != "cpu")
 
 
 def test_a_run_without_padding_resumes_bit_for_bit(runs: Path) -> None:

@@ -64,12 +64,9 @@ def make_stream(
     kind: Kind = objective if objective in PAIR_KINDS else data.samples  # type: ignore[assignment]
     make: Callable[..., SampleStream] = SampleStream
     if removes_padding(config):
-        is_static = config.model.compile is True or needs_few_shapes(
-            dist.device().type, config.train.precision
-        )
-        # What `auto` is isn't known yet; phases.with_settings replaces the 1.
+        # What `auto` is isn't known yet; phases.with_settings replaces both.
         size = 1 if config.train.micro_batch_size == "auto" else config.train.micro_batch()
-        make = partial(FlatStream, micro_batch_size=size, is_static=is_static)
+        make = partial(FlatStream, micro_batch_size=size, is_static=is_static(config))
     return make(
         corpus,
         data.seq_length,
@@ -81,6 +78,13 @@ def make_stream(
         max_ngram=data.max_ngram,
         samples=kind,
         order="shuffle" if objective == "pair" else data.order,
+    )
+
+
+def is_static(config: RunConfig) -> bool:
+    """Whether the micro-batches of a run without padding have few shapes (see FlatStream)."""
+    return config.model.compile is True or needs_few_shapes(
+        dist.device().type, config.train.precision
     )
 
 

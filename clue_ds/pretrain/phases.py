@@ -183,6 +183,7 @@ def with_settings(phases: Sequence[RunPhase], config: RunConfig) -> list[RunPhas
         for stream in streams:
             if isinstance(stream, FlatStream):
                 stream.micro_batch_size = phase.config.train.micro_batch()
+                stream.is_static = batches.is_static(phase.config)
     return changed
 
 
