@@ -79,27 +79,24 @@ def evidence(
     if pair_config is not None:
         pair_tasks = tuple(name for name in tasks if registry.get(name).kind == "pair")
         starts["pair"] = (pair_tasks, _train_on_pairs(work, data, pair_config, pair_tasks, model))
-    settings = ["--seeds", seeds, "--limit", limit, "--epochs", epochs, "--lr", lr]
-    settings += ["--max-length", max_length, "--precision", "bf16"]
-    settings += ["--batch-size", batch_size] if batch_size is not None else []
-    settings += ["--dropout", dropout] if dropout is not None else []
+    settings = {
+        "limit": limit,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "dropout": dropout,
+    }
+    options: list[object] = ["--seeds", seeds, "--precision", "bf16"]
+    for name, value in settings.items():
+        options += [] if value is None else [f"--{name.replace('_', '-')}", value]
     for start, (names, weights) in starts.items():
         own = ["--model", weights, "--data", data, "--output", work / start, "--task", *names]
         own += ["--from-scratch"] if start == "from_scratch" else []
-        _verb("finetune", *own, *settings)
+        _verb("finetune", *own, *options)
     rows = {name: _row(work, name, starts, seeds) for name in tasks}
-    figures = {
-        "num_seeds": seeds,
-        "settings": {
-            "epochs": epochs,
-            "lr": lr,
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "dropout": dropout,
-        },
-        "tasks": rows,
-        "log": _log(checkpoint),
-    }
+    log = _log(checkpoint)
+    figures = {"num_seeds": seeds, "settings": settings, "tasks": rows, "log": log}
     _print(figures)
     if output is not None:
         write_results(output, {"benchmark": "evidence", **figures})

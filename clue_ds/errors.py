@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
+import math
 import os
 import platform
 import reprlib
@@ -168,6 +169,12 @@ def _write_report(text: str) -> Path | None:
             path.write_bytes(text.encode("utf-8", "backslashreplace"))
             return path.absolute()
     return None
+
+
+def check_least(name: str, value: float | None, least: int) -> None:
+    """UserError unless a setting is a number of at least `least`, or None, which is a default."""
+    if value is not None and not least <= value < math.inf:
+        raise UserError(f"{name} {value} must be at least {least}")
 
 
 def existing_file(path: str | Path, what: str) -> Path:

@@ -193,9 +193,14 @@ class Meter:
         correct = float(torch.stack(self._counts).sum())
         cpu = time.process_time() - self._began_cpu - self._excluded_cpu
         predicted = sum(used for _, used, _ in self._sizes)
+        made = [sizes for i, sizes in enumerate(self._sizes) if i not in self._left_out]
+        divisors = [sum(each) for each in zip(*made, strict=True)] or [0.0] * 3
         sums = [correct, predicted, self._num_tokens, self._sum_squares, self._wait, cpu]
-        correct, predicted, tokens, squares, wait, cpu = dist.all_reduce(sums)
-        pair = self._pair_figures()
+        sums = dist.all_reduce([*sums, *divisors, *self._own_pair_sums()])
+        correct, predicted, tokens, squares, wait, cpu, slots, used, rows, *pair_sums = sums
+        pair_sum, pair_hits, num_pairs = pair_sums
+        pair = {"pair_loss": pair_sum / max(1.0, num_pairs)}
+        pair["pair_accuracy"] = pair_hits / max(1.0, num_pairs)
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise UserError(diverged(f"loss is {loss} at step {step - num_steps + 1 + offset}"))
@@ -209,14 +214,17 @@ class Meter:
         first, left_out = step - num_steps + 1, self._left_out
         self.step_losses = [(first + i, x) for i, x in enumerate(losses) if i not in left_out]
         if self.step_losses:
-            self._loss = self._loss_of_predictions(sum(losses) / len(self.step_losses))
+            minimised = sum(losses) / len(self.step_losses)
+            mlm_sum = (minimised - pair_sum / max(1.0, rows)) * slots
+            self._loss = mlm_sum / max(1.0, used) + pair["pair_loss"]
+        has_pairs = bool(self._pair_sums)
         if is_regular:
             self._start_window()
         return {
             "step": step,
             "loss": self._loss,
             "mlm_accuracy": correct / max(1.0, predicted),
-            **pair,
+            **(pair if has_pairs else {}),
             "grad_norm": float(grad_norm),
             "tokens_per_second": rate,
             "mfu": mfu,
@@ -227,27 +235,14 @@ class Meter:
             "memory_gib": peak_memory_gib(self.device),
         }
 
-    def _loss_of_predictions(self, minimised: float) -> float:
-        """The mean over predicted tokens and pairs, from that over slots and rows of pairs."""
-        made = [sizes for i, sizes in enumerate(self._sizes) if i not in self._left_out]
-        slots, predicted, rows = dist.all_reduce([sum(each) for each in zip(*made, strict=True)])
-        pair, _, num_pairs = self._all_pair_sums()
-        mlm = (minimised - pair / max(1.0, rows)) * slots / max(1.0, predicted)
-        return mlm + pair / max(1.0, num_pairs)
-
-    def _pair_figures(self) -> dict[str, float]:
+    def _own_pair_sums(self) -> list[float]:
+        """Loss, hits and number of this rank's pairs."""
         if not self._pair_sums:
-            return {}
-        loss, correct, num = self._all_pair_sums()
-        return {"pair_loss": loss / max(1.0, num), "pair_accuracy": correct / max(1.0, num)}
-
-    def _all_pair_sums(self) -> list[float]:
-        """Loss, hits and number of the pairs of all ranks."""
-        if not self._pair_sums:
-            return [0.0, 0.0, 0.0]
+            return [0.0] * 3
         import torch
 
-        return dist.all_reduce(torch.stack(self._pair_sums).sum(0).tolist())
+        sums: list[float] = torch.stack(self._pair_sums).sum(0).tolist()
+        return sums
 
 
 class Pulse:

@@ -75,6 +75,9 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
+_asked: list[type] = []  # sections for which `_section` is asking tyro at the moment
+
+
 @REGISTRY.struct_rule
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Sections of settings, as tyro makes them, with our words for what pydantic finds wrong."""
@@ -97,9 +100,6 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     if not isinstance(spec, StructConstructorSpec):
         return None
     return dataclasses.replace(spec, instantiate=instantiate)
-
-
-_asked: list[type] = []
 
 
 def call(

@@ -34,7 +34,7 @@ from clue_ds.data.stream.samples import Samples
 from clue_ds.data.text.special_tokens import is_special
 from clue_ds.data.text.vocab import read_vocab
 from clue_ds.data.verification import Checks
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, check_least
 from clue_ds.vocab_file import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class SampleStream:
     ) -> None:
         if not 3 <= seq_length < 1 << 16:
             raise UserError(f"seq_length {seq_length} must be between 3 and 65,535")
-        if global_batch_size < 1:
-            raise UserError(f"global_batch_size {global_batch_size} must be at least 1")
+        check_least("global_batch_size", global_batch_size, 1)
         if not 0 < mask_prob < 1:
             raise UserError(f"mask_prob {mask_prob} must be between 0 and 1")
         if not 1 <= max_ngram <= MAX_NGRAM:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from clue_ds import dist
 from clue_ds.data.build.workers import spawned
-from clue_ds.errors import UserError, run_module
+from clue_ds.errors import UserError, check_least, run_module
 from clue_ds.job import watchdog
 from clue_ds.job.alone import Alone
 from clue_ds.presets import Kernels
@@ -108,7 +108,7 @@ def finetune(
         health: deadlines for the ranks of a job.
     """
     # Here and below, what needs torch is imported in the functions, because `--help` needs none.
-    from clue_ds.tasks.finetune.loop import Recipe, check_least
+    from clue_ds.tasks.finetune.loop import Recipe
     from clue_ds.tasks.finetune.run import RunSpec
 
     for name, number in (("seeds", seeds), ("workers", workers), ("limit", limit)):

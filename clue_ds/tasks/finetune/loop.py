@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_ds import dist
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, check_least
 from clue_ds.job import watchdog
 from clue_ds.pretrain import optim, schedule
 from clue_ds.pretrain.engine import dropout_seed
@@ -77,12 +77,6 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise UserError(f"{name} {value} must be at least 0 and less than 1")
-
-
-def check_least(name: str, value: float | None, least: int) -> None:
-    """UserError if a setting is not a number of at least `least`; None is a default."""
-    if value is not None and not least <= value < math.inf:
-        raise UserError(f"{name} {value} must be at least {least}")
 
 
 class Stopped(Exception):

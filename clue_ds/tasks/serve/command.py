@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clue_ds.errors import UserError
+from clue_ds.errors import UserError, check_least
 
 if TYPE_CHECKING:
     import uvicorn
@@ -76,8 +76,7 @@ def serve(
     for name, value in {
         **vars(limits), "max_batch": max_batch, "max_waiting": max_waiting
     }.items():  # fmt: skip
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        check_least(f"--{name.replace('_', '-')}", value, 1)
     if max_wait_ms < 0:
         raise UserError(f"--max-wait-ms {max_wait_ms} must not be negative")
     with bind(host, port) as listener:
