@@ -9,21 +9,9 @@ from torch import Tensor
 
 from clue_ds import kernels
 from clue_ds.kernels import reference
+from clue_ds.kernels.verify.operations import eager_masked_softmax
 
 SEED = 77
-
-
-def eager_chain(
-    scores: Tensor, key_lengths: Tensor, scale: float, dropout_p: float, seed: int
-) -> Tensor:
-    """The operation in torch, in the scores' dtype; its backward reads probabilities of that dtype.
-
-    So does ours, but the reference keeps probabilities in fp32. A scale that is a power of two
-    rounds nothing.
-    """
-    beyond = torch.arange(scores.shape[-1], device=scores.device) >= key_lengths[:, None]
-    masked = (scores * scale).masked_fill(beyond[:, None, None], float("-inf"))
-    return reference.dropout(masked.softmax(-1), dropout_p, True, seed)
 
 
 @pytest.mark.parametrize("dtype", LONG_DTYPES, ids=str)
@@ -43,7 +31,7 @@ def test_all_lengths_with_and_without_dropout(
 
         compare(
             kernels.masked_softmax, reference.masked_softmax, make, options, f"{num_keys} keys",
-            own=eager_chain,
+            own=eager_masked_softmax,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,13 @@ def test_a_kernel_that_does_not_compile_is_a_reason(
     assert wrong.reason == "it raises RuntimeError: PTX JIT compilation failed"
 
 
+# Without dropout a run on an H200 once refused masked_softmax, for keeping bf16 as torch does.
+@pytest.mark.parametrize("p", [0.1, 0.0], ids=["dropout", "no dropout"])
 def test_bf16_kernels_agree_and_every_operation_of_the_package_is_compared(
-    device: torch.device,
+    p: float, device: torch.device
 ) -> None:
-    verdicts = verify.verify(SHAPES, torch.bfloat16, device)
+    shapes = dataclasses.replace(SHAPES, p=p, seq_length=64)
+    verdicts = verify.verify(shapes, torch.bfloat16, device)
     assert [v for v in verdicts if not v.agrees] == []
     assert {v.operation for v in verdicts} == set(bench.OPS)
 

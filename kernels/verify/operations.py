@@ -96,7 +96,23 @@ def _masked_softmax(shapes: Shapes, draw: Draw) -> Case:
     def run(implementation: Any, scores: Tensor) -> Tensor:
         return implementation.masked_softmax(scores, None, lengths, 1, shapes.p, True, SEED)
 
-    return Case(run, [draw(number, heads, length, length)])
+    def eager(scores: Tensor) -> Tensor:
+        return eager_masked_softmax(scores, lengths, 1.0, shapes.p, SEED)
+
+    return Case(run, [draw(number, heads, length, length)], eager)
+
+
+def eager_masked_softmax(
+    scores: Tensor, key_lengths: Tensor, scale: float, dropout_p: float, seed: int
+) -> Tensor:
+    """masked_softmax in torch, in the scores' dtype, whose backward reads probabilities of it.
+
+    So does our kernel, but the reference keeps probabilities in fp32. A scale that is a power of
+    two rounds nothing.
+    """
+    beyond = torch.arange(scores.shape[-1], device=scores.device) >= key_lengths[:, None]
+    masked = (scores * scale).masked_fill(beyond[:, None, None], float("-inf"))
+    return reference.dropout(masked.softmax(-1), dropout_p, True, seed)
 
 
 def _bias_gelu(shapes: Shapes, draw: Draw) -> Case:
