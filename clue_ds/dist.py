@@ -117,7 +117,10 @@ def barrier() -> None:
     if has_met():
         import torch.distributed
 
-        torch.distributed.barrier()
+        # Without a device NCCL takes the current one, which is right, but warns in every run's log.
+        is_nccl = torch.distributed.get_backend() == "nccl"
+        devices = [torch.accelerator.current_device_index()] if is_nccl else None
+        torch.distributed.barrier(device_ids=devices)
 
 
 def broadcast(value: Any) -> Any:
