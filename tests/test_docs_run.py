@@ -140,12 +140,12 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "clue-ds bench recipe_study --data CLUE --vocab vocab_clue.txt "
         "--config recipes/recipe_study.yaml --corpora more_text.txt --output recipe_study.json",
         'clue-ds bench recipe_study ... --variants base "mask 30%" "initializer 0.05" --seeds 3',
-        "clue-ds finetune --data CLUE --model run --task tnews --limit 6000 "
-        "--max-length 64 --epochs 3 --lr 3e-4 --seeds 3 --precision bf16",
-        "clue-ds finetune --data CLUE --model run --task iflytek "
-        "--max-length 128 --epochs 8 --lr 3e-4 --precision bf16",
-        "clue-ds finetune --data CLUE --model run --task cmnli --limit 3000 "
-        "--max-length 64 --epochs 8 --lr 3e-4 --precision bf16",
+        "clue-ds finetune --data CLUE --model run --task tnews --limit 6000 --max-length 64 "
+        "--batch-size 16 --epochs 6 --lr 1.5e-4 --dropout 0.1 --precision bf16",
+        "clue-ds finetune --data CLUE --model run --task iflytek --max-length 256 --batch-size 16 "
+        "--epochs 10 --lr 3e-4 --dropout 0.1 --precision bf16",
+        "clue-ds finetune --data CLUE --model run --task cmnli --limit 3000 --max-length 64 "
+        "--batch-size 16 --epochs 10 --lr 3e-4 --dropout 0.1 --precision bf16",
     ),
     "needs ModelScope; tests/test_modelscope.py has its requests on loopback": (
         "clue-ds push ft/tnews/best ORG/NAME --to modelscope",
