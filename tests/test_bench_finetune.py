@@ -95,6 +95,37 @@ def test_evidence_pretrains_on_training_texts_without_labels(tmp_path: Path) -> 
     assert afqmc.split("\n\n")[0].split("\n") == [SENTENCES[0], SENTENCES[0][::-1]]
 
 
+def test_evidence_fine_tunes_each_task_with_its_own_settings_from_both_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs: list[list[str]] = []
+    monkeypatch.setattr(evidence, "_verb", lambda *words: verbs.append([str(w) for w in words]))
+    monkeypatch.setattr(evidence, "_row", lambda *arguments: {})
+    monkeypatch.setattr(evidence, "_print", lambda figures: None)
+    monkeypatch.setattr(evidence, "write_results", lambda path, figures: path.write_text(
+        json.dumps(figures)))  # fmt: skip
+    monkeypatch.setattr(evidence, "draw", lambda figures, picture: None)
+    (tmp_path / "vocab.txt").touch()
+    (tmp_path / "run.yaml").touch()
+    evidence.evidence(
+        tmp_path, tmp_path / "vocab.txt", tmp_path / "run.yaml", checkpoint=tmp_path / "run",
+        work=tmp_path / "work", output=tmp_path / "out.json", tasks=("tnews", "cmnli"), epochs=2,
+    )  # fmt: skip
+    assert [verb[0] for verb in verbs] == ["export"] + 4 * ["finetune"]
+    for verb, (start, task) in zip(
+        verbs[1:], [(s, t) for s in ("pretrained", "from_scratch") for t in ("tnews", "cmnli")],
+        strict=True,
+    ):  # fmt: skip
+        assert verb[verb.index("--output") + 1] == str(tmp_path / "work" / start)
+        assert verb[verb.index("--task") + 1] == task
+        assert ("--from-scratch" in verb) is (start == "from_scratch")
+        own = evidence.SETTINGS[task] | evidence.COMMON | {"epochs": 2}
+        for key, value in own.items():
+            assert verb[verb.index(f"--{key.replace('_', '-')}") + 1] == str(value)
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert settings["cmnli"] == evidence.PAIRS | evidence.COMMON | {"epochs": 2}
+
+
 def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_path: Path) -> None:
     accuracies: dict[str, list[float]] = {}
     for kind in evidence.STARTS:
