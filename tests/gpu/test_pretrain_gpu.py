@@ -145,6 +145,25 @@ def test_graphs_change_nothing(
     assert losses("auto") == pytest.approx(losses("off"), abs=1e-5)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_graphs_and_kernels_change_nothing_where_rows_get_longer(
+    kernels: str, tmp_path: Path, corpus: Path
+) -> None:
+    """Rows without padding have several shapes in each phase, which share the graphs' memory."""
+    sections: dict[str, Any] = {
+        "data": {"samples": "documents"},
+        "model": {"max_position_embeddings": 128},
+        "phases": [{"until": 12}, {"data": {"seq_length": 128}}],
+        "train": {"steps": 24, "micro_batch_size": 8},
+    }
+    expected = _losses(tmp_path / "cpu", corpus, "cpu", **sections)
+    for cuda_graph in ("off", "auto"):
+        own = {**sections, "train": {**sections["train"], "cuda_graph": cuda_graph}}
+        own["model"] = {**sections["model"], "kernels": kernels}
+        losses = _losses(tmp_path / cuda_graph, corpus, "cuda", **own)
+        assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE["fp32"])
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "masked_softmax"])
 def test_logits_equal_the_cpus(attention: str) -> None:
     config = get("roberta_tiny_clue")
