@@ -23,15 +23,16 @@ from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 
 # How each task is fine-tuned, from both starts: what suited models of this size and training in
-# docs/recipe-study.md. IFLYTEK's texts are long; on pairs a higher rate stays at chance for epochs.
-PAIRS = {"limit": 3_000, "epochs": 15, "lr": 1.5e-4, "max_length": 64}
+# docs/recipe-study.md. IFLYTEK's texts are long. Pairs learn their few labels by heart in any case,
+# and large batches without dropout are soonest at their best epoch.
+COMMON = {"batch_size": 16, "dropout": 0.1, "max_length": 64}
+PAIRS = {"limit": 3_000, "epochs": 6, "lr": 3e-4, "batch_size": 64, "dropout": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "tnews": {"limit": 6_000, "epochs": 6, "lr": 1.5e-4, "max_length": 64},
-    "iflytek": {"limit": 6_000, "epochs": 10, "lr": 3e-4, "max_length": 256},
+    "tnews": {"limit": 6_000, "epochs": 6, "lr": 1.5e-4},
+    "iflytek": {"limit": 6_000, "epochs": 8, "lr": 3e-4, "max_length": 256},
     "afqmc": PAIRS,
     "cmnli": PAIRS,
 }
-COMMON = {"batch_size": 16, "dropout": 0.1}
 TASKS = tuple(SETTINGS)
 # The weights that fine-tuning starts from -> their colour in the plot.
 STARTS = {"pretrained": "tab:blue", "pair": "tab:green", "from_scratch": "tab:orange"}
@@ -118,9 +119,9 @@ def evidence(
 
 
 def settings_of(task: str, given: dict[str, Any]) -> dict[str, Any]:
-    """How a task is fine-tuned: its entry of SETTINGS, and what the user has `given`."""
+    """How a task is fine-tuned: COMMON, its entry of SETTINGS, and what the user has `given`."""
     chosen = {key: value for key, value in given.items() if value is not None}
-    return SETTINGS.get(task, {}) | COMMON | chosen
+    return COMMON | SETTINGS.get(task, {}) | chosen
 
 
 def _verb(*words: object) -> None:

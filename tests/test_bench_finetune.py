@@ -119,11 +119,11 @@ def test_evidence_fine_tunes_each_task_with_its_own_settings_from_both_starts(
         assert verb[verb.index("--output") + 1] == str(tmp_path / "work" / start)
         assert verb[verb.index("--task") + 1] == task
         assert ("--from-scratch" in verb) is (start == "from_scratch")
-        own = evidence.SETTINGS[task] | evidence.COMMON | {"epochs": 2}
+        own = evidence.COMMON | evidence.SETTINGS[task] | {"epochs": 2}
         for key, value in own.items():
             assert verb[verb.index(f"--{key.replace('_', '-')}") + 1] == str(value)
     settings = json.loads((tmp_path / "out.json").read_text())["settings"]
-    assert settings["cmnli"] == evidence.PAIRS | evidence.COMMON | {"epochs": 2}
+    assert settings["cmnli"] == evidence.COMMON | evidence.PAIRS | {"epochs": 2}
 
 
 def test_evidence_takes_its_figures_from_the_runs(model: Path, data: Path, tmp_path: Path) -> None:
