@@ -23,8 +23,8 @@ from clue_ds.errors import UserError, existing_file
 from clue_ds.tasks import examples, registry
 
 # How each task is fine-tuned, from both starts: what suited models of this size and training in
-# docs/recipe-study.md. IFLYTEK's texts are long. Of pairs, a network learns 3,000 by heart; in
-# large batches without dropout it is soonest at its best epoch.
+# docs/recipe-study.md. IFLYTEK's texts are long. A pretrained network learns 3,000 pairs by
+# heart; in large batches without dropout it is soonest at its best epoch.
 COMMON = {"batch_size": 16, "dropout": 0.1, "max_length": 64}
 PAIRS = {"limit": 3_000, "epochs": 6, "lr": 3e-4, "batch_size": 64, "dropout": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -158,8 +158,9 @@ def test_graphs_and_kernels_change_nothing_where_rows_get_longer(
     }
     expected = _losses(tmp_path / "cpu", corpus, "cpu", **sections)
     for cuda_graph in ("off", "auto"):
-        own = {**sections, "train": {**sections["train"], "cuda_graph": cuda_graph}}
-        own["model"] = {**sections["model"], "kernels": kernels}
+        model = {**sections["model"], "kernels": kernels}
+        train = {**sections["train"], "cuda_graph": cuda_graph}
+        own = {**sections, "model": model, "train": train}
         losses = _losses(tmp_path / cuda_graph, corpus, "cuda", **own)
         assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE["fp32"])
 
