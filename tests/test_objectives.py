@@ -21,6 +21,7 @@ from clue_ds.data.stream.labelled_pairs import LabelledPairs
 from clue_ds.errors import UserError
 from clue_ds.model import BertForPreTraining
 from clue_ds.model.pairs import BertForPairs
+from clue_ds.model.weights import SEGMENT_EMBEDDINGS
 from clue_ds.pretrain import batches
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -318,5 +319,7 @@ def test_a_pair_model_is_exported_as_a_plain_bert(folder: Path, tmp_path: Path) 
     assert not info["missing_keys"] and not info["unexpected_keys"]
     trained = model.bert.pooler.dense.weight
     torch.testing.assert_close(trained, state["bert.pooler.dense.weight"])
+    kept = export.open_model(folder / "pair1").state_dict[SEGMENT_EMBEDDINGS]
+    assert torch.equal(kept, state[SEGMENT_EMBEDDINGS])  # its pairs have trained both segments
     fresh = run_config.load(folder / "pair1" / "config.yaml")
     assert fresh.train.objective == "pair"

@@ -22,6 +22,7 @@ from clue_ds import config as run_config
 from clue_ds import export
 from clue_ds.checkpoint.masters import load_weights
 from clue_ds.errors import UserError
+from clue_ds.model.weights import SEGMENT_EMBEDDINGS
 from clue_ds.pretrain import start_weights, train
 from clue_ds.vocab_file import vocab_lines, write_tokens
 
@@ -82,6 +83,19 @@ def test_a_run_starts_from_another_runs_weights_and_from_its_export(folder: Path
     again = [line["loss"] for line in read_log(folder / "again")]
     assert again[0] < fresh - 0.02
     assert [line["loss"] for line in read_log(folder / "hf")] == again
+
+
+def test_a_segment_that_no_training_saw_gets_the_vector_of_the_first(folder: Path) -> None:
+    """Not in the checkpoint, and not if the run started from a model that may have been trained
+    with pairs."""
+    opened = {name: export.open_model(folder / name) for name in ("one", "again")}
+    saved = {name: load_weights(folder / name)[1] for name in opened}
+    assert "token type 1" in opened["one"].notes[0] and not opened["again"].notes
+    before, after = saved["one"].pop(SEGMENT_EMBEDDINGS), opened["one"].state_dict
+    assert not torch.equal(before[0], before[1])
+    assert torch.equal(after.pop(SEGMENT_EMBEDDINGS), before[0].expand_as(before))
+    for one, other in ((after, saved["one"]), (opened["again"].state_dict, saved["again"])):
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_chosen_steps_are_recorded(folder: Path) -> None:

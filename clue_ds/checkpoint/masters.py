@@ -30,13 +30,16 @@ def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor],
     The names are those of transformers' BertForPreTraining. Tied entries share storage, and the
     vocabulary rows that only pad the matrix multiplications are removed.
     """
-    choice = choose(Path(directory))
-    saved = choice.manifest
+    return weights_of(choose(Path(directory)))
+
+
+def weights_of(choice: Choice) -> tuple[ModelConfig, dict[str, Tensor], Path]:
+    """What `load_weights` returns, of a checkpoint that was already chosen."""
     state = _masters(choice)
     state |= pickles.load_tensors(choice.directory / FROZEN)
     # The head for labelled pairs is used only in training.
     state = {name: t for name, t in state.items() if not name.startswith(pairs.HEAD)}
-    config = ModelConfig(**saved.model)
+    config = ModelConfig(**choice.manifest.model)
     state = weights.trim_vocab(weights.tie(state, choice.directory), config.vocab_size)
     return config, state, choice.directory / "vocab.txt"
 

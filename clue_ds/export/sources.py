@@ -31,7 +31,12 @@ from clue_ds.export.legacy import uer
 from clue_ds.files import read_json
 from clue_ds.model import finetuned, keras_file, weights
 from clue_ds.model.finetuned import FineTuned
-from clue_ds.model.weights import CLASSIFIER_WEIGHT, WORD_EMBEDDINGS, StateDict
+from clue_ds.model.weights import (
+    CLASSIFIER_WEIGHT,
+    SEGMENT_EMBEDDINGS,
+    WORD_EMBEDDINGS,
+    StateDict,
+)
 from clue_ds.presets import ModelConfig
 
 HF_CONFIGS = ("config.json", tensorflow.CONFIG_FILE)
@@ -158,9 +163,31 @@ def open_model(
     # Imported here because it imports DeepSpeed, which takes seconds.
     from clue_ds.checkpoint import masters
 
-    config, state, vocab_file = masters.load_weights(directory)
+    choice = masters.choose(directory)
+    config, state, vocab_file = masters.weights_of(choice)
     weights.check_finite(state, directory)
-    return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file))
+    notes = _share_segment_vector(state) if _saw_one_segment(choice.manifest.config) else ()
+    return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file), notes)
+
+
+def _saw_one_segment(config: dict[str, Any]) -> bool:
+    """Whether no training so far has seen a second segment, by the config of a run.
+
+    A model that the run started from may have been trained with pairs, so its vector is kept.
+    """
+    return config["train"]["objective"] == "mlm" and config["model"]["init"] is None
+
+
+def _share_segment_vector(state: StateDict) -> tuple[str, ...]:
+    """Give the second segment the vector of the first one, in place; returns a note on it.
+
+    The first one's is added to every token in training, and so takes part in all that the network
+    has learned. With random numbers in its place, every token of a pair's second text would look
+    unlike any that the network has seen. (docs/recipe-study.md has what that costs.)
+    """
+    table = state[SEGMENT_EMBEDDINGS]
+    state[SEGMENT_EMBEDDINGS] = table[:1].expand_as(table).contiguous()
+    return ("objective mlm trains no second segment, so token type 1 has the vector of type 0",)
 
 
 def _layout(directory: Path) -> str:

@@ -26,6 +26,7 @@ from clue_ds.model.weight_files import WEIGHT_FILES as WEIGHT_FILES
 from clue_ds.model.weight_files import WORD_EMBEDDINGS, StateDict
 from clue_ds.presets import ModelConfig
 
+SEGMENT_EMBEDDINGS = "bert.embeddings.token_type_embeddings.weight"
 DECODER_WEIGHT = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 PREDICTION_BIAS = "cls.predictions.bias"

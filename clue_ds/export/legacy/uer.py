@@ -35,6 +35,7 @@ from clue_ds.model.weights import (
     DECODER_WEIGHT,
     NEXT_SENTENCE_WEIGHT,
     PREDICTION_BIAS,
+    SEGMENT_EMBEDDINGS,
     TASK_HEADS,
     WORD_EMBEDDINGS,
     StateDict,
@@ -47,7 +48,6 @@ NOTE = (
     "UER's LayerNorm divides by another standard deviation than BERT's, so the model's answers "
     "differ by about 1e-3 from those that UER computes"
 )
-TYPES = "bert.embeddings.token_type_embeddings.weight"
 # UER's config keys -> those of config.json.
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
@@ -93,7 +93,7 @@ def name_table(num_layers: int) -> dict[str, str]:
     table = {
         "embedding.word.embedding.weight": WORD_EMBEDDINGS,
         "embedding.pos.embedding.weight": "bert.embeddings.position_embeddings.weight",
-        "embedding.seg.embedding.weight": TYPES,
+        "embedding.seg.embedding.weight": SEGMENT_EMBEDDINGS,
         "target.mlm.linear_2.weight": DECODER_WEIGHT,
         "target.mlm.linear_2.bias": PREDICTION_BIAS,
     }
@@ -129,7 +129,7 @@ def write(
     for theirs, ours in name_table(config.num_hidden_layers).items():
         if ours in state:
             tensor = state[ours].detach().float()
-            if ours == TYPES:
+            if ours == SEGMENT_EMBEDDINGS:
                 tensor = torch.cat([torch.zeros(1, config.hidden_size), tensor])
             tensors[theirs] = tensor.contiguous()
         elif ours == DECODER_WEIGHT and PREDICTION_BIAS in state:
@@ -205,11 +205,14 @@ def read(directory: Path) -> tuple[ModelConfig, StateDict, list[str]]:
     if words not in raw or raw[words].dim() != 2:
         raise UserError(f"{_file(directory)} has no matrix {words}; give a BERT of UER")
     state = {ours: raw[theirs].float() for theirs, ours in table.items() if theirs in raw}
-    if TYPES in state:
-        state[TYPES] = state[TYPES][1:].contiguous()
+    if SEGMENT_EMBEDDINGS in state:
+        state[SEGMENT_EMBEDDINGS] = state[SEGMENT_EMBEDDINGS][1:].contiguous()
     if DECODER_WEIGHT in state and PREDICTION_BIAS in state:
         state[DECODER_BIAS] = state[PREDICTION_BIAS]
-    known |= {"vocab_size": len(raw[words]), "type_vocab_size": len(state.get(TYPES, ()))}
+    known |= {
+        "vocab_size": len(raw[words]),
+        "type_vocab_size": len(state.get(SEGMENT_EMBEDDINGS, ())),
+    }
     left_out = [name for name in raw if name not in table]
     return model_config(known, find_config(directory) or directory), state, left_out
 
