@@ -24,17 +24,15 @@ from clue_ds.presets import ModelConfig
 from clue_ds.settings import program
 
 
-def load_weights(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
+def load_weights(where: str | Path | Choice) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """(shape, fp32 weights, vocab.txt) of a run's newest checkpoint, or of one checkpoint.
+
+    `where`: the directory of either, or what `choose` returned for it.
 
     The names are those of transformers' BertForPreTraining. Tied entries share storage, and the
     vocabulary rows that only pad the matrix multiplications are removed.
     """
-    return weights_of(choose(Path(directory)))
-
-
-def weights_of(choice: Choice) -> tuple[ModelConfig, dict[str, Tensor], Path]:
-    """What `load_weights` returns, of a checkpoint that was already chosen."""
+    choice = where if isinstance(where, Choice) else choose(Path(where))
     state = _masters(choice)
     state |= pickles.load_tensors(choice.directory / FROZEN)
     # The head for labelled pairs is used only in training.

@@ -164,7 +164,7 @@ def open_model(
     from clue_ds.checkpoint import masters
 
     choice = masters.choose(directory)
-    config, state, vocab_file = masters.weights_of(choice)
+    config, state, vocab_file = masters.load_weights(choice)
     weights.check_finite(state, directory)
     notes = _share_segment_vector(state) if _saw_one_segment(choice.manifest.config) else ()
     return OpenedModel(config, state, vocab_file, vocab_files.lower_case(vocab_file), notes)
