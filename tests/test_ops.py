@@ -119,6 +119,14 @@ def test_embedding_layer_norm_gives_the_padding_word_no_gradient() -> None:
     assert torch.count_nonzero(word.grad[0]) == 0 and torch.count_nonzero(word.grad[3]) > 0
 
 
+def test_most_likely_is_the_first_of_the_largest() -> None:
+    logits = torch.tensor([[0.5, 2.0, -1.0, 2.0], [-3.0, -2.0, -4.0, -5.0]])
+    assert ops.most_likely(logits.requires_grad_()).tolist() == [1, 1]
+    assert ops.most_likely(torch.tensor([1.0, math.nan, math.inf])) == 1
+    compiled = torch.compile(ops.most_likely, backend="eager", fullgraph=True)
+    assert compiled(logits.detach()[1:]).tolist() == [1]
+
+
 def test_attention_backends_agree_with_and_without_a_mask() -> None:
     torch.manual_seed(0)
     query = torch.randn(2, 3, 4, 6)

@@ -223,13 +223,13 @@ class BertForPreTraining(nn.Module):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> PreTrainingOutput:
         """logits [B, P, padded V], labels [B, P]."""
-        flat = logits.flatten(0, 1)
+        flat = logits.flatten(0, 1).float()
         targets = labels.flatten()
-        summed = F.cross_entropy(flat.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+        summed = F.cross_entropy(flat, targets, ignore_index=IGNORED_LABEL, reduction="sum")
         with torch.no_grad():
             # At every step, also where no log line follows: inductor takes argmax in the same read
             # of the logits as the softmax, and writes no fp32 logits.
-            num_correct = (flat.argmax(-1) == targets).sum()
+            num_correct = (ops.most_likely(flat) == targets).sum()
             num_predicted = (targets != IGNORED_LABEL).sum()
         # All P slots of a sequence count, used or not: P is fixed, so the divisor, and with it the
         # sum of gradients over micro-batches and ranks, is the same for every split of a batch.
