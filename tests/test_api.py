@@ -21,6 +21,8 @@ CODE = """
 import json, os, signal, subprocess, sys
 import clue_ds
 from clue_ds.errors import UserError
+from clue_ds.job import alone, watchdog
+from clue_ds.settings.sections import HealthSection
 values, folder = json.loads(sys.argv[1]), sys.argv[2]
 handler = signal.getsignal(signal.SIGINT)
 seen = []
@@ -58,6 +60,9 @@ command = [sys.executable, "-m", "clue_ds.cli", "pretrain", "--config", sys.argv
 shell = subprocess.run([*command, f"--run_dir={folder}/five"], capture_output=True, text=True)
 first["shell"] = shell.stderr[-2000:] if shell.returncode else "ok"
 first["same handler"] = signal.getsignal(signal.SIGINT) is handler
+# Fine-tuning in a process that has pretrained is asked to stop itself, not the run before it.
+with alone.Alone(HealthSection(), "clue-ds finetune") as own:
+    first["hears"] = watchdog.current() is own
 print("RESULT" + json.dumps(first))
 """
 
@@ -83,4 +88,4 @@ def test_several_runs_in_one_process(tmp_path: Path, sample_text: str) -> None:
     assert "train.steps was 6, is now 12: the learning rate goes from" in done.stdout
     assert found["stopped"] == [True] * 3
     assert found["shell"] == "ok" and found["variables"] == []
-    assert found["failed"] and found["again"] == 6 and found["same handler"]
+    assert found["failed"] and found["again"] == 6 and found["same handler"] and found["hears"]

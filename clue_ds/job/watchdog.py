@@ -377,8 +377,13 @@ def start(
 
 
 def current() -> Activity:
-    """This process' watchdog, or where none was started an object with the same methods."""
-    return _watchdog or alone.current() or Activity(DEFAULT_HEALTH)
+    """This process' watchdog, or where none is at work an object with the same methods.
+
+    That of a run that has ended hears no signal any more: what comes after it may work alone.
+    """
+    if _watchdog is not None and not _watchdog._closing.is_set():
+        return _watchdog
+    return alone.current() or Activity(DEFAULT_HEALTH)
 
 
 @contextlib.contextmanager
