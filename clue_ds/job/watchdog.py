@@ -18,9 +18,8 @@ of failure; one rank prints the diagnosis, with the last known stacks of the ran
 and saving may take long as long as some rank makes progress (heartbeat.py); waiting for that rank
 is not progress. Pretraining, fine-tuning, prediction and `clue-ds doctor` use the same watchdog.
 
-Rejected: timeouts of collectives (DeepSpeed's groups ignore the timeout that is asked for, and a
-timeout tells that something took long, not which rank is to blame); heartbeats between all pairs of
-ranks (quadratic).
+Rejected: timeouts of collectives (DeepSpeed's groups ignore the one that is asked for, and it tells
+that something took long, not which rank is to blame); heartbeats between all pairs (quadratic).
 """
 
 from __future__ import annotations
@@ -377,13 +376,9 @@ def start(
 
 
 def current() -> Activity:
-    """This process' watchdog, or where none is at work an object with the same methods.
-
-    That of a run that has ended hears no signal any more: what comes after it may work alone.
-    """
-    if _watchdog is not None and not _watchdog._closing.is_set():
-        return _watchdog
-    return alone.current() or Activity(DEFAULT_HEALTH)
+    """This process' watchdog, or an object with its methods where none is at work."""
+    works = _watchdog is not None and not _watchdog._closing.is_set()
+    return (_watchdog if works else alone.current()) or Activity(DEFAULT_HEALTH)
 
 
 @contextlib.contextmanager
